@@ -1,0 +1,385 @@
+"""Run plumbing for the four scripts: options, seed and device, checkpoints, logs, learning rate, torchrun.
+
+Nothing here belongs to one of the papers. A script uses it in this order:
+
+    cfg = parse_config(Config, PRESETS)                # dataclass + presets + flags
+    device, rank, world = setup(cfg.device, cfg.seed)  # also joins the other ranks under torchrun
+    start_run(cfg, rank)                               # run folder with config.json
+    save_checkpoint / load_checkpoint, write_csv, write_json
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import difflib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence that names the file or option and says what to do.
+
+    Scripts print the sentence and exit with code 2. A DataLoader worker wraps it in its own traceback on the way
+    to the main process; what stands behind the last "UserError: " is the sentence again.
+    """
+
+    def __init__(self, message):
+        super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
+
+
+# ---- options -------------------------------------------------------------------------------------------------
+
+def opt(default, help, choices=None, schedule=False, runtime=False, uses_run=False):
+    """A dataclass field that is also a command-line flag.
+
+    schedule: a number of iterations or epochs, multiplied by --schedule.   runtime: says where and how to compute,
+    not what; may differ when a run is resumed.   uses_run: the option works on the run that --out names, so the
+    settings come from that run's config.json.
+    """
+    return field(default=default, metadata=dict(help=help, choices=choices, schedule=schedule, runtime=runtime,
+                                                uses_run=uses_run))
+
+
+@dataclass
+class RunConfig:
+    """The options that all four scripts have."""
+    preset: str = opt("toy", "recipe to start from; any flag given beside it wins")
+    data: str = opt("", "folder of the data set (data/README.md shows the tree); toy data need none", runtime=True)
+    out: str = opt("", "run folder: config.json, log.csv, metrics.json, last.pt, figures/ (default runs/SCRIPT-PRESET)",
+                   runtime=True)
+    seed: int = opt(0, "same seed, same machine, same numbers")
+    device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"), runtime=True)
+    amp: str = opt("auto", "bfloat16 autocast; auto = on CUDA only", choices=("auto", "bf16", "off"))
+    workers: int = opt(4, "data loader processes; 0 loads in the main process (Windows: try 0 if loading hangs)",
+                       runtime=True)
+    schedule: float = opt(1.0, "shortens every stage of the recipe in proportion: 0.1 = a tenth of the iterations")
+    resume: bool = opt(False, "go on from OUT/last.pt with the settings in OUT/config.json", runtime=True, uses_run=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One sentence instead of argparse's usage dump; exit code 2 as usual."""
+        word = message.split(": ")[-1].split("=")[0].split(" ")[0]
+        close = difflib.get_close_matches(word, self._option_string_actions, n=1)
+        hint = f"did you mean {close[0]}? " if message.startswith("unrecognized") and close else ""
+        self.exit(2, f"{self.prog}: {message}; {hint}--help lists the options.\n")
+
+
+def _parser(Config, presets, description):
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in fields(Config):
+        choices = list(presets) if f.name == "preset" else f.metadata["choices"]
+        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+                dict(type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper()))
+        text = f.metadata["help"] + ("" if f.default in ("", False) else f" (default {f.default})")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=text.replace("%", "%%"), **kind)
+    return parser
+
+
+def parse_config(Config, presets, argv=None, description=""):
+    """Command line -> Config: dataclass defaults < preset < flags, then iteration counts times --schedule.
+
+    With --resume, or another option that works on a trained run, the settings are those in OUT/config.json; a flag
+    that contradicts them is refused (UserError), except flags that only say where to compute.
+    """
+    given = vars(_parser(Config, presets, description).parse_args(argv))
+    preset = given.get("preset", Config.preset)
+    cfg = make_config(Config, presets, **given)
+    if not any(getattr(cfg, f.name) for f in fields(Config) if f.metadata["uses_run"]):
+        return cfg
+    return _config_of_run(cfg, given, presets[preset] if "preset" in given else {})
+
+
+def make_config(Config, presets, preset="toy", **flags):
+    """The same from Python: make_config(Config, PRESETS, "toy", seed=1). Iteration counts are scaled here, once."""
+    if preset not in presets:
+        raise UserError(f"preset {preset!r} does not exist: choose one of {', '.join(presets)}.")
+    cfg = Config(**{**presets[preset], **flags, "preset": preset})
+    if not cfg.out:
+        cfg.out = f"runs/{Path(sys.argv[0]).stem or 'run'}-{preset}"
+    if cfg.schedule <= 0:
+        raise UserError(f"--schedule {cfg.schedule}: must be above 0 (1 = the whole recipe).")
+    for f in fields(Config):
+        value = getattr(cfg, f.name)
+        if f.metadata["schedule"] and value > 0:
+            setattr(cfg, f.name, max(1, round(value * cfg.schedule)))
+    return cfg
+
+
+def _config_of_run(cfg, given, preset):
+    """Settings of the run in cfg.out, with today's runtime flags."""
+    path = Path(cfg.out) / "config.json"
+    saved = read_json(path, f"{cfg.out} holds no run (no config.json): train first, or pass the --out of that run.")
+    names = {f.name for f in fields(cfg)}
+    if not isinstance(saved, dict) or set(saved) - names:
+        raise UserError(f"{path} is not a config of this script: pass the --out of a run of this script.")
+    kept = replace(cfg, **saved)
+    for f in fields(cfg):
+        now, then = getattr(cfg, f.name), saved.get(f.name, getattr(cfg, f.name))
+        if f.metadata["runtime"]:
+            if f.name in given or f.name not in saved or f.name == "out":
+                setattr(kept, f.name, now)
+        elif (f.name in given or f.name in preset) and now != then:
+            raise UserError(f"--{f.name.replace('_', '-')} {now} contradicts {path}, which says {then}: "
+                            "drop the flag, or start a new run with another --out.")
+    for f in fields(cfg):
+        if f.metadata["uses_run"]:
+            setattr(kept, f.name, getattr(cfg, f.name))
+    return kept
+
+
+def run_script(main, Config, presets, description=""):
+    """Parse, run main(cfg); user mistakes become one sentence and exit code 2, Ctrl-C exit code 130."""
+    name = Path(sys.argv[0]).name
+    try:
+        main(parse_config(Config, presets, description=description))
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"{name}: the GPU ran out of memory: lower --batch-size or the image size (a lower batch size wants a "
+              "lower --lr in proportion).", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---- device, seed, ranks -------------------------------------------------------------------------------------
+
+def setup(device="auto", seed=0):
+    """Device, rank and number of ranks; seeds torch. Under torchrun joins the process group (NCCL on CUDA, else gloo)."""
+    has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if device == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if has[name])
+    if not has[device]:
+        raise UserError(f"--device {device}: this torch sees no such device; use --device auto or cpu.")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"torchrun --nproc-per-node is higher than the {torch.cuda.device_count()} GPUs of this "
+                            "machine: start one process a GPU.")
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+        torch.backends.cudnn.benchmark = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    torch.manual_seed(seed)                            # seeds CUDA and MPS too
+    return torch.device(device), rank, world
+
+
+def autocast(device, amp="auto"):
+    """bfloat16 autocast on `device`: "bf16" always, "auto" on CUDA only, "off" never."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16" or amp == "auto" and device.type == "cuda")
+
+
+def distribute(model, device, world):
+    """DistributedDataParallel around the model; on CUDA batch norm is synchronised. One process: the model itself."""
+    if world == 1:
+        return model
+    if device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def share_buffers(model):
+    """Rank 0's buffers (batch-norm statistics) to all ranks: before an evaluation or a checkpoint."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+# ---- run folder ----------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def replacing(path, mode="w"):
+    """Open a file beside `path` and rename it at the end: whoever kills the program, no half-written file is left."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.tmp", mode, **({} if "b" in mode else dict(encoding="utf-8", newline=""))) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def start_run(cfg, rank=0):
+    """Make the run folder and write config.json. What an earlier run left there is moved to OUT/previous-1, -2, ..."""
+    out = Path(cfg.out)
+    if rank == 0 and not cfg.resume:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be made ({error.strerror}): choose another folder.") from None
+        earlier = [p for p in out.iterdir() if p.name in
+                   ("config.json", "log.csv", "metrics.json", "last.pt", "figures", "predictions")]
+        if (out / "config.json").exists():
+            number = 1
+            while (out / f"previous-{number}").exists():
+                number += 1
+            (out / f"previous-{number}").mkdir()
+            for path in earlier:
+                path.rename(out / f"previous-{number}" / path.name)
+            print(f"the earlier run in {out} was moved to {out / f'previous-{number}'}")
+        write_json(out / "config.json", asdict(cfg))
+    if dist.is_initialized():
+        dist.barrier()
+    return out
+
+
+def write_json(path, value):
+    with replacing(path) as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+
+
+def read_json(path, missing):
+    """The file's content; UserError(missing) where there is no such file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(missing) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it, or start a new run with another --out.") from None
+
+
+def write_csv(path, rows):
+    """One line a dict; the columns are those of the first."""
+    with replacing(path) as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------
+
+def save_checkpoint(path, parts, progress):
+    """State dicts of `parts` (name -> module, optimizer, scheduler), RNG state of every rank, and `progress`.
+
+    progress holds tensors, numbers, strings, lists and dicts only, so that weights_only=True can read it back.
+    All ranks call it; rank 0 writes.
+    """
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    rng = [dict(cpu=torch.get_rng_state(), cuda=cuda)]
+    if dist.is_initialized():
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, rng[0])
+        rng = every
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        state = {name: part.state_dict() for name, part in parts.items()}
+        with replacing(path, "wb") as file:
+            torch.save(state | dict(rng=rng, progress=progress), file)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def read_checkpoint(path, device="cpu"):
+    """What save_checkpoint wrote, as a dict. UserError: no file, or not such a file."""
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}: train first, or pass the --out of that run.") from None
+    except Exception as error:                          # torch raises many types for a damaged file
+        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): delete it and train again, "
+                        "or pass the --out of another run.") from None
+    if not isinstance(saved, dict) or not {"progress", "rng"} <= set(saved):
+        raise UserError(f"{path} is not a checkpoint of this script: pass the --out of one of its runs.")
+    return saved
+
+
+def load_checkpoint(path, parts, device):
+    """Restores `parts` and the RNG state; returns progress. UserError as read_checkpoint, or where a part does not fit."""
+    saved = read_checkpoint(path, device)
+    if set(parts) - set(saved):
+        raise UserError(f"{path} is not a checkpoint of this script: pass the --out of one of its runs.")
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            lines = str(error).strip().splitlines()
+            raise UserError(f"{path} does not fit this {name} ({lines[min(1, len(lines) - 1)].strip()[:200]}): it comes "
+                            "from a run with other options; use that run's config.json.") from None
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    rng = saved["rng"][min(rank, len(saved["rng"]) - 1)]
+    torch.set_rng_state(rng["cpu"].cpu())
+    if rng["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"].cpu())
+    return saved["progress"]
+
+
+# ---- learning rate, speed ------------------------------------------------------------------------------------
+
+def poly_lr(iteration, base, total, power=1.0, floor=0.0, warmup=0, warmup_ratio=1e-6):
+    """mmcv 1.x "poly" policy: (base - floor) (1 - it/total)^power + floor; linear warm-up multiplies it."""
+    lr = (base - floor) * (1 - min(iteration / total, 1)) ** power + floor
+    if iteration < warmup:
+        lr *= 1 - (1 - iteration / warmup) * (1 - warmup_ratio)
+    return lr
+
+
+def poly_schedule(optimizer, total, power=1.0, floor=0.0, warmup=0):
+    """poly_lr for every parameter group from its own base rate, as a torch scheduler (one step an iteration)."""
+    def factor(base):
+        return lambda iteration: poly_lr(iteration, base, total, power, floor, warmup) / base
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(group["lr"]) for group in optimizer.param_groups])
+
+
+def peak_memory(device):
+    """Highest memory use so far in GiB: of the GPU's allocator on CUDA, else of this process. None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    try:
+        import resource                                 # not on Windows
+    except ImportError:
+        return None
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2 ** 30
+
+
+def synchronize(device):
+    """Wait until the device has done its work: before every reading of the clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def measured_speed(step, model, optimizer, scheduler, device, repeats=3):
+    """Seconds of one call of step(): median of `repeats` after one warm-up. Weights, optimizer and RNG stay as they were."""
+    before = copy.deepcopy([part.state_dict() for part in (model, optimizer, scheduler)])
+    rng = torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None
+    times = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    for part, state in zip((model, optimizer, scheduler), before):
+        part.load_state_dict(state)
+    optimizer.zero_grad(set_to_none=True)
+    torch.set_rng_state(rng[0])
+    if rng[1] is not None:
+        torch.cuda.set_rng_state(rng[1])
+    return sorted(times[1:])[repeats // 2]
+
+
+def duration(seconds):
+    """130.0 -> "2.2 min"."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

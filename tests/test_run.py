@@ -1,0 +1,280 @@
+"""common/run.py: options, checkpoints that survive anything, learning rate, exit codes."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import run
+from common.run import RunConfig, UserError, opt
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Config(RunConfig):
+    iterations: int = opt(1000, "training steps", schedule=True)
+    warmup: int = opt(100, "warm-up steps", schedule=True)
+    lr: float = opt(0.1, "learning rate")
+    flip: bool = opt(True, "mirror half of the images")
+    predict: str = opt("", "image to label", runtime=True, uses_run=True)
+
+
+PRESETS = {"toy": dict(iterations=50), "big": dict(iterations=8000, lr=0.5)}
+
+
+def parse(*argv):
+    return run.parse_config(Config, PRESETS, list(argv))
+
+
+# ---- options ----
+
+def test_flags_beat_preset_beats_defaults():
+    assert (parse().iterations, parse().lr) == (50, 0.1)
+    cfg = parse("--preset", "big", "--lr", "0.25", "--no-flip")
+    assert (cfg.iterations, cfg.lr, cfg.flip, cfg.preset) == (8000, 0.25, False, "big")
+
+
+def test_schedule_shortens_every_stage_in_proportion_and_nothing_else():
+    cfg = parse("--preset", "big", "--schedule", "0.1")
+    assert (cfg.iterations, cfg.warmup, cfg.lr) == (800, 10, 0.5)
+    assert parse("--schedule", "0.0001").iterations == 1               # never to nothing
+    assert parse("--warmup", "0", "--schedule", "0.1").warmup == 0     # 0 stays off
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--learning-rat", "1"], ["--learning-rat"]), (["--iteratons", "1"], ["--iterations"]), (["--preset", "huge"], ["huge", "toy"]),
+    (["--lr", "fast"], ["--lr", "fast"]), (["--device", "tpu"], ["--device", "tpu"]), (["--iter", "5"], ["--iter"]),
+])
+def test_wrong_flags_stop_with_one_sentence_and_exit_code_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    assert all(word in message for word in words)
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for f in fields(Config):
+        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"][:20] in text
+
+
+def test_resume_takes_the_runs_settings_and_refuses_contradictions(tmp_path):
+    cfg = parse("--preset", "big", "--out", str(tmp_path), "--lr", "0.3", "--schedule", "0.1")
+    run.start_run(cfg)
+    again = parse("--out", str(tmp_path), "--resume", "--workers", "1")
+    assert (again.preset, again.lr, again.iterations, again.workers, again.resume) == ("big", 0.3, 800, 1, True)
+    same = parse("--preset", "big", "--out", str(tmp_path), "--lr", "0.3", "--schedule", "0.1", "--resume")
+    assert asdict(same) == {**asdict(cfg), "resume": True}
+    with pytest.raises(UserError, match=r"--lr 0.7 contradicts .*config.json"):
+        parse("--out", str(tmp_path), "--resume", "--lr", "0.7")
+    with pytest.raises(UserError, match="--preset toy contradicts"):
+        parse("--preset", "toy", "--out", str(tmp_path), "--resume")
+    assert parse("--out", str(tmp_path), "--predict", "a.png").preset == "big"
+
+
+def test_resume_without_a_run_names_the_folder(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} holds no run"):
+        parse("--out", str(tmp_path), "--resume")
+    (tmp_path / "config.json").write_text("{oops")
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        parse("--out", str(tmp_path), "--resume")
+    (tmp_path / "config.json").write_text('{"colour": 1}')
+    with pytest.raises(UserError, match="config.json is not a config of this script"):
+        parse("--out", str(tmp_path), "--resume")
+
+
+def test_config_from_python_needs_no_command_line(tmp_path):
+    cfg = run.make_config(Config, PRESETS, "big", out=str(tmp_path), schedule=0.5)
+    assert cfg.iterations == 4000
+    with pytest.raises(UserError, match="preset 'small' does not exist: choose one of toy, big"):
+        run.make_config(Config, PRESETS, "small")
+    with pytest.raises(UserError, match="--schedule"):
+        run.make_config(Config, PRESETS, "toy", schedule=0.0)
+
+
+@pytest.mark.parametrize("body, code, said", [
+    ("raise UserError('mask a.png is broken: replace it.')", 2, "script.py: mask a.png is broken: replace it.\n"),
+    ("raise KeyboardInterrupt", 130, "--resume"), ("raise torch.OutOfMemoryError('CUDA')", 2, "--batch-size"),
+    ("pass", 0, ""),
+])
+def test_exit_codes_without_traceback(tmp_path, body, code, said):
+    script = tmp_path / "script.py"
+    script.write_text("import torch\nfrom common.run import *\nfrom common.run import RunConfig\n"
+                      f"def main(cfg):\n    {body}\nrun_script(main, RunConfig, {{'toy': {{}}}})\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        raise UserError(f"image {i}.png is truncated: download it again.")
+
+
+def test_a_sentence_from_a_loader_worker_arrives_as_it_was():
+    with pytest.raises(UserError) as error:
+        list(torch.utils.data.DataLoader(Broken(), num_workers=1))
+    assert str(error.value) == "image 0.png is truncated: download it again."
+
+
+# ---- run folder ----
+
+def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path):
+    cfg = parse("--out", str(tmp_path / "a"))
+    run.start_run(cfg)
+    (tmp_path / "a" / "last.pt").write_text("weights")
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    run.start_run(cfg)
+    assert (tmp_path / "a" / "previous-1" / "last.pt").read_text() == "weights"
+    assert (tmp_path / "a" / "notes.txt").exists() and not (tmp_path / "a" / "last.pt").exists()
+    run.start_run(cfg)
+    assert (tmp_path / "a" / "previous-2" / "config.json").exists()
+
+
+def test_an_impossible_run_folder_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out .*file"):
+        run.start_run(parse("--out", str(tmp_path / "file")))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "metrics.json"
+    run.write_json(path, {"miou": 1.0})
+    with pytest.raises(TypeError):
+        run.write_json(path, {"miou": 2.0, "bad": object()})
+    assert json.loads(path.read_text()) == {"miou": 1.0}
+    run.write_csv(tmp_path / "log.csv", [dict(a=1, b=2.5), dict(a=2, b=3.5)])
+    assert (tmp_path / "log.csv").read_text().split() == ["a,b", "1,2.5", "2,3.5"]
+
+
+# ---- checkpoints ----
+
+def training_parts():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    return dict(model=model, optimizer=optimizer, scheduler=run.poly_schedule(optimizer, 20, warmup=3))
+
+
+def step(parts):
+    loss = parts["model"](torch.randn(8, 4)).square().sum()
+    parts["optimizer"].zero_grad()
+    loss.backward()
+    parts["optimizer"].step()
+    parts["scheduler"].step()
+    return loss.item()
+
+
+def test_checkpoint_restores_weights_optimizer_schedule_rng_and_progress(tmp_path):
+    parts = training_parts()
+    for _ in range(5):
+        step(parts)
+    run.save_checkpoint(tmp_path / "last.pt", parts, dict(iteration=5, log=[dict(miou=1.5)], sums=dict(ce=torch.tensor(2.0))))
+    expected = [step(parts) for _ in range(5)]
+    other = training_parts()
+    progress = run.load_checkpoint(tmp_path / "last.pt", other, torch.device("cpu"))
+    assert progress["iteration"] == 5 and progress["log"] == [{"miou": 1.5}] and progress["sums"]["ce"] == 2
+    assert [step(other) for _ in range(5)] == expected
+
+
+def test_wrong_checkpoints_are_refused_by_name(tmp_path):
+    path, cpu = tmp_path / "last.pt", torch.device("cpu")
+    with pytest.raises(UserError, match="no checkpoint at .*last.pt"):
+        run.load_checkpoint(path, training_parts(), cpu)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="last.pt cannot be read"):
+        run.load_checkpoint(path, training_parts(), cpu)
+    torch.save(dict(weight=torch.zeros(2)), path)
+    with pytest.raises(UserError, match="last.pt is not a checkpoint of this script"):
+        run.load_checkpoint(path, training_parts(), cpu)
+    run.save_checkpoint(path, dict(model=torch.nn.Linear(4, 5)), dict(iteration=1))
+    with pytest.raises(UserError, match="last.pt does not fit this model"):
+        run.load_checkpoint(path, dict(model=torch.nn.Linear(4, 4)), cpu)
+
+
+SAVER = """
+import sys, torch
+from common import run
+model = torch.nn.Linear(1000, 1000)
+for i in range(1000000):
+    with torch.no_grad():
+        model.weight.fill_(i)
+    run.save_checkpoint(sys.argv[1], dict(model=model), dict(iteration=i))
+"""
+
+
+def test_kill_9_in_the_middle_of_a_checkpoint_loses_nothing(tmp_path):
+    path, seen = tmp_path / "last.pt", -1
+    for delay in (0.003, 0.011, 0.02):
+        path.unlink(missing_ok=True)
+        child = subprocess.Popen([sys.executable, "-c", SAVER, str(path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+        while not path.exists():
+            time.sleep(0.01)
+        beside = Path(f"{path}.tmp")
+        deadline = time.time() + 20
+        while not (beside.exists() and 0 < beside.stat().st_size < 4_000_000) and time.time() < deadline:
+            pass                                                       # wait until a write is under way
+        time.sleep(delay / 10)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        model = torch.nn.Linear(1000, 1000)
+        seen = run.load_checkpoint(path, dict(model=model), torch.device("cpu"))["iteration"]
+        assert (model.weight == seen).all()                            # a whole checkpoint, not a mixture
+    assert seen >= 0
+
+
+# ---- learning rate, speed ----
+
+def test_poly_lr_is_mmcv_s():
+    # mmcv 1.x: regular = (base - min) (1 - it/max)^power + min; warm-up: regular (1 - (1 - it/warmup) (1 - ratio))
+    assert run.poly_lr(0, 0.01, 100, power=0.9, floor=1e-4) == pytest.approx(0.01)
+    assert run.poly_lr(50, 0.01, 100, power=0.9, floor=1e-4) == pytest.approx(0.0099 * 0.5 ** 0.9 + 1e-4)
+    assert run.poly_lr(100, 0.01, 100, power=0.9, floor=1e-4) == pytest.approx(1e-4)
+    assert run.poly_lr(0, 6e-5, 160000, warmup=1500) == pytest.approx(6e-5 * 1e-6)
+    assert run.poly_lr(750, 6e-5, 160000, warmup=1500) == pytest.approx(6e-5 * (1 - 750 / 160000) * (1 - 0.5 * (1 - 1e-6)))
+    assert run.poly_lr(1500, 6e-5, 160000, warmup=1500) == pytest.approx(6e-5 * (1 - 1500 / 160000))
+
+
+def test_poly_schedule_gives_every_group_its_own_rate_and_the_same_floor():
+    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizer = torch.optim.SGD([dict(params=[a], lr=0.01), dict(params=[b], lr=0.1)], lr=0.01)
+    scheduler = run.poly_schedule(optimizer, 10, power=0.9, floor=1e-3)
+    for iteration in range(11):
+        expected = [(base - 1e-3) * (1 - iteration / 10) ** 0.9 + 1e-3 for base in (0.01, 0.1)]
+        assert np.allclose([g["lr"] for g in optimizer.param_groups], expected)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_measuring_the_speed_changes_nothing():
+    parts, other = training_parts(), training_parts()
+    torch.manual_seed(3)
+    run.measured_speed(lambda: step(parts), *parts.values(), torch.device("cpu"))
+    mine = [step(parts) for _ in range(3)]
+    torch.manual_seed(3)
+    assert mine == [step(other) for _ in range(3)]
+
+
+@pytest.mark.parametrize("seconds, text", [(5, "5 s"), (130, "2.2 min"), (7200, "2.0 h"), (200000, "2.3 days")])
+def test_duration_is_readable(seconds, text):
+    assert run.duration(seconds) == text
+
+
+def test_peak_memory_is_in_gib():
+    block = torch.ones(2 ** 27)                                        # half a GiB
+    assert block[-1] == 1 and 0.5 < run.peak_memory(torch.device("cpu")) < 64
