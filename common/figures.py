@@ -1,0 +1,263 @@
+"""Pictures of a run: label overlays, heat maps, captioned grids, matrices and bar charts, drawn with Pillow.
+
+An image is a uint8 tensor (3,H,W), RGB, 0..255. The save_* functions write PNG files, legible at 100 %.
+"""
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+INK, LINE, GREY = (30, 30, 30), (205, 205, 205), (225, 225, 225)         # text, tick lines, nan cells
+HEAT = [(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)]  # "inferno"
+BLUE_WHITE_RED = [(33, 102, 172), (146, 197, 222), (255, 255, 255), (244, 165, 130), (178, 24, 43)]
+SERIES = [(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
+          (240, 228, 66), (110, 110, 110)]                                # then again from the first
+TWELVE = [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75),
+          (227, 119, 194), (188, 189, 34), (23, 190, 207), (255, 230, 100), (150, 220, 140), (0, 60, 140)]
+
+
+# ---- colours ----
+
+def far_apart_colours(count):
+    """(count,3) uint8: TWELVE chosen by hand, then always the colour farthest from all before it."""
+    steps, weight = torch.arange(0, 256, 25), torch.tensor([3, 6, 1])     # how the eye weighs R, G, B
+    grid = torch.cartesian_prod(steps, steps, steps)                      # (1331,3)
+    light, contrast = grid @ weight, grid.amax(1) - grid.amin(1)
+    grid = grid[(light > 450) & (light < 2250) & (contrast > 50)]         # nothing near black, white or grey
+    chosen = [torch.tensor(colour) for colour in TWELVE]
+    distance = torch.stack([((grid - colour) ** 2 * weight).sum(1) for colour in chosen]).amin(0)
+    while len(chosen) < count:
+        chosen.append(grid[distance.argmax()])
+        distance = torch.minimum(distance, ((grid - chosen[-1]) ** 2 * weight).sum(1))
+    return torch.stack(chosen).to(torch.uint8)
+
+
+CLASS_COLOURS = far_apart_colours(256)                                    # some hundredths of a second, once
+
+
+def palette(num_classes):
+    """(N,3) uint8, N <= 256, all different. A class keeps its colour whatever N is."""
+    return CLASS_COLOURS[:num_classes].clone()
+
+
+def interpolate(values, table):
+    """values (...) float in [0,1] -> (...,3) float RGB, linear between evenly spaced colours."""
+    table = torch.tensor(table, dtype=torch.float32, device=values.device)
+    place = values.clamp(0, 1) * (len(table) - 1)
+    below = place.long().clamp(max=len(table) - 2)
+    return torch.lerp(table[below], table[below + 1], (place - below)[..., None])
+
+
+def blend(image, colours, opacity):
+    """image (3,H,W), colours (H,W,3) -> (3,H,W) uint8: round((1 - opacity) * image + opacity * colours)."""
+    return ((1 - opacity) * image + opacity * colours.permute(2, 0, 1)).round().to(torch.uint8)
+
+
+def overlay(image, labels, opacity=0.6):
+    """image (3,H,W) uint8, labels (H,W) integer -> (3,H,W) uint8 in palette colours; 255 leaves the image."""
+    labels = labels.to(image.device)
+    colours = CLASS_COLOURS.to(image.device)[labels.long()]               # (H,W,3)
+    return torch.where(labels == 255, image, blend(image, colours, opacity))
+
+
+def heatmap(image, values, opacity=0.5, vmin=None, vmax=None):
+    """image (3,H,W) uint8, values (h,w), resized bilinearly -> (3,H,W) uint8, dark = vmin, bright = vmax.
+
+    vmin, vmax: the extremes of the values if not given; set both to compare maps. nan counts as vmin.
+    """
+    values = values.detach().float().to(image.device)
+    known = values[values.isfinite()].tolist() or [0.0]
+    vmin, vmax = min(known) if vmin is None else vmin, max(known) if vmax is None else vmax
+    values = ((values - vmin) / (vmax - vmin)).nan_to_num(0.0).clamp(0, 1)    # 0 / 0 of a flat map: 0
+    values = F.interpolate(values[None, None], image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
+    return blend(image, interpolate(values, HEAT), opacity)
+
+
+# ---- pieces: a figure is a stack of Pillow images ----
+
+def clip(text, font, width):
+    """The text, ended with "..." where it would be wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
+
+
+def text_piece(text, width, size=15, max_lines=2):
+    """Text wrapped to `width` pixels; what does not fit into max_lines is cut. Height 0 without text."""
+    font, lines = ImageFont.load_default(size=size), []
+    for word in text.split():
+        if lines and (len(lines) == max_lines or font.getlength(f"{lines[-1]} {word}") <= width):
+            lines[-1] += " " + word
+        else:
+            lines.append(word)
+    piece = Image.new("RGB", (width, len(lines) * (size + 4)), "white")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(piece).text((0, i * (size + 4)), clip(line, font, width), INK, font=font)
+    return piece
+
+
+def legend_piece(entries, width):
+    """entries: (colour, name) pairs -> swatches with names, in as many rows as `width` asks for."""
+    font, x, y, places = ImageFont.load_default(size=15), 0, 0, []
+    for colour, name in entries:
+        name = clip(name, font, width - 22)
+        needed = 22 + math.ceil(font.getlength(name))
+        x, y = (0, y + 22) if x + needed > width else (x, y)
+        places.append((x, y, tuple(colour), name))
+        x += needed + 18
+    piece = Image.new("RGB", (width, y + 22 if places else 0), "white")
+    for x, y, colour, name in places:
+        ImageDraw.Draw(piece).rectangle((x, y + 3, x + 15, y + 18), fill=colour, outline=INK)
+        ImageDraw.Draw(piece).text((x + 22, y + 11), name, INK, font=font, anchor="lm")
+    return piece
+
+
+def write_upwards(canvas, text, font, x, y, anchor):
+    """Text turned by 90 degrees, centred on column x; it starts (anchor "start") or ends ("end") at row y."""
+    height = sum(font.getmetrics())
+    ink = Image.new("L", (math.ceil(font.getlength(text)) + 1, height))
+    ImageDraw.Draw(ink).text((0, height // 2), text, 255, font=font, anchor="lm")
+    ink = ink.rotate(90, expand=True)
+    canvas.paste(INK, (round(x - height / 2), y - ink.height if anchor == "start" else y), ink)
+
+
+def save_stack(path, pieces, gap=8):
+    """Pieces below each other on white -> PNG, written beside `path` and renamed: never half a file."""
+    pieces = [piece for piece in pieces if piece.height > 0]
+    size = max(piece.width for piece in pieces) + 2 * gap, sum(piece.height + gap for piece in pieces) + gap
+    canvas, y = Image.new("RGB", size, "white"), gap                      # y: where the next piece starts
+    for piece in pieces:
+        canvas.paste(piece, (gap, y))
+        y += piece.height + gap
+    beside = Path(f"{path}.tmp")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(beside, format="PNG")
+    os.replace(beside, path)
+
+
+# ---- figures ----
+
+def save_grid(path, rows, cell=256, title="", legend=None):
+    """Rows of captioned images, each scaled to `cell` pixels in width, aspect kept.
+
+    rows: list of lists of (image (3,H,W) uint8, caption); a caption is cut after two lines.
+    legend: {class id: name}, in palette colours.
+    """
+    gap, legend = 8, legend or {}
+    width = max(len(row) for row in rows) * (cell + gap) - gap
+    pieces = [text_piece(title, width, size=18)]
+    for row in rows:
+        pictures = [fit_width(image, cell) for image, _ in row]
+        captions = [text_piece(caption, cell) for _, caption in row]
+        below = max(picture.height for picture in pictures) + 2
+        piece = Image.new("RGB", (width, below + max(caption.height for caption in captions)), "white")
+        for i in range(len(row)):
+            piece.paste(pictures[i], (i * (cell + gap), 0))
+            piece.paste(captions[i], (i * (cell + gap), below))
+        pieces.append(piece)
+    pieces.append(legend_piece([(CLASS_COLOURS[c].tolist(), name) for c, name in legend.items()], width))
+    save_stack(path, pieces, gap)
+
+
+def fit_width(image, width):
+    """(3,H,W) uint8 -> Pillow image of that width: whole factors repeat the pixels, others interpolate."""
+    picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
+    how = Image.Resampling.BILINEAR if width % picture.width else Image.Resampling.NEAREST
+    return picture.resize((width, max(1, round(picture.height * width / picture.width))), how)
+
+
+def save_matrix(path, matrix, row_names, column_names=None, title="", vmin=-1, vmax=1):
+    """Matrix (n,m) as coloured cells with names, a colour bar and, where n, m <= 12, the numbers.
+
+    column_names: default row_names. Blue, white, red if vmin < 0 (white = middle of vmin..vmax), else dark to
+    bright; values outside take the end colours, nan is grey. No names beyond 260 rows or columns.
+    ValueError if the names do not fit the matrix.
+    """
+    values = torch.as_tensor(matrix).detach().cpu().float()               # (n,m)
+    column_names = row_names if column_names is None else column_names
+    n, m, most = *values.shape, max(values.shape)
+    if (n, m) != (len(row_names), len(column_names)):
+        raise ValueError(f"save_matrix: {n} x {m} values but {len(row_names)} x {len(column_names)} names")
+    cell = 52 if most <= 12 else 28 if most <= 40 else 17 if most <= 260 else max(1, 4000 // most)
+    font = ImageFont.load_default(size=15 if cell > 17 else 13)
+    rows = [clip(name, font, 200) for name in row_names] if most <= 260 else [""]
+    columns = [clip(name, font, 200) for name in column_names] if most <= 260 else [""]
+    left = math.ceil(max(font.getlength(name) for name in rows)) + 8
+    top = math.ceil(max(font.getlength(name) for name in columns)) + 10
+    bar = max(120, min(n * cell, 400))                                    # height of the colour bar
+    canvas = Image.new("RGB", (left + m * cell + 90, top + max(n * cell, bar) + 8), "white")
+    draw, table = ImageDraw.Draw(canvas), BLUE_WHITE_RED if vmin < 0 else HEAT
+    colours = interpolate(((values - vmin) / (vmax - vmin)).nan_to_num(0.0), table).round()      # (n,m,3)
+    colours[values.isnan()] = torch.tensor(GREY).float()
+    cells = Image.fromarray(colours.to(torch.uint8).numpy())
+    canvas.paste(cells.resize((m * cell, n * cell), Image.Resampling.NEAREST), (left, top))
+    for i, name in enumerate(rows):
+        draw.text((left - 6, top + (i + 0.5) * cell), name, INK, font=font, anchor="rm")
+    for j, name in enumerate(columns):
+        write_upwards(canvas, name, font, left + (j + 0.5) * cell, top - 5, "start")
+    for i, j in [(i, j) for i in range(n) for j in range(m) if most <= 12]:
+        number = f"{values[i, j]:.2f}" if vmax - vmin <= 10 else f"{values[i, j]:.1f}"
+        draw.text((left + (j + 0.5) * cell, top + (i + 0.5) * cell), number.replace("-0.00", "0.00"),
+                  "white" if colours[i, j].mean() < 130 else INK, font=font, anchor="mm")
+    x = left + m * cell + 16                                              # the colour bar
+    ramp = interpolate(torch.linspace(1, 0, bar)[:, None], table).round().to(torch.uint8)        # (bar,1,3)
+    canvas.paste(Image.fromarray(ramp.numpy()).resize((18, bar)), (x, top))
+    for k in range(5):
+        y = top + (bar - 1) * k / 4
+        draw.line((x + 18, y, x + 22, y), fill=INK)
+        draw.text((x + 26, y), f"{vmax - (vmax - vmin) * k / 4:.3g}", INK, font=font, anchor="lm")
+    save_stack(path, [text_piece(title, canvas.width, size=18), canvas])
+
+
+def round_ticks(low, high):
+    """Evenly spaced round numbers (at most nine) that span low..high."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(k * power for k in (1, 2, 5, 10) if 7 * k * power >= high - low)
+    return [k * step for k in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
+def save_bars(path, series, names, title="", unit="%"):
+    """Bar chart. series: {name: values, None or nan = no bar}; names: one per value, else ValueError."""
+    series = {key: [math.nan if v is None else float(v) for v in values] for key, values in series.items()}
+    if any(len(values) != len(names) for values in series.values()):
+        raise ValueError(f"save_bars: every series needs {len(names)} values, one for each name")
+    known = [v for values in series.values() for v in values if math.isfinite(v)] + [0.0]
+    ticks = round_ticks(min(known), max(known) if max(known) > min(known) else 1.0)
+    font, left, top, height = ImageFont.load_default(size=15), 64, 26, 320      # height of the plot
+    names = [clip(name, font, 200) for name in names]
+    longest = math.ceil(max(font.getlength(name) for name in names))
+    turned = (longest + 12) * len(names) > 900                            # too long to write side by side
+    bar = max(6, min(48, 900 // (len(names) * (len(series) + 1))))        # width of a bar
+    group = max(20 if turned else longest + 12, (len(series) + 1) * bar)  # width of a group
+    size = left + max(len(names) * group, 300), top + height + (longest + 12 if turned else 28)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    scale = height / (ticks[-1] - ticks[0])                               # pixels per unit
+    zero = round(top + ticks[-1] * scale)                                 # pixel row of the value 0
+    for tick in ticks:
+        y = round(zero - tick * scale)
+        draw.line((left, y, canvas.width, y), fill=LINE)
+        draw.text((left - 8, y), f"{tick:.6g}", INK, font=font, anchor="rm")
+    draw.text((0, 0), unit, INK, font=font)
+    for g, name in enumerate(names):
+        middle = left + (g + 0.5) * group                                 # column of the group's centre
+        for s, value in enumerate(values[g] for values in series.values()):
+            if math.isfinite(value):
+                x, end = int(middle + (s - len(series) / 2) * bar), round(zero - value * scale)
+                draw.rectangle((x, min(end, zero), x + bar - 2, max(end, zero)), fill=SERIES[s % len(SERIES)])
+                if bar >= 34:                                             # room for the number
+                    y, anchor = (end - 3, "mb") if end <= zero else (end + 3, "mt")
+                    number = f"{value:.1f}" if abs(value) >= 1 else f"{value:.2g}"
+                    draw.text((x + bar / 2, y), number, INK, font=font, anchor=anchor)
+        if turned:
+            write_upwards(canvas, name, font, middle, top + height + 6, "end")
+        else:
+            draw.text((middle, top + height + 6), name, INK, font=font, anchor="ma")
+    draw.line((left, zero, canvas.width, zero), fill=INK)
+    swatches = [(SERIES[s % len(SERIES)], name) for s, name in enumerate(series)]
+    save_stack(path, [text_piece(title, canvas.width, size=18), legend_piece(swatches, canvas.width), canvas])

@@ -1,0 +1,94 @@
+"""Segmentation scores from one confusion matrix over a whole split (the protocol of mmsegmentation).
+
+    matrix = ConfusionMatrix(num_classes, device)
+    for each batch: matrix.update(labels, logits.argmax(1))   # logits already at the label's own size
+    matrix.all_reduce()                                       # several processes: sum their counts
+    result = matrix.summary()                                 # percent
+
+With T = labelled pixels of a class, P = pixels predicted as it, TP = pixels that are both:
+    IoU = TP / (T + P - TP)        acc = TP / T        F1 = 2 TP / (T + P)
+mIoU and mAcc are means over the classes for which the ratio exists. So a class that occurs neither in the
+labels nor in the predictions is left out of mIoU, while one that is only ever predicted enters it with IoU 0.
+The counts are summed before any ratio is taken: a mean of the mIoU of single images is another number.
+"""
+import torch
+import torch.distributed as dist
+
+
+class ConfusionMatrix:
+    """Counts in `matrix`: (N,N) int64 on the device, row = label, column = prediction."""
+
+    def __init__(self, num_classes, device="cpu"):
+        self.num_classes = num_classes                              # N, at most 255: id 255 means ignore
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self.finished = False                                       # True once all_reduce was called
+
+    def update(self, labels, predictions):
+        """Add a batch. Both (B,H,W) integer tensors of the same shape, on the device of the matrix.
+
+        labels: class ids 0..N-1, or 255 = ignore: such a pixel never counts, neither as T nor as P.
+        predictions: class ids 0..N-1. Any other id is not looked for here, as that would make a GPU wait at
+        every batch: the readers in common/datasets.py refuse it with the name of the file.
+        Raises ValueError if the shapes differ, RuntimeError after all_reduce.
+        """
+        if labels.shape != predictions.shape:
+            raise ValueError(f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} "
+                             "differ in shape: resize the logits to the label's size before argmax")
+        if self.finished:
+            raise RuntimeError("update after all_reduce: start a new ConfusionMatrix for the next evaluation")
+        N = self.num_classes
+        # One bin per (label, prediction) pair and one more for the ignored pixels, dropped below. On a CPU a
+        # boolean index and bincount do as well; on a GPU both wait for a result to learn their output size.
+        pair = torch.where(labels == 255, N * N, labels.long() * N + predictions.long()).flatten()
+        counts = torch.zeros(N * N + 1, dtype=torch.int64, device=self.matrix.device)
+        counts.scatter_add_(0, pair, torch.ones_like(pair))
+        self.matrix += counts[:-1].view(N, N)
+
+    def all_reduce(self):
+        """After the last update: sum the counts over all processes of torch.distributed, exactly once.
+
+        A second call changes nothing, nor does the first one where there is a single process.
+        """
+        if dist.is_available() and dist.is_initialized() and not self.finished:
+            dist.all_reduce(self.matrix)
+        self.finished = True
+
+    def totals(self):
+        """TP, T, P of every class: (N,) float64 on the CPU (the counts move first: MPS has no float64)."""
+        counts = self.matrix.cpu().double()
+        return counts.diag(), counts.sum(1), counts.sum(0)
+
+    def iou(self):
+        """(N,) float64 on the CPU, fractions; nan for a class in neither the labels nor the predictions."""
+        tp, labelled, predicted = self.totals()
+        return tp / (labelled + predicted - tp)
+
+    def acc(self):
+        """(N,) float64 on the CPU, fractions: the recall of every class; nan for a class without a label."""
+        tp, labelled, _ = self.totals()
+        return tp / labelled
+
+    def f1(self):
+        """(N,) float64 on the CPU, fractions; nan for a class in neither the labels nor the predictions."""
+        tp, labelled, predicted = self.totals()
+        return 2 * tp / (labelled + predicted)
+
+    def summary(self):
+        """All rates in percent, as plain Python numbers.
+
+        miou, macc, pixel_acc: floats, nan if not one pixel is labelled.
+        iou, f1: one value per class, None where iou() or f1() gives nan.
+        absent: ids of the classes that never occur in the labels; report them next to the mean.
+        """
+        tp, labelled, _ = self.totals()
+        return {"miou": 100 * self.iou().nanmean().item(),
+                "macc": 100 * self.acc().nanmean().item(),
+                "pixel_acc": 100 * (tp.sum() / labelled.sum()).item(),
+                "iou": percent_or_none(self.iou()),
+                "f1": percent_or_none(self.f1()),
+                "absent": (labelled == 0).nonzero().flatten().tolist()}
+
+
+def percent_or_none(rates):
+    """(N,) fractions -> list of N percentages, None for nan."""
+    return [None if rate != rate else 100 * rate for rate in rates.tolist()]
