@@ -1,0 +1,566 @@
+"""common/backbones.py: sizes, shapes, the arithmetic of MiT and of the heads, pretrained weights.
+
+Nothing is downloaded. Networks whose values do not matter are built on torch's "meta" device, which knows
+shapes but holds no numbers.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import backbones
+from common.backbones import GOES_WITH, MixBlock, MixTransformer, build_network, load_mit_weights
+from common.run import UserError
+
+PAIRS = [(backbone, head) for head, names in GOES_WITH.items() for backbone in names]
+MIT_BLOCKS = ((2, 2, 2, 2), (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 18, 3), (3, 8, 27, 3), (3, 6, 40, 3))
+
+
+def build_on_meta(backbone, head, **options):
+    with torch.device("meta"):
+        return build_network(backbone, head, 150, **options)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def shapes_of(state):
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def small_mit(**options):
+    return MixTransformer((8, 16, 24, 32), (1, 2, 1, 1), (1, 2, 3, 4), (8, 4, 2, 1), **options)
+
+
+# ---- size ------------------------------------------------------------------------------------------------
+
+def mit_parameters(size):
+    """Every parameter of MiT-B`size`, counted from the table in the SegFormer paper."""
+    dims = (32, 64, 160, 256) if size == 0 else (64, 128, 320, 512)
+    total, before = 0, 3
+    for c, blocks, reduction, kernel in zip(dims, MIT_BLOCKS[size], (8, 4, 2, 1), (7, 3, 3, 3)):
+        patch = kernel ** 2 * before * c + c + 2 * c
+        attention = 4 * (c * c + c) + (reduction ** 2 * c * c + c + 2 * c if reduction > 1 else 0)
+        ffn = (c * 4 * c + 4 * c) + (9 * 4 * c + 4 * c) + (4 * c * c + c)
+        total += patch + blocks * (attention + ffn + 4 * c) + 2 * c
+        before = c
+    return total
+
+
+@pytest.mark.parametrize("size, encoder, millions", [
+    (0, 3_319_392, 3.754), (1, 13_151_424, 13.717), (2, 24_196_288, 24.762),
+    (3, 44_072_128, 44.638), (4, 60_842_688, 61.408), (5, 81_443_008, 82.008)])
+def test_segformer_has_the_published_number_of_parameters(size, encoder, millions):
+    network = build_on_meta(f"mit_b{size}", "segformer")
+    assert count(network.backbone) == mit_parameters(size) == encoder
+    dims = (32, 64, 160, 256) if size == 0 else (64, 128, 320, 512)
+    head = sum(dims) * 256 + 4 * 2 * 256 + 4 * 256 * 256 + 2 * 256
+    assert count(network.head) == head
+    assert round((count(network) + 256 * 150 + 150) / 1e6, 3) == millions   # with a 150-class 1x1 classifier
+
+
+@pytest.mark.parametrize("backbone, millions", [
+    ("swin_t", 60), ("swin_s", 81), ("swin_b", 121),
+    ("convnext_tiny", 60), ("convnext_small", 82), ("convnext_base", 122)])
+def test_upernet_has_the_size_printed_in_the_swin_and_convnext_papers(backbone, millions):
+    network = build_on_meta(backbone, "upernet")
+    assert round((count(network) + 512 * 150 + 150) / 1e6) == millions   # their count includes the aux head
+
+
+def test_segformer_b5_takes_75_gmac_at_512():
+    network = build_on_meta("mit_b5", "segformer").eval()
+    with FlopCounterMode(display=False) as counter:
+        network(torch.empty(1, 3, 512, 512, device="meta"))
+    gmac = counter.get_total_flops() / 2 / 1e9 + 128 * 128 * 256 * 150 / 1e9   # torch counts 2 per MAC
+    assert gmac == pytest.approx(75.1, rel=0.01)
+
+
+def test_tiny_is_tiny_and_as_wide_as_its_head():
+    network = build_network("tiny", "segformer", 10)
+    assert 200_000 < count(network) < 400_000
+    assert network.channels == network.backbone.dims[3] == 64
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("backbone, head", PAIRS)
+def test_shapes_of_every_pair(backbone, head):
+    network = build_on_meta(backbone, head)
+    channels = 64 if backbone == "tiny" else 256 if backbone == "mobilenet_v2" or head == "segformer" else 512
+    stride = 8 if head == "fcn" else 4
+    whole = math.floor if backbone.startswith(("swin", "convnext")) else math.ceil
+    assert (network.channels, network.stride) == (channels, stride)
+    for height, width in ((101, 77), (360, 480)):
+        images = torch.empty(2, 3, height, width, device="meta")
+        features, aux_logits = network.train()(images)
+        assert features.shape == (2, channels, whole(height / stride), whole(width / stride))
+        if head == "segformer":
+            assert aux_logits is None and network.aux_head is None
+        else:
+            level3 = network.backbone(images)[2]
+            assert aux_logits.shape == (2, 150, *level3.shape[2:])
+    features, aux_logits = network.eval()(images)
+    assert aux_logits is None                                           # the auxiliary head only trains
+
+    images = torch.empty(1, 3, 128, 256, device="meta")
+    strides = (4, 8, 8, 8) if head == "fcn" else (4, 8, 16, 16) if backbone == "tiny" else (4, 8, 16, 32)
+    assert [tuple(level.shape[1:]) for level in network.backbone(images)] == [
+        (dim, 128 // s, 256 // s) for dim, s in zip(network.backbone.dims, strides)]
+
+
+@pytest.mark.parametrize("backbone", GOES_WITH["fcn"])
+def test_output_stride_16(backbone):
+    network = build_on_meta(backbone, "fcn", output_stride=16)
+    assert network.stride == 16
+    assert network(torch.empty(2, 3, 101, 77, device="meta"))[0].shape[2:] == (7, 5)
+
+
+def test_head_channels_set_the_width_of_the_features():
+    for backbone, head in (("mit_b1", "segformer"), ("mobilenet_v2", "fcn"), ("swin_t", "upernet")):
+        network = build_on_meta(backbone, head, head_channels=96)
+        features, _ = network(torch.empty(2, 3, 64, 64, device="meta"))
+        assert features.shape[1] == network.channels == 96
+
+
+@pytest.mark.parametrize("backbone, head", [
+    ("tiny", "segformer"), ("mit_b0", "segformer"), ("mobilenet_v2", "segformer"), ("mobilenet_v2", "fcn"),
+    ("mobilenet_v2", "upernet"), ("resnet50", "fcn"), ("swin_t", "upernet"), ("convnext_tiny", "upernet")])
+def test_trains_in_channels_last_and_bf16_and_reaches_every_parameter(backbone, head):
+    torch.manual_seed(0)
+    network = build_network(backbone, head, 5, head_channels=32, drop_path=0.0)
+    network = network.to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features, aux_logits = network(images)
+    loss = features.float().square().mean()
+    if aux_logits is not None:
+        loss = loss + aux_logits.float().square().mean()
+    loss.backward()
+    for name, p in network.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+
+
+def test_memory_format_does_not_change_the_values():
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 70, 90)
+    for backbone in ("mit_b0", "tiny"):
+        network = build_network(backbone, "segformer", 5).eval()
+        with torch.no_grad():
+            plain = network(images)[0]
+            last = network.to(memory_format=torch.channels_last)(
+                images.contiguous(memory_format=torch.channels_last))[0]
+        torch.testing.assert_close(plain, last, rtol=1e-4, atol=1e-4)
+
+
+# ---- MiT -------------------------------------------------------------------------------------------------
+
+def layer_norm(x, norm):
+    mean, var = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(var + norm.eps) * norm.weight.detach().numpy() + norm.bias.detach().numpy()
+
+
+def linear(x, layer):
+    return x @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
+
+
+def test_mix_block_equals_a_written_out_computation():
+    torch.manual_seed(0)
+    block = MixBlock(dim=8, heads=2, sr_ratio=2, mlp_ratio=4).double().eval()
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.5)
+    x = torch.randn(1, 6, 5, 8, dtype=torch.float64)
+    out = block(x).detach().numpy()[0]
+
+    attn, mlp, x = block.attn, block.mlp, x.numpy()[0]                  # (6,5,8)
+    y = layer_norm(x, block.norm1)
+    kernel, bias = attn.sr.weight.detach().numpy(), attn.sr.bias.detach().numpy()  # (8,8,2,2)
+    reduced = np.zeros((3, 2, 8))                                       # the fifth column is left over
+    for i in range(3):
+        for j in range(2):
+            reduced[i, j] = np.einsum("abc,dcab->d", y[2 * i:2 * i + 2, 2 * j:2 * j + 2], kernel) + bias
+    kv = linear(layer_norm(reduced, attn.norm), attn.kv).reshape(6, 16)
+    q, k, v = linear(y, attn.q).reshape(30, 8), kv[:, :8], kv[:, 8:]
+    mixed = np.zeros((30, 8))
+    for h in (slice(0, 4), slice(4, 8)):
+        scores = np.exp(q[:, h] @ k[:, h].T / math.sqrt(4))
+        mixed[:, h] = scores / scores.sum(1, keepdims=True) @ v[:, h]
+    x = x + linear(mixed, attn.proj).reshape(6, 5, 8)
+
+    y = linear(layer_norm(x, block.norm2), mlp.fc1)                     # (6,5,32)
+    padded = np.pad(y, ((1, 1), (1, 1), (0, 0)))
+    kernel = mlp.dwconv.dwconv.weight.detach().numpy()[:, 0]            # (32,3,3)
+    y = sum(padded[i:i + 6, j:j + 5] * kernel[:, i, j] for i in range(3) for j in range(3))
+    y = y + mlp.dwconv.dwconv.bias.detach().numpy()
+    y = 0.5 * y * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))        # exact GELU
+    np.testing.assert_allclose(out, x + linear(y, mlp.fc2), rtol=1e-10, atol=1e-10)
+
+
+def test_last_stride_of_1_keeps_the_parameters_and_doubles_the_last_map():
+    plain, fine = small_mit(), small_mit(strides=(4, 2, 2, 1))
+    assert shapes_of(plain.state_dict()) == shapes_of(fine.state_dict())
+    images = torch.randn(1, 3, 64, 96)
+    sizes = [(1, 8, 16, 24), (1, 16, 8, 12), (1, 24, 4, 6)]
+    assert [tuple(y.shape) for y in plain(images)] == [*sizes, (1, 32, 2, 3)]
+    assert [tuple(y.shape) for y in fine(images)] == [*sizes, (1, 32, 4, 6)]
+
+
+def test_drop_path_rises_linearly_over_all_blocks():
+    def rates(network):
+        return [m.p for m in network.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
+    assert rates(small_mit(drop_path=0.4)) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert rates(build_on_meta("mit_b0", "segformer")) == pytest.approx(np.linspace(0, 0.1, 8))
+    for name, rate, blocks in (("swin_t", 0.3, 12), ("swin_b", 0.3, 24), ("convnext_tiny", 0.4, 18),
+                               ("convnext_small", 0.3, 36), ("convnext_base", 0.4, 36)):
+        assert rates(build_on_meta(name, "upernet")) == pytest.approx(np.linspace(0, rate, blocks))
+    assert rates(build_on_meta("swin_t", "upernet", drop_path=0.1)) == pytest.approx(np.linspace(0, 0.1, 12))
+
+
+def test_drop_path_drops_whole_images_and_only_in_training():
+    torch.manual_seed(0)
+    block = MixBlock(8, 2, 1, 4)
+    block.drop_path.p = 0.5
+    x = torch.randn(64, 4, 4, 8)
+    kept = (block(x) == x).flatten(1).all(1)                            # both branches dropped: 1 in 4
+    assert 4 < kept.sum() < 30
+    assert not (block.eval()(x) == x).flatten(1).all(1).any()
+
+
+def test_initialisation_is_that_of_mmsegmentation():
+    torch.manual_seed(0)
+    state = build_network("mit_b0", "segformer", 5).state_dict()
+    block = "backbone.block4.0.mlp."
+    assert state[block + "fc1.weight"].std() == pytest.approx(0.02, rel=0.02)
+    assert state[block + "fc1.bias"].abs().max() == 0
+    assert state[block + "dwconv.dwconv.weight"].std() == pytest.approx(math.sqrt(2 / 9), rel=0.05)
+    assert state["head.fuse.0.weight"].std() == pytest.approx(math.sqrt(2 / 256), rel=0.02)
+    assert "head.fuse.0.bias" not in state
+    state = build_network("mobilenet_v2", "fcn", 50).state_dict()
+    assert state["head.fuse.0.weight"].std() == pytest.approx(math.sqrt(2 / (9 * 256)), rel=0.02)
+    assert state["aux_head.2.weight"].std() == pytest.approx(0.01, rel=0.05)
+    assert state["aux_head.2.bias"].abs().max() == 0
+
+
+# ---- heads -----------------------------------------------------------------------------------------------
+
+def randomise(module):
+    """Random weights and running statistics, so that no term of a head can hide."""
+    for value in module.state_dict().values():
+        if value.ndim == 1:
+            value.copy_(torch.rand(value.shape) + 0.1)
+        elif value.ndim == 4:
+            value.copy_(torch.randn(value.shape) / value[0].numel() ** 0.5)
+
+
+def unit(x, layers):
+    """What convolution + BatchNorm + ReLU do in evaluation, from the bare tensors."""
+    conv, norm = layers[0], layers[1]
+    x = F.conv2d(x, conv.weight, padding=conv.weight.shape[-1] // 2)
+    scale = norm.weight / torch.sqrt(norm.running_var + 1e-5)
+    shift = norm.bias - norm.running_mean * scale
+    return torch.clamp(x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1), min=0)
+
+
+def upsample(x, height, width):
+    """Bilinear with pixel centres (not corners) aligned, one axis after the other."""
+    for axis, size in ((2, height), (3, width)):
+        n = x.shape[axis]
+        at = ((torch.arange(size, dtype=x.dtype) + 0.5) * n / size - 0.5).clamp(0, n - 1)
+        low = at.floor().long()
+        part = (at - low).view((-1, 1) if axis == 2 else (-1,))
+        x = x.index_select(axis, low) * (1 - part) + x.index_select(axis, (low + 1).clamp(max=n - 1)) * part
+    return x
+
+
+def head_and_levels(head, dims=(4, 6, 8, 10), channels=5):
+    torch.manual_seed(0)
+    head = head(dims, channels).double().eval().requires_grad_(False)
+    randomise(head)
+    sizes = ((13, 11), (7, 6), (4, 3), (2, 2))
+    return head, [torch.randn(2, dim, *size, dtype=torch.float64) for dim, size in zip(dims, sizes)]
+
+
+def test_segformer_head_equals_a_written_out_computation():
+    head, levels = head_and_levels(backbones.SegFormerHead)
+    maps = [upsample(unit(x, layers), 13, 11) for x, layers in zip(levels, head.levels)]
+    torch.testing.assert_close(head(levels), unit(torch.cat(maps, 1), head.fuse))
+
+
+def test_fcn_head_equals_a_written_out_computation():
+    head, levels = head_and_levels(backbones.FCNHead)
+    y = unit(unit(levels[3], head.convs[0]), head.convs[1])
+    torch.testing.assert_close(head(levels), unit(torch.cat([levels[3], y], 1), head.fuse))
+
+
+def test_upernet_head_equals_a_written_out_computation():
+    head, (a, b, c, d) = head_and_levels(backbones.UPerHead)
+    pools = []
+    for n, pool in zip((1, 2, 3, 6), head.pools):
+        bins = [range(i * 2 // n, -(-(i + 1) * 2 // n)) for i in range(n)]   # adaptive bins of a 2x2 map
+        means = torch.stack([torch.stack([d[:, :, list(r)][..., list(s)].mean((2, 3)) for s in bins], -1)
+                             for r in bins], -2)
+        pools.append(upsample(unit(means, pool[1]), 2, 2) if n < 6 else
+                     F.interpolate(unit(means, pool[1]), (2, 2), mode="bilinear", align_corners=False))
+    p4 = unit(torch.cat([d, *pools], 1), head.bottleneck)
+    p3 = unit(c, head.laterals[2]) + upsample(p4, 4, 3)
+    p2 = unit(b, head.laterals[1]) + upsample(p3, 7, 6)
+    p1 = unit(a, head.laterals[0]) + upsample(p2, 13, 11)
+    maps = [unit(p1, head.smooth[0]), unit(p2, head.smooth[1]), unit(p3, head.smooth[2]), p4]
+    expected = unit(torch.cat([upsample(y, 13, 11) for y in maps], 1), head.fuse)
+    torch.testing.assert_close(head([a, b, c, d]), expected)
+
+
+def test_upernet_names_the_remedy_for_a_batch_of_one():
+    network = build_network("mobilenet_v2", "upernet", 5, head_channels=8)
+    with pytest.raises(UserError, match="batch size of 2"):
+        network(torch.randn(1, 3, 64, 64))
+    assert network.eval()(torch.randn(1, 3, 64, 64))[0].shape == (1, 8, 16, 16)
+
+
+# ---- dilation --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet50"])
+def test_dilated_backbone_equals_the_strided_one_where_both_have_values(name):
+    torch.manual_seed(0)
+    strided = getattr(torchvision.models, name)().eval()
+    images = torch.randn(1, 3, 97, 70)
+    with torch.no_grad():
+        coarse = backbones.TorchvisionBackbone(strided, name).eval()(images)[3]
+        for output_stride in (8, 16):
+            net = backbones.torchvision_classifier(name, output_stride)
+            net.load_state_dict(strided.state_dict())
+            fine = backbones.TorchvisionBackbone(net, name).eval()(images)[3]
+            step = 32 // output_stride
+            assert fine.shape[2:] == (math.ceil(97 / output_stride), math.ceil(70 / output_stride))
+            torch.testing.assert_close(fine[:, :, ::step, ::step], coarse, rtol=1e-3, atol=1e-4)
+
+
+# ---- what goes together ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("backbone, head", [("swin_t", "fcn"), ("tiny", "upernet"), ("resnet50", "segformer"),
+                                            ("mit_b0", "uper"), ("mit_b9", "segformer")])
+def test_wrong_pairs_list_what_goes_together(backbone, head):
+    with pytest.raises(UserError) as error:
+        build_network(backbone, head, 5)
+    for part in (backbone, head, "segformer with mit_b0", "fcn with resnet50", "upernet with swin_t", "tiny"):
+        assert part in str(error.value)
+
+
+def test_wrong_output_stride_and_drop_path_are_named():
+    with pytest.raises(UserError, match="output stride 4 .* 8 or 16"):
+        build_on_meta("resnet50", "fcn", output_stride=4)
+    with pytest.raises(UserError, match="resnet50 has no blocks to drop"):
+        build_on_meta("resnet50", "fcn", drop_path=0.1)
+
+
+# ---- pretrained MiT --------------------------------------------------------------------------------------
+
+def original_checkpoint(dims=(8, 16, 24, 32), depths=(1, 2, 1, 1)):
+    """A random state dict with the names and shapes of the original release, its classifier included."""
+    torch.manual_seed(1)
+    shapes, before = {}, 3
+    for s, (c, depth, reduction, kernel) in enumerate(zip(dims, depths, (8, 4, 2, 1), (7, 3, 3, 3)), 1):
+        shapes |= {f"patch_embed{s}.proj.weight": (c, before, kernel, kernel),
+                   f"patch_embed{s}.proj.bias": (c,),
+                   f"patch_embed{s}.norm.weight": (c,), f"patch_embed{s}.norm.bias": (c,),
+                   f"norm{s}.weight": (c,), f"norm{s}.bias": (c,)}
+        for j in range(depth):
+            weights = {"norm1": (c,), "norm2": (c,),
+                       "attn.q": (c, c), "attn.kv": (2 * c, c), "attn.proj": (c, c),
+                       "mlp.fc1": (4 * c, c), "mlp.dwconv.dwconv": (4 * c, 1, 3, 3), "mlp.fc2": (c, 4 * c)}
+            if reduction > 1:
+                weights |= {"attn.sr": (c, c, reduction, reduction), "attn.norm": (c,)}
+            for name, shape in weights.items():
+                shapes |= {f"block{s}.{j}.{name}.weight": shape, f"block{s}.{j}.{name}.bias": shape[:1]}
+        before = c
+    state = {name: torch.randn(shape) for name, shape in shapes.items()}
+    return state | {"head.weight": torch.randn(1000, dims[3]), "head.bias": torch.randn(1000)}
+
+
+def huggingface_checkpoint(original):
+    """The same tensors under HuggingFace's names, written from its naming and not from ours."""
+    parts = {"attn.q": "attention.self.query", "attn.proj": "attention.output.dense",
+             "attn.sr": "attention.self.sr", "attn.norm": "attention.self.layer_norm",
+             "norm1": "layer_norm_1", "norm2": "layer_norm_2",
+             "mlp.fc1": "mlp.dense1", "mlp.fc2": "mlp.dense2", "mlp.dwconv.dwconv": "mlp.dwconv.dwconv"}
+    state = {}
+    for name, value in original.items():
+        part, kind = name.rsplit(".", 1)
+        if part == "head":
+            state[f"classifier.{kind}"] = value
+            continue
+        stage = int(part.split(".")[0][-1]) - 1
+        if part.startswith("patch_embed"):
+            inner = "proj" if part.endswith("proj") else "layer_norm"
+            state[f"segformer.encoder.patch_embeddings.{stage}.{inner}.{kind}"] = value
+        elif part.startswith("norm"):
+            state[f"segformer.encoder.layer_norm.{stage}.{kind}"] = value
+        else:
+            _, block, inner = part.split(".", 2)
+            prefix = f"segformer.encoder.block.{stage}.{block}."
+            if inner == "attn.kv":
+                half = len(value) // 2
+                state[f"{prefix}attention.self.key.{kind}"] = value[:half]
+                state[f"{prefix}attention.self.value.{kind}"] = value[half:]
+            else:
+                state[f"{prefix}{parts[inner]}.{kind}"] = value
+    return state
+
+
+def test_mit_loads_original_and_huggingface_names():
+    original = original_checkpoint()
+    hf = huggingface_checkpoint(original)
+    without_prefix = {name.removeprefix("segformer."): value for name, value in hf.items()}
+    headless = {name: value for name, value in original.items() if "head" not in name}
+    decoder = {"decode_head.classifier.weight": torch.zeros(3), "decode_head.linear_fuse.bias": torch.zeros(3)}
+    for state in (original, headless, hf, without_prefix, hf | decoder):
+        names = list(state)
+        model = small_mit()
+        load_mit_weights(model, state)
+        assert list(state) == names                                     # the caller's dict is left alone
+        loaded = model.state_dict()
+        assert set(loaded) == {name for name in original if not name.startswith("head.")}
+        assert all(torch.equal(loaded[name], original[name]) for name in loaded)
+
+
+def test_names_of_the_real_sizes_are_those_of_the_release():
+    for size, tensors in ((0, 176), (2, 332)):
+        dims = (32, 64, 160, 256) if size == 0 else (64, 128, 320, 512)
+        with torch.device("meta"):
+            released = original_checkpoint(dims, MIT_BLOCKS[size])
+        own = build_on_meta(f"mit_b{size}", "segformer").backbone.state_dict()
+        assert len(own) == tensors
+        assert shapes_of(own) == {k: v for k, v in shapes_of(released).items() if "head" not in k}
+
+
+def changed(state, name, value):
+    return {k: v for k, v in state.items() if k != name} | ({} if value is None else {name: value})
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda s: original_checkpoint(depths=(1, 2, 3, 1)), ["40 unexpected: block3.1."]),   # deeper
+    (lambda s: original_checkpoint(depths=(1, 1, 1, 1)), ["missing: block2.1."]),   # shallower
+    (lambda s: original_checkpoint(dims=(16, 32, 48, 64)), ["of another shape: patch_embed1."]),   # wider
+    (lambda s: changed(s, "norm3.bias", None), ["1 missing: norm3.bias"]),
+    (lambda s: changed(s, "norm5.bias", torch.zeros(1)), ["1 unexpected: norm5.bias"]),
+    (lambda s: changed(s, "norm3.bias", torch.zeros(7)), ["1 of another shape: norm3.bias"]),
+    (lambda s: changed(huggingface_checkpoint(s),
+                       "segformer.encoder.block.0.0.attention.self.key.bias", None),
+     ["1 missing: block1.0.attn.kv.bias", "1 unexpected: block1.0.attn.value.bias"]),
+    (lambda s: {"layers.0.0.projection.weight": torch.zeros(8, 3, 7, 7)}, ["mmsegmentation"]),
+    (lambda s: {}, ["missing", " ..."])])
+def test_mit_refuses_other_networks_whole(make, words):
+    model = small_mit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        load_mit_weights(model, make(original_checkpoint()))
+    for word in words:
+        assert word in str(error.value)
+    assert str(error.value).count(", ") < 20                            # five names of a kind, not all
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ---- pretrained weights by file, name and URL --------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def mobilenet():
+    torch.manual_seed(2)
+    return torchvision.models.mobilenet_v2().state_dict()
+
+
+@pytest.mark.parametrize("head", ["segformer", "fcn", "upernet"])
+def test_a_torchvision_file_fills_the_backbone(tmp_path, mobilenet, head):
+    features = {name: value for name, value in mobilenet.items() if not name.startswith("classifier")}
+    uncounted = {name: value for name, value in features.items() if "num_batches" not in name}
+    path = tmp_path / "weights.pth"
+    for state in (mobilenet, features, uncounted, {"state_dict": mobilenet}, {"model": features, "epoch": 3}):
+        torch.save(state, path)
+        network = build_network("mobilenet_v2", head, 5, head_channels=8, weights=str(path))
+        loaded = [value for value in network.backbone.state_dict().values() if value.is_floating_point()]
+        expected = [value for name, value in features.items()
+                    if value.is_floating_point() and not name.startswith("features.18.")]
+        assert len(loaded) == len(expected) and all(torch.equal(a, b) for a, b in zip(loaded, expected))
+
+
+def test_mit_and_tiny_load_from_files(tmp_path):
+    for name in ("mit_b0", "tiny"):
+        first = build_network(name, "segformer", 5, head_channels=8)
+        torch.save(first.backbone.state_dict(), tmp_path / f"{name}.pth")
+        second = build_network(name, "segformer", 5, head_channels=8, weights=tmp_path / f"{name}.pth")
+        for a, b in zip(first.backbone.state_dict().values(), second.backbone.state_dict().values()):
+            assert torch.equal(a, b)
+    with pytest.raises(UserError, match="tiny.pth.*missing"):
+        build_network("mit_b0", "segformer", 5, weights=str(tmp_path / "tiny.pth"))
+
+
+def test_files_that_do_not_serve_are_named(tmp_path, mobilenet):
+    path = tmp_path / "weights.pth"
+
+    def message(weights=path, backbone="mobilenet_v2"):
+        with pytest.raises(UserError) as error:
+            build_network(backbone, "segformer", 5, weights=str(weights))
+        assert str(weights) in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no such file" in message()
+    path.write_bytes(b"<html>not found</html>")
+    assert "cannot read" in message()
+    torch.save(mobilenet, path)
+    path.write_bytes(path.read_bytes()[:5000])                          # a download that broke off
+    assert "cannot read" in message()
+    torch.save(nn.Linear(2, 2), path)                                   # a pickled module: never unpickled
+    assert "cannot read" in message()
+    for wrong in ([torch.zeros(2)], {"epoch": 3}, {"state_dict": {"a": "b"}}):
+        torch.save(wrong, path)
+        assert "holds no state dict" in message()
+    torch.save({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)}, path)
+    assert "unexpected: _conv_stem.weight" in message() and "312" not in message()
+    assert "another package" in message(tmp_path / "model.safetensors")
+
+
+def test_imagenet_weights_exist_for_torchvision_networks_only():
+    with pytest.raises(UserError, match="mit_b3.pth.*nvidia/mit-b3"):
+        build_network("mit_b3", "segformer", 5, weights="imagenet")
+    with pytest.raises(UserError, match="no ImageNet weights for tiny"):
+        build_network("tiny", "segformer", 5, weights="imagenet")
+
+
+@pytest.mark.parametrize("backbone, head", [
+    ("resnet50", "fcn"), ("swin_t", "upernet"), ("convnext_tiny", "upernet"), ("mobilenet_v2", "segformer")])
+def test_imagenet_means_torchvisions_own_file(monkeypatch, backbone, head):
+    asked = []
+
+    def download(url, file_name=None, map_location=None, weights_only=False):
+        asked.append(url)
+        assert weights_only
+        state = getattr(torchvision.models, backbone)().state_dict()
+        return {k: torch.full_like(v, 0.25) if v.is_floating_point() else v for k, v in state.items()}
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    network = build_network(backbone, head, 5, head_channels=8, weights="imagenet")
+    assert len(asked) == 1 and asked[0].startswith(f"https://download.pytorch.org/models/{backbone}-")
+    assert all((p == 0.25).all() for p in network.backbone.stages.parameters())
+    assert not any((p == 0.25).any() for p in network.head.parameters())
+
+
+def test_urls_are_cached_apart_and_failures_name_them(monkeypatch):
+    names = []
+
+    def download(url, file_name=None, map_location=None, weights_only=False):
+        assert weights_only
+        names.append(file_name)
+        raise OSError("HTTP Error 404: Not Found")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    for size in (0, 1):
+        url = f"https://example.org/mit-b{size}/pytorch_model.bin"
+        with pytest.raises(UserError) as error:
+            build_network("mit_b0", "segformer", 5, weights=url)
+        assert url in str(error.value) and "404" in str(error.value)
+    assert names[0] != names[1] and all(name.endswith("_pytorch_model.bin") for name in names)

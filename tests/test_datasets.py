@@ -1,0 +1,736 @@
+"""common/datasets.py against numpy, colorsys and brute force; tiny data sets are written to tmp_path."""
+import colorsys
+import itertools
+import math
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import datasets as ds
+from common.run import UserError
+from data import prepare_cocostuff10k as prepare
+from data import toy_scenes
+
+REPO = Path(__file__).parent.parent
+
+
+def random_image(height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def random_mask(height, width, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    size = height // 8 + 1, width // 8 + 1
+    coarse = torch.randint(0, classes, size, dtype=torch.uint8, generator=generator)
+    return coarse.repeat_interleave(8, 0).repeat_interleave(8, 1)[:height, :width].contiguous()
+
+
+def save(path, array):
+    """Write an array (H,W) or (H,W,3) as an image file; makes the folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array, dtype=np.uint8)).save(path)
+
+
+def save_pair(image_path, mask_path, mask=None, size=(6, 8)):
+    mask = np.zeros(size) if mask is None else np.asarray(mask)
+    save(image_path, np.full((*mask.shape, 3), 100))
+    save(mask_path, mask)
+
+
+def folder_set(root, splits=("train", "val"), count=3, classes=4, height=40, width=56):
+    """The `folder` layout with random images and masks."""
+    for split in splits:
+        for i in range(count):
+            seed = 100 * splits.index(split) + i
+            save(root / "images" / split / f"p{i}.png", random_image(height, width, seed).permute(1, 2, 0))
+            save(root / "masks" / split / f"p{i}.png", random_mask(height, width, classes, seed))
+    (root / "classes.txt").write_text("".join(f"{c} class{c}\n" for c in range(classes)))
+    return root
+
+
+def message(call, *args, **kwargs):
+    """The sentence of the UserError that call(...) must raise: one line."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text and "Traceback" not in text
+    return text
+
+
+# ---- sizes, crops, padding -------------------------------------------------------------------------------
+
+def test_fitted_size_by_hand():
+    assert ds.fitted_size(480, 640, 512) == (512, 683)  # short side 512; 640 * 512/480 = 682.67
+    assert ds.fitted_size(640, 480, 512) == (683, 512)
+    assert ds.fitted_size(100, 1000, 512) == (205, 2048)               # the long side stops at 4 * 512
+    assert ds.fitted_size(480, 640, 512, 0.5) == (256, 341)
+    assert ds.fitted_size(333, 500, 512, 1.999) == (1023, 1536)        # int(512 * 1.999) = 1023
+    assert ds.fitted_size(33, 57, 0) == (33, 57) and ds.fitted_size(33, 57, 0, 2.0) == (66, 114)
+    assert ds.fitted_size(1, 900, 64, 0.5) == (1, 128) and ds.fitted_size(900, 1, 64, 0.5) == (128, 1)
+
+
+def test_fitted_size_is_the_largest_that_fits():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        h, w = rng.integers(20, 1500, 2).tolist()
+        size, ratio = int(rng.integers(64, 600)), float(rng.uniform(0.5, 2))
+        long_limit, short_limit = math.floor(4 * size * ratio), math.floor(size * ratio)
+        new_h, new_w = ds.fitted_size(h, w, size, ratio)
+        assert max(new_h, new_w) <= long_limit and min(new_h, new_w) <= short_limit
+        assert max(new_h, new_w) == long_limit or min(new_h, new_w) == short_limit
+        assert abs(new_h - new_w * h / w) <= 0.5 + 0.5 * h / w + 1e-6  # aspect kept up to the rounding
+
+
+def test_resizing_is_bilinear_without_antialiasing_and_nearest_for_masks():
+    h, w, image, mask = 37, 50, random_image(37, 50), random_mask(37, 50)
+    out, labels = ds.augment(image, mask, size=20, crop=64, scale=(1.0, 1.0), photometric=False)
+    new_h, new_w = 20, 27
+    ys, xs = ((np.arange(n) + 0.5) * old / n - 0.5 for n, old in ((new_h, h), (new_w, w)))
+    expected = np.zeros((3, new_h, new_w))
+    for i, j in itertools.product(range(new_h), range(new_w)):
+        y0, x0 = math.floor(max(ys[i], 0)), math.floor(max(xs[j], 0))
+        dy, dx = max(ys[i], 0) - y0, max(xs[j], 0) - x0
+        y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
+        a = image.numpy().astype(float)
+        expected[:, i, j] = ((1 - dy) * ((1 - dx) * a[:, y0, x0] + dx * a[:, y0, x1])
+                             + dy * ((1 - dx) * a[:, y1, x0] + dx * a[:, y1, x1]))
+    nearest = mask.numpy()[(np.arange(new_h) * h // new_h)[:, None], np.arange(new_w) * w // new_w]
+    got = ds.denormalise(out)[:, :new_h, :new_w].numpy().astype(float)
+    got_labels = labels[:new_h, :new_w].numpy()
+    if (got_labels != nearest).any():                                   # this sample was flipped
+        got, got_labels = got[:, :, ::-1], got_labels[:, ::-1]
+    assert (got_labels == nearest).all()
+    assert abs(got - expected).max() <= 1.0  # fixed-point rounding of the uint8 kernel
+
+
+def rule_holds(window):
+    values, counts = np.unique(window[window != 255], return_counts=True)
+    return len(values) >= 2 and counts.max() / counts.sum() < 0.75
+
+
+def test_crop_rule_equals_brute_force():
+    mask = torch.zeros(90, 120, dtype=torch.uint8)
+    mask[60:, 80:] = 1  # only crops at the lower right are mixed
+    mask[:10] = 255
+    kept = 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        draws = [(torch.randint(61, ()).item(), torch.randint(91, ()).item()) for _ in range(11)]
+        good = [(y, x) for y, x in draws if rule_holds(mask[y:y + 30, x:x + 30].numpy())]
+        torch.manual_seed(seed)
+        assert ds.crop_corner(mask, 30) == (good or draws[-1:])[0]
+        kept += bool(good)
+    assert 20 < kept < 200                                              # both outcomes were seen
+
+
+@pytest.mark.parametrize("mask, draws", [
+    (torch.zeros(9, 9), 11),  # one class: 10 retries, then taken as it is
+    (torch.full((9, 9), 255), 11),
+    (torch.tensor([0] * 75 + [1] * 25).view(10, 10), 11),               # exactly 75 % is too much
+    (torch.tensor([0] * 74 + [1] * 26).view(10, 10), 1),
+    (torch.tensor([255] * 90 + [0] * 5 + [1] * 5).view(10, 10), 1),     # 255 is no class
+    (torch.tensor([255] * 90 + [0] * 10).view(10, 10), 11),
+])
+def test_number_of_crop_tries(mask, draws):
+    torch.manual_seed(3)
+    ds.crop_corner(mask.to(torch.uint8), 10)                            # the whole mask is the only window
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    for _ in range(2 * draws):
+        torch.randint(1, ())
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_image_smaller_than_the_crop_is_padded_right_and_below():
+    image, mask = random_image(21, 34), random_mask(21, 34)
+    x, y = ds.augment(image, mask, size=0, crop=50, scale=(1.0, 1.0), photometric=False)
+    assert x.shape == (3, 50, 50) and x.dtype == torch.float32 and y.shape == (50, 50)
+    assert (x[:, 21:] == 0).all() and (x[:, :, 34:] == 0).all()
+    assert (y[21:] == 255).all() and (y[:, 34:] == 255).all()
+    flipped = not torch.equal(y[:21, :34], mask)
+    inside = x[:, :21, :34].flip(2) if flipped else x[:, :21, :34]
+    mean, std = np.array([123.675, 116.28, 103.53]), np.array([58.395, 57.12, 57.375])
+    expected = (image.numpy() - mean[:, None, None]) / std[:, None, None]
+    assert abs(inside.numpy() - expected).max() < 1e-5
+
+
+def test_image_and_mask_stay_together_and_half_are_flipped():
+    mask = torch.arange(60 * 90).view(60, 90).remainder(251).to(torch.uint8)
+    mask[:, ::2] = 7  # an odd pattern, never its own mirror image
+    image = mask.expand(3, -1, -1)
+    flips = 0
+    for seed in range(100):
+        torch.manual_seed(seed)
+        x, y = ds.augment(image, mask, size=0, crop=32, scale=(1.0, 1.0), photometric=False)
+        assert torch.equal(ds.denormalise(x)[0], y)
+        windows = mask.unfold(0, 32, 1).unfold(1, 32, 1)                # every upright crop
+        flips += not (windows == y).flatten(2).all(2).any()
+    assert 30 < flips < 70
+
+
+@pytest.mark.parametrize("height, width, size, crop",
+                         [(33, 57, 64, 48), (1, 40, 16, 8), (300, 20, 32, 65), (64, 64, 0, 64)])
+def test_odd_sizes_work(height, width, size, crop):
+    for seed in range(8):
+        torch.manual_seed(seed)
+        x, y = ds.augment(random_image(height, width), random_mask(height, width), size, crop)
+        assert x.shape == (3, crop, crop) and y.shape == (crop, crop) and torch.isfinite(x).all()
+
+
+# ---- colours ---------------------------------------------------------------------------------------------
+
+def hsv_reference(pixels, change):
+    """Pixels (3,n) uint8 through colorsys; change(h, s, v) gives the new triple. Not rounded."""
+    rows = [colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*(p / 255.0)))) for p in pixels.T]
+    return 255 * np.array(rows).T
+
+
+@pytest.mark.parametrize("steps", [-18, -7, 0, 1, 17])
+def test_hue_steps_are_two_degrees(steps):
+    pixels = random_image(1, 2000)[:, 0]
+    pixels[:, :3] = torch.tensor([[0, 255, 77], [0, 255, 77], [0, 255, 77]], dtype=torch.uint8)       # grey
+    expected = hsv_reference(pixels.numpy(), lambda h, s, v: ((h + steps / 180) % 1, s, v))
+    got = ds.shift_hue(pixels[:, None], steps)[:, 0].numpy()
+    assert abs(got - expected).max() <= 0.5 + 1e-3
+    assert (got[:, :3] == pixels[:, :3].numpy()).all()
+    assert steps or (got == pixels.numpy()).all()
+
+
+def test_hue_of_pure_colours():
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
+    assert ds.shift_hue(red, 30).flatten().tolist() == [255, 255, 0]    # 60 degrees on: yellow
+    assert ds.shift_hue(red, -30).flatten().tolist() == [255, 0, 255]
+    assert ds.shift_hue(red, 15).flatten().tolist() == [255, 128, 0]
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.0, 1.5])
+def test_saturation(factor):
+    pixels = random_image(1, 2000)[:, 0]
+    expected = hsv_reference(pixels.numpy(), lambda h, s, v: (h, min(s * factor, 1), v))
+    got = ds.scale_saturation(pixels[:, None], factor)[:, 0].numpy()
+    assert abs(got - expected).max() <= 0.5 + 1e-3
+    assert factor != 1 or (got == pixels.numpy()).all()
+
+
+def test_brightness_and_contrast_are_clipped_and_cut():
+    values = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+    for factor, shift in ((1.0, -31.7), (1.0, 20.4), (1.49, 0.0), (0.5, 0.0)):
+        expected = np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32(shift)
+        got = ds.scale_values(values, factor, shift)
+        assert got.dtype == torch.uint8 and (got.numpy() == np.floor(np.clip(expected, 0, 255))).all()
+
+
+def test_colours_unchanged_if_every_coin_says_no(monkeypatch):
+    monkeypatch.setattr(ds, "coin", lambda: False)
+    image = random_image(20, 20)
+    assert torch.equal(ds.distort_colours(image), image)
+
+
+@pytest.mark.parametrize("contrast_first", [True, False])
+def test_order_of_the_colour_steps(monkeypatch, contrast_first):
+    coins = iter([True, True, contrast_first, True, True])     # brightness, contrast, first?, saturation, hue
+    steps = []
+    monkeypatch.setattr(ds, "coin", lambda: next(coins))
+    monkeypatch.setattr(ds, "scale_values",
+                        lambda x, factor=1.0, shift=0.0: steps.append((factor, shift)) or x)
+    monkeypatch.setattr(ds, "scale_saturation", lambda x, factor: steps.append("saturation") or x)
+    monkeypatch.setattr(ds, "shift_hue", lambda x, n: steps.append("hue") or x)
+    ds.distort_colours(random_image(4, 4))
+    assert steps.pop(0)[0] == 1.0                                       # brightness: a shift
+    factor, shift = steps.pop(0 if contrast_first else -1)
+    assert shift == 0.0 and factor != 1.0
+    assert steps == ["saturation", "hue"]
+
+
+def test_colour_ranges_and_probabilities(monkeypatch):
+    seen = {"brightness": [], "contrast": [], "saturation": [], "hue": []}
+
+    def scale_values(image, factor=1.0, shift=0.0):
+        seen["contrast" if shift == 0 else "brightness"].append(factor if shift == 0 else shift)
+        return image
+    monkeypatch.setattr(ds, "scale_values", scale_values)
+    monkeypatch.setattr(ds, "scale_saturation", lambda x, factor: seen["saturation"].append(factor) or x)
+    monkeypatch.setattr(ds, "shift_hue", lambda x, n: seen["hue"].append(n) or x)
+    torch.manual_seed(0)
+    image = random_image(2, 2)
+    for _ in range(2000):
+        ds.distort_colours(image)
+    for name, low, high in (("brightness", -32, 32), ("contrast", 0.5, 1.5), ("saturation", 0.5, 1.5)):
+        edge = 0.02 * (high - low)
+        assert low <= min(seen[name]) < low + edge and high - edge < max(seen[name]) <= high
+    assert set(seen["hue"]) == set(range(-18, 18))
+    assert all(900 < len(values) < 1100 for values in seen.values())    # each with probability 1/2
+
+
+def test_normalise_by_hand_and_back():
+    image = torch.tensor([0, 124, 255], dtype=torch.uint8).view(3, 1, 1)
+    expected = [(0 - 123.675) / 58.395, (124 - 116.28) / 57.12, (255 - 103.53) / 57.375]
+    assert ds.normalise(image).flatten().tolist() == pytest.approx(expected)
+    image = random_image(9, 7)
+    assert torch.equal(ds.denormalise(ds.normalise(image)), image)
+
+
+# ---- views and loaders -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return folder_set(tmp_path_factory.mktemp("folder"), count=5)
+
+
+def same(a, b):
+    return all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in ("image", "mask", "index"))
+
+
+def test_train_view_depends_on_its_key_alone(folder):
+    data = ds.open_dataset("folder", folder, "train")
+    view = ds.TrainView(data, size=32, crop=24)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    a = view[(2, 77)]
+    assert torch.equal(torch.get_rng_state(), before)                   # dropout goes on undisturbed
+    torch.manual_seed(2)
+    assert same(a, view[(2, 77)])
+    assert not same(a, view[(2, 78)])
+    assert a["image"].dtype == torch.float32 and a["image"].shape == (3, 24, 24)
+    assert a["mask"].dtype == torch.int64 and a["mask"].shape == (24, 24) and a["index"] == 2
+
+
+def test_train_view_restores_the_generator_after_an_error(tmp_path):
+    data = ds.open_dataset("folder", folder_set(tmp_path), "train")
+    view = ds.TrainView(data, size=32, crop=24, scale=("a", "b"))
+    before = torch.get_rng_state()
+    with pytest.raises(TypeError):
+        view[(0, 1)]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_test_view_keeps_the_mask_at_its_own_size(folder):
+    data = ds.open_dataset("folder", folder, "val")
+    sample = ds.TestView(data, 30)[1]
+    image, mask = data.read(1)
+    assert sample["image"].shape == (3, 30, 42) and sample["index"] == 1
+    assert sample["mask"].dtype == torch.int64 and torch.equal(sample["mask"], mask.long())
+    assert torch.equal(ds.TestView(data, 0)[1]["image"], ds.normalise(image))
+    assert ds.resize_to_short_side(random_image(10, 100), 32).shape == (3, 13, 128)      # long side <= 4 * 32
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(folder, workers):
+    view = ds.TrainView(ds.open_dataset("folder", folder, "train"), size=32, crop=24)
+    before = torch.get_rng_state()
+    alone = list(ds.train_loader(view, 4, 7, 0, 5, 0, "cpu"))
+    helped = list(ds.train_loader(view, 4, 7, 0, 5, workers, "cpu"))
+    assert len(alone) == len(helped) == 5
+    assert alone[0]["image"].shape == (4, 3, 24, 24) and alone[0]["mask"].shape == (4, 24, 24)
+    assert all(same(a, b) for a, b in zip(alone, helped))
+    assert torch.equal(torch.get_rng_state(), before)  # loaders draw from no shared generator
+
+
+def test_resumed_loader_goes_on_with_the_same_samples(folder):
+    view = ds.TrainView(ds.open_dataset("folder", folder, "train"), size=32, crop=24)
+    whole = list(ds.train_loader(view, 3, 5, 0, 6, 0, torch.device("cpu")))
+    rest = list(ds.train_loader(view, 3, 5, 4, 6, 0, torch.device("cpu")))
+    assert len(rest) == 2 and all(same(a, b) for a, b in zip(whole[4:], rest))
+
+
+def test_batches_resume_and_partition():
+    whole = list(ds.BatchesFrom(10, 4, seed=3, stop=12))
+    assert len(ds.BatchesFrom(10, 4, seed=3, start=5, stop=12)) == 7
+    assert list(ds.BatchesFrom(10, 4, seed=3, start=5, stop=12)) == whole[5:]
+    endless = ds.BatchesFrom(10, 4, seed=3, start=5)
+    assert list(itertools.islice(endless, 7)) == whole[5:]
+    parts = [list(ds.BatchesFrom(10, 4, seed=3, stop=12, rank=r, world=2)) for r in range(2)]
+    for batch, a, b in zip(whole, *parts):
+        assert a == batch[0::2] and b == batch[1::2]
+
+
+def test_every_epoch_has_every_sample_once():
+    samples = [pair for batch in ds.BatchesFrom(10, 4, seed=3, stop=15) for pair in batch]   # 6 epochs
+    epochs = [[index for index, _ in samples[i:i + 10]] for i in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6                 # each in its own order
+    assert len({seed for _, seed in samples}) == 60                     # and no augmentation twice
+    other = [pair for batch in ds.BatchesFrom(10, 4, seed=4, stop=15) for pair in batch]
+    assert not {seed for _, seed in samples} & {seed for _, seed in other}
+    assert [index for index, _ in other] != [index for index, _ in samples]
+
+
+def test_batch_larger_than_the_data_set():
+    batch = next(iter(ds.BatchesFrom(3, 7, seed=0, stop=1)))
+    assert len(batch) == 7
+    assert sorted(i for i, _ in batch[:3]) == sorted(i for i, _ in batch[3:6]) == [0, 1, 2]
+
+
+def test_evaluation_ranks_partition_the_images(folder):
+    view = ds.TestView(ds.open_dataset("folder", folder, "val"), 0)
+    seen = [[batch["index"].item() for batch in ds.eval_loader(view, 0, "cpu", rank, 2)] for rank in range(2)]
+    assert seen == [[0, 2, 4], [1, 3]]
+    batch = next(iter(ds.eval_loader(view, 2, "cpu")))
+    assert batch["image"].shape == (1, 3, 40, 56) and batch["mask"].shape == (1, 40, 56)
+
+
+def test_pixel_counts(folder):
+    data = ds.open_dataset("folder", folder, "train")
+    masks = [np.array(Image.open(folder / "masks" / "train" / f"p{i}.png")) for i in range(5)]
+    expected = [sum(int((m == c).sum()) for m in masks) for c in range(4)]
+    assert ds.pixel_counts(data).tolist() == ds.pixel_counts(data, workers=2).tolist() == expected
+
+
+# ---- readers ---------------------------------------------------------------------------------------------
+
+def test_names_of_the_classes():
+    assert ds.NUM_CLASSES == {"toy_scenes": len(toy_scenes.CLASSES), "ade20k": 150, "cocostuff10k": 171,
+                              "voc": 21, "camvid": 11}
+    assert all(len(set(names)) == len(names) and all(names) for names in ds.CLASSES.values())
+    ade, coco = ds.CLASSES["ade20k"], ds.CLASSES["cocostuff10k"]
+    assert ade[0] == "wall" and ade[64] == "coffee table" and ade[149] == "flag"
+    assert coco[0] == "person" and coco[79] == "toothbrush" and coco[80] == "banner" and coco[170] == "wood"
+    assert ds.CLASSES["voc"][15] == "person" and ds.CLASSES["camvid"][8] == "car"
+
+
+@pytest.mark.parametrize("below", ["", "ADEChallengeData2016"])
+def test_ade20k(tmp_path, below):
+    raw = [[0, 1, 2], [149, 150, 255]]
+    root = tmp_path / below
+    for part in ("training", "validation"):
+        save_pair(root / "images" / part / "ADE_b.jpg", root / "annotations" / part / "ADE_b.png", raw)
+        save_pair(root / "images" / part / "ADE_a.jpg", root / "annotations" / part / "ADE_a.png", raw)
+    data = ds.open_dataset("ade20k", str(tmp_path), "val")
+    assert len(data) == 2 and data.num_classes == 150 and data.name_of(0) == "ADE_a"
+    image, mask = data.read(0)
+    assert image.shape == (3, 2, 3) and image.dtype == mask.dtype == torch.uint8
+    assert mask.tolist() == [[255, 0, 1], [148, 149, 255]]
+    assert "choose one of train, val" in message(ds.open_dataset, "ade20k", tmp_path, "test")
+
+
+def test_cocostuff10k(tmp_path):
+    for split in ("train2014", "test2014"):
+        save_pair(tmp_path / "images" / split / "COCO_1.jpg",
+                  tmp_path / "annotations" / split / "COCO_1_labelTrainIds.png", [[0, 1, 171]])
+    data = ds.open_dataset("cocostuff10k", tmp_path, "test")
+    assert data.num_classes == 171 and data.read(0)[1].tolist() == [[255, 0, 170]]
+    assert "choose one of train, test" in message(ds.open_dataset, "cocostuff10k", tmp_path, "val")
+
+
+@pytest.mark.parametrize("below", ["", "VOC2012", "VOCdevkit/VOC2012"])
+def test_voc(tmp_path, below):
+    root = tmp_path / below
+    for name in ("2007_1", "2007_2", "2008_3"):
+        save(root / "JPEGImages" / f"{name}.jpg", np.zeros((2, 3, 3)))
+    for name in ("2007_1", "2007_2"):
+        mask = Image.fromarray(np.array([[0, 1, 20], [255, 15, 0]], dtype=np.uint8)).convert("P")
+        mask.putpalette([i * 7 % 256 for i in range(768)])
+        (root / "SegmentationClass").mkdir(parents=True, exist_ok=True)
+        mask.save(root / "SegmentationClass" / f"{name}.png")
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2007_2\n2007_1\n")
+    (lists / "val.txt").write_text("2007_1\n")
+    data = ds.open_dataset("voc", tmp_path, "train")
+    val = ds.open_dataset("voc", tmp_path, "val")
+    assert [data.name_of(i) for i in range(2)] == ["2007_2", "2007_1"] and len(val) == 1
+    assert data.read(0)[1].tolist() == [[0, 1, 20], [255, 15, 0]]       # indices, not colours
+
+    text = message(ds.open_dataset, "voc", tmp_path, "trainaug")
+    assert "SBD" in text and "10,582" in text and "trainaug.txt" in text and "SegmentationClassAug" in text
+    assert "not public" in message(ds.open_dataset, "voc", tmp_path, "test")
+    save(root / "SegmentationClassAug" / "2008_3.png", np.full((2, 3), 4))
+    (lists / "trainaug.txt").write_text("/JPEGImages/2008_3.jpg /SegmentationClassAug/2008_3.png\n")
+    assert ds.open_dataset("voc", tmp_path, "trainaug").read(0)[1].unique().tolist() == [4]
+
+    save(root / "Scribbles" / "2007_1.png", np.full((2, 3), 255))
+    save(root / "Scribbles" / "2007_2.png", np.full((2, 3), 255))
+    train, val = (ds.open_dataset("voc", tmp_path, split, mask_dir="Scribbles") for split in ("train", "val"))
+    assert train.read(0)[1].unique().tolist() == [255]
+    assert val.read(0)[1].tolist() == [[0, 1, 20], [255, 15, 0]]
+
+
+def test_camvid(tmp_path):
+    for split in ("train", "val", "test"):
+        for name in ("a", "b"):
+            save_pair(tmp_path / split / f"{name}.png", tmp_path / f"{split}annot" / f"{name}.png",
+                      [[0, 10, 11, 255]])
+    save(tmp_path / "test" / "._a.png", [[0]])                          # macOS leaves such files
+    data = ds.open_dataset("camvid", tmp_path, "test")
+    assert len(data) == 2 and data.num_classes == 11 and data.read(1)[1].tolist() == [[0, 10, 255, 255]]
+    (tmp_path / "train.txt").write_text("/SegNet/CamVid/train/b.png /SegNet/CamVid/trainannot/b.png\n")
+    (tmp_path / "val.txt").write_text("val/b.png valannot/b.png\nval/a.png valannot/a.png\n")
+    train, val = (ds.open_dataset("camvid", tmp_path, split) for split in ("train", "val"))
+    assert [train.name_of(0), val.name_of(0), val.name_of(1)] == ["b", "b", "a"] and len(train) == 1
+
+
+def test_folder_with_a_folder_for_each_split(folder):
+    data = ds.open_dataset("folder", folder, "train")
+    assert data.classes == ["class0", "class1", "class2", "class3"] and len(data) == 5
+    image, mask = data.read(3)
+    assert torch.equal(image, random_image(40, 56, 3)) and torch.equal(mask, random_mask(40, 56, 4, 3))
+
+
+def test_folder_with_lists_labels_and_scribbles(tmp_path):
+    for name in ("my photo 1", "v1.2", "c"):
+        save_pair(tmp_path / "images" / f"{name}.png", tmp_path / "labels" / f"{name}.png", [[0, 1]])
+        save(tmp_path / "scribbles" / f"{name}.png", [[255, 1]])
+    (tmp_path / "train.txt").write_text("v1.2\n\nmy photo 1.png\n")
+    (tmp_path / "val.txt").write_text("c\n")
+    (tmp_path / "classes.txt").write_text("sky\n3D printer\n")
+    data = ds.open_dataset("folder", tmp_path, "train", mask_dir="scribbles")
+    assert data.classes == ["sky", "3D printer"]
+    assert [data.name_of(i) for i in range(2)] == ["v1.2", "my photo 1"]
+    assert data.read(0)[1].tolist() == [[255, 1]]
+    assert ds.open_dataset("folder", tmp_path, "val", mask_dir="scribbles").read(0)[1].tolist() == [[0, 1]]
+
+
+def test_folder_classes_with_ids(tmp_path):
+    (tmp_path / "classes.txt").write_text("0 sky\n1 wet road\n255 ignore\n")
+    assert ds.folder_classes(tmp_path) == ["sky", "wet road"]
+    (tmp_path / "classes.txt").write_text("1 sky\n2 road\n")
+    text = message(ds.folder_classes, tmp_path)
+    assert "classes.txt" in text and "1, 2" in text
+    (tmp_path / "classes.txt").write_text("\n")
+    assert "0 classes" in message(ds.folder_classes, tmp_path)
+
+
+def test_toy_scenes():
+    data = ds.open_dataset("toy_scenes", "", "val", seed=3)
+    scene = toy_scenes.make_scene(3, toy_scenes.scene_index("val", 5))
+    image, mask = data.read(5)
+    assert len(data) == toy_scenes.SPLITS["val"] and data.paths is None and data.name_of(5) == "val_0005"
+    assert (image.permute(1, 2, 0).numpy() == scene["image"]).all() and (mask.numpy() == scene["mask"]).all()
+    assert data.read(5)[0] is image                                     # kept, not drawn again
+    ds.TrainView(data, size=0, crop=128, scale=(1.0, 1.0))[(5, 0)]
+    assert (image.permute(1, 2, 0).numpy() == scene["image"]).all()     # and not written to
+    assert not torch.equal(ds.open_dataset("toy_scenes", "", "train", seed=3).read(5)[0], image)
+    scribbled = ds.open_dataset("toy_scenes", "", "train", mask_dir="scribbles").read(0)[1]
+    scene = toy_scenes.make_scene(0, toy_scenes.scene_index("train", 0))
+    assert (scribbled.numpy() == scene["scribbles"]).all()
+
+
+def test_grey_palette_and_rotated_images_are_read_as_upright_rgb(tmp_path):
+    save(tmp_path / "grey.png", [[0, 9, 200]])
+    assert ds.read_image(tmp_path / "grey.png").tolist() == [[[0, 9, 200]]] * 3
+    Image.fromarray(np.array([[[9, 8, 7, 0]]], dtype=np.uint8), "RGBA").save(tmp_path / "alpha.png")
+    assert ds.read_image(tmp_path / "alpha.png").flatten().tolist() == [9, 8, 7]
+    palette = Image.new("P", (2, 1), 1)
+    palette.putpalette([0, 0, 0, 1, 2, 3])
+    palette.save(tmp_path / "palette.png")
+    assert ds.read_image(tmp_path / "palette.png")[:, 0, 0].tolist() == [1, 2, 3]
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                    # "turn me by 90 degrees"
+    Image.new("RGB", (20, 10)).save(tmp_path / "phone.jpg", exif=exif)
+    assert ds.read_image(tmp_path / "phone.jpg").shape == (3, 20, 10)
+
+
+def test_list_images(tmp_path):
+    for name in ("b.jpg", "a.PNG", "c.webp"):
+        save(tmp_path / name, np.zeros((2, 2, 3)))
+    (tmp_path / "notes.txt").write_text("x")
+    assert [p.name for p in ds.list_images(tmp_path)] == ["a.PNG", "b.jpg", "c.webp"]
+    assert ds.list_images(str(tmp_path / "b.jpg")) == [tmp_path / "b.jpg"]
+    assert "no such folder" in message(ds.list_images, tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "no image" in message(ds.list_images, tmp_path / "empty")
+
+
+# ---- messages --------------------------------------------------------------------------------------------
+
+def test_wrong_names_and_options(tmp_path):
+    assert "toy_scenes, ade20k" in message(ds.open_dataset, "ade", tmp_path, "train")
+    assert "train, val, test" in message(ds.open_dataset, "camvid", tmp_path, "training")
+    text = message(ds.open_dataset, "toy_scenes", tmp_path, "train")
+    assert str(tmp_path) in text and "use --dataset folder" in text
+    assert "--data ROOT" in message(ds.open_dataset, "camvid", "", "train")
+    assert "scribbles" in message(ds.open_dataset, "ade20k", tmp_path, "train", mask_dir="scribbles")
+    assert "'x'" in message(ds.open_dataset, "toy_scenes", "", "train", mask_dir="x")
+    assert "--batch-size 3" in message(ds.BatchesFrom, 10, 3, 0, world=2)
+    assert "--batch-size 0" in message(ds.BatchesFrom, 10, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["ade20k", "cocostuff10k", "voc", "camvid", "folder"])
+def test_missing_layout_shows_the_tree_the_content_and_the_source(tmp_path, name):
+    for i in range(10):
+        (tmp_path / f"thing{i}").mkdir()
+    text = message(ds.open_dataset, name, tmp_path, "train")
+    tree, source = ds.TREES[name]
+    assert tree in text and source in text and str(tmp_path) in text
+    assert "thing0/" in text and "thing7/" in text and "thing8" not in text and "and 2 more" in text
+    assert "no such folder" in message(ds.open_dataset, name, tmp_path / "gone", "train")
+
+
+def test_cocostuff10k_as_downloaded(tmp_path):
+    (tmp_path / "imageLists").mkdir()
+    text = message(ds.open_dataset, "cocostuff10k", tmp_path, "train")
+    assert f"python -m data.prepare_cocostuff10k {tmp_path}" in text
+
+
+def test_incomplete_pairs(tmp_path):
+    root = folder_set(tmp_path)
+    (root / "masks" / "train" / "p1.png").unlink()
+    text = message(ds.open_dataset, "folder", root, "train")
+    assert "images/train/p1.png" in text and "masks/train/p1.png" in text and "1 of 3" in text
+    (root / "images" / "val" / "p2.jpg").write_bytes(b"")
+    text = message(ds.open_dataset, "folder", root, "val")
+    assert "p2.jpg" in text and "p2.png" in text
+    assert "train, val" in message(ds.open_dataset, "folder", root, "test")
+    (root / "images" / "test").mkdir()
+    assert "masks/test/ is missing" in message(ds.open_dataset, "folder", root, "test")
+    (root / "masks" / "test").mkdir()
+    (root / "images" / "test" / "notes.txt").write_text("x")
+    text = message(ds.open_dataset, "folder", root, "test")
+    assert "no image" in text and "notes.txt" in text
+    (root / "classes.txt").unlink()
+    save_pair(root / "images" / "test" / "a.png", root / "masks" / "test" / "a.png")
+    assert "classes.txt is missing" in message(ds.open_dataset, "folder", root, "test")
+
+
+def test_lists_that_do_not_fit(tmp_path):
+    save_pair(tmp_path / "images" / "a.png", tmp_path / "masks" / "a.png")
+    (tmp_path / "classes.txt").write_text("sky\n")
+    (tmp_path / "train.txt").write_text("a\nb.png\nc.png\n")
+    text = message(ds.open_dataset, "folder", tmp_path, "train")
+    assert "2 of 3" in text and "such as b" in text
+    (tmp_path / "val.txt").write_text("")
+    assert "no image" in message(ds.open_dataset, "folder", tmp_path, "val")
+
+
+def broken_set(root, fault):
+    """One pair with a fault -> (data set, words that its message must have)."""
+    image, mask = root / "images" / "train" / "p0.png", root / "masks" / "train" / "p0.png"
+    data = ds.open_dataset("folder", folder_set(root, count=1), "train")
+    if fault == "truncated":
+        image.write_bytes(image.read_bytes()[:2000])
+        return data, [str(image), "damaged or cut short"]
+    if fault == "truncated mask":
+        mask.write_bytes(mask.read_bytes()[:60])
+        return data, [str(mask), "damaged or cut short"]
+    if fault == "no image":
+        image.write_text("hello")
+        return data, [str(image), "cannot be read"]
+    if fault == "deleted":
+        image.unlink()
+        return data, [str(image), "does not exist"]
+    if fault == "16 bits":
+        Image.fromarray(np.full((40, 56), 3000, dtype=np.uint16)).save(image)
+        return data, [str(image), "8 bits"]
+    if fault == "sizes":
+        save(mask, np.zeros((40, 55)))
+        return data, [str(image), str(mask), "56 x 40", "55 x 40"]
+    if fault == "values":
+        save(mask, np.arange(40 * 56).reshape(40, 56) % 8)
+        return data, [str(mask), "[4, 5, 6, 7]", "4 classes", "0..3", "convert"]
+    if fault == "many values":
+        save(mask, np.arange(40 * 56).reshape(40, 56) % 40)
+        return data, [str(mask), "[4, 5, 6, 7, 8] and 31 more"]
+    if fault == "16-bit values":
+        Image.fromarray(np.full((40, 56), 259, dtype=np.uint16)).save(mask)
+        return data, [str(mask), "[259]"]
+    save(mask, np.zeros((40, 56, 3)))
+    return data, [str(mask), "colour picture", "RGB"]
+
+
+FAULTS = ["truncated", "truncated mask", "no image", "deleted", "16 bits", "sizes", "values", "many values",
+          "16-bit values", "colours"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_files_are_named(tmp_path, fault):
+    data, words = broken_set(tmp_path, fault)
+    text = message(data.read, 0)
+    assert all(word in text for word in words), text
+
+
+def test_values_out_of_range_after_the_shift(tmp_path):
+    save(tmp_path / "m.png", [[0, 151, 3]])
+    text = message(ds.read_index_map, tmp_path / "m.png", 150, 0)
+    assert "[151]" in text and "0..150" in text                         # as they stand in the file
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_sentence_survives_a_worker(tmp_path, workers):
+    data, _ = broken_set(tmp_path, "sizes")
+    direct = message(data.read, 0)
+    for loader in (ds.train_loader(ds.TrainView(data, 32, 24), 2, 0, 0, 2, workers, "cpu"),
+                   ds.eval_loader(ds.TestView(data, 32), workers, "cpu")):
+        assert message(list, loader) == direct
+
+
+# ---- data/prepare_cocostuff10k.py ------------------------------------------------------------------------
+
+@pytest.fixture
+def download(tmp_path, monkeypatch):
+    """A tiny COCO-Stuff10K as downloaded; scipy is replaced by a reader of .npy files."""
+    for folder in ("images", "annotations", "imageLists"):
+        (tmp_path / folder).mkdir()
+    used = [0] + [i for i in range(1, 183) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)]
+    for name in ("COCO_train2014_1", "COCO_train2014_2", "COCO_train2014_3"):
+        save(tmp_path / "images" / f"{name}.jpg", np.zeros((4, 43, 3)))
+        with open(tmp_path / "annotations" / f"{name}.mat", "wb") as file:
+            np.save(file, np.array(used, dtype=np.uint16).reshape(4, 43))
+    (tmp_path / "imageLists" / "train.txt").write_text("COCO_train2014_1\nCOCO_train2014_3\n")
+    (tmp_path / "imageLists" / "test.txt").write_text("COCO_train2014_2\n")
+
+    def loadmat(path, variable_names):
+        assert variable_names == ["S"]
+        return {"S": np.load(path)}
+    fake = types.ModuleType("scipy.io")
+    fake.loadmat = loadmat
+    monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
+    monkeypatch.setitem(sys.modules, "scipy.io", fake)
+    return tmp_path
+
+
+def test_prepare_cocostuff10k(download, capsys):
+    files = {p: p.read_bytes() for p in download.rglob("*") if p.is_file()}
+    prepare.main([str(download)])
+    assert "2 training and 1 test" in capsys.readouterr().out
+    assert all(p.read_bytes() == content for p, content in files.items())       # the download is as it was
+    train, test = (ds.open_dataset("cocostuff10k", download, split) for split in ("train", "test"))
+    assert [train.name_of(i) for i in range(2)] == ["COCO_train2014_1", "COCO_train2014_3"] and len(test) == 1
+    assert np.array(Image.open(train.paths[0][1])).flatten().tolist() == list(range(172))
+    assert train.read(0)[1].flatten().tolist() == [255] + list(range(171))
+    assert not list(download.rglob("*.tmp"))
+
+
+def test_prepare_goes_on_where_it_stopped(download):
+    prepare.main([str(download)])
+    masks = download / "annotations" / "train2014"
+    kept, lost = (masks / f"COCO_train2014_{i}_labelTrainIds.png" for i in (1, 3))
+    kept.write_bytes(b"kept")
+    lost.unlink()
+    prepare.main([str(download)])
+    assert kept.read_bytes() == b"kept" and lost.exists()
+
+
+def prepare_fails(root, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main([str(root)])
+    assert stopped.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1                                        # one sentence
+    return text
+
+
+def test_prepare_messages(download, capsys, monkeypatch):
+    assert "imageLists" in prepare_fails(download / "nowhere", capsys)
+    with open(download / "annotations" / "COCO_train2014_1.mat", "wb") as file:
+        np.save(file, np.array([[1, 26, 200]]))
+    text = prepare_fails(download, capsys)
+    assert "COCO_train2014_1.mat" in text and "[26, 200]" in text
+    (download / "annotations" / "COCO_train2014_1.mat").write_text("not a matrix")
+    assert "COCO_train2014_1.mat" in prepare_fails(download, capsys)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)                  # as if scipy were not installed
+    assert "pip install scipy" in prepare_fails(download, capsys)
+    (download / "annotations" / "COCO_train2014_2.mat").unlink()
+    assert "COCO_train2014_2.mat" in prepare_fails(download, capsys)
+
+
+def test_prepare_runs_as_a_module(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "data.prepare_cocostuff10k", str(tmp_path)], cwd=REPO,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "train.txt" in done.stderr
