@@ -92,11 +92,9 @@ def parse_config(Config, presets, argv=None, description=""):
     that contradicts them is refused (UserError), except flags that only say where to compute.
     """
     given = vars(_parser(Config, presets, description).parse_args(argv))
-    preset = given.get("preset", Config.preset)
     cfg = make_config(Config, presets, **given)
-    if not any(getattr(cfg, f.name) for f in fields(Config) if f.metadata["uses_run"]):
-        return cfg
-    return _config_of_run(cfg, given, presets[preset] if "preset" in given else {})
+    uses_run = any(getattr(cfg, f.name) for f in fields(Config) if f.metadata["uses_run"])
+    return _config_of_run(cfg, given) if uses_run else cfg
 
 
 def make_config(Config, presets, preset="toy", **flags):
@@ -115,8 +113,8 @@ def make_config(Config, presets, preset="toy", **flags):
     return cfg
 
 
-def _config_of_run(cfg, given, preset):
-    """Settings of the run in cfg.out, with today's runtime flags."""
+def _config_of_run(cfg, given):
+    """Settings of the run in cfg.out, with today's runtime flags; given: the flags that were typed."""
     path = Path(cfg.out) / "config.json"
     saved = read_json(path, f"{cfg.out} holds no run (no config.json): train first, or pass the --out of that run.")
     names = {f.name for f in fields(cfg)}
@@ -124,16 +122,12 @@ def _config_of_run(cfg, given, preset):
         raise UserError(f"{path} is not a config of this script: pass the --out of a run of this script.")
     kept = replace(cfg, **saved)
     for f in fields(cfg):
-        now, then = getattr(cfg, f.name), saved.get(f.name, getattr(cfg, f.name))
-        if f.metadata["runtime"]:
-            if f.name in given or f.name not in saved or f.name == "out":
-                setattr(kept, f.name, now)
-        elif (f.name in given or f.name in preset) and now != then:
-            raise UserError(f"--{f.name.replace('_', '-')} {now} contradicts {path}, which says {then}: "
+        now = getattr(cfg, f.name)
+        if f.metadata["uses_run"] or f.name == "out" or f.metadata["runtime"] and f.name in given:
+            setattr(kept, f.name, now)
+        elif f.name in given and now != getattr(kept, f.name):
+            raise UserError(f"--{f.name.replace('_', '-')} {now} contradicts {path}, which says {getattr(kept, f.name)}: "
                             "drop the flag, or start a new run with another --out.")
-    for f in fields(cfg):
-        if f.metadata["uses_run"]:
-            setattr(kept, f.name, getattr(cfg, f.name))
     return kept
 
 
@@ -357,9 +351,9 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def measured_speed(step, model, optimizer, scheduler, device, repeats=3):
-    """Seconds of one call of step(): median of `repeats` after one warm-up. Weights, optimizer and RNG stay as they were."""
-    before = copy.deepcopy([part.state_dict() for part in (model, optimizer, scheduler)])
+def measured_speed(step, parts, device, repeats=3):
+    """Seconds of one call of step(): median of `repeats` after one warm-up. Leaves `parts` and the RNG as they were."""
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
     rng = torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None
     times = []
     for _ in range(repeats + 1):
@@ -368,13 +362,30 @@ def measured_speed(step, model, optimizer, scheduler, device, repeats=3):
         step()
         synchronize(device)
         times.append(time.perf_counter() - start)
-    for part, state in zip((model, optimizer, scheduler), before):
-        part.load_state_dict(state)
-    optimizer.zero_grad(set_to_none=True)
+    for name, part in parts.items():
+        part.load_state_dict(before[name])
     torch.set_rng_state(rng[0])
     if rng[1] is not None:
         torch.cuda.set_rng_state(rng[1])
     return sorted(times[1:])[repeats // 2]
+
+
+def announce(step, read_batch, parts, steps, test_images, cfg, device, rank=0, world=1):
+    """Before training one line: steps, expected time at the speed measured now, peak memory. Changes nothing.
+
+    step(batch) is one training iteration on `parts`; read_batch() loads this rank's batch as one loader process would;
+    test_images are evaluated on the way, each counted as 0.4 of its share of a step (forward without backward).
+    """
+    read_batch()                                        # the second time the files are in the system's cache
+    start = time.perf_counter()
+    batch = read_batch()
+    loading = time.perf_counter() - start
+    one = measured_speed(lambda: step(batch), parts, device)
+    one = max(one, loading / cfg.workers) if cfg.workers else one + loading
+    seconds, memory = steps * one + 0.4 * one * test_images / cfg.batch_size, peak_memory(device)
+    if rank == 0:
+        print(f"{steps} steps of {cfg.batch_size} images on {device.type} x {world}: about {duration(seconds)} at "
+              f"{one:.2g} s a step, peak memory {f'{memory:.1f} GiB' if memory else 'unknown'}", flush=True)
 
 
 def duration(seconds):

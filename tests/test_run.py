@@ -79,6 +79,7 @@ def test_resume_takes_the_runs_settings_and_refuses_contradictions(tmp_path):
     assert asdict(same) == {**asdict(cfg), "resume": True}
     with pytest.raises(UserError, match=r"--lr 0.7 contradicts .*config.json"):
         parse("--out", str(tmp_path), "--resume", "--lr", "0.7")
+    assert parse("--preset", "big", "--out", str(tmp_path), "--resume").lr == 0.3          # the run's, not the preset's
     with pytest.raises(UserError, match="--preset toy contradicts"):
         parse("--preset", "toy", "--out", str(tmp_path), "--resume")
     assert parse("--out", str(tmp_path), "--predict", "a.png").preset == "big"
@@ -218,6 +219,13 @@ for i in range(1000000):
 """
 
 
+def bytes_of(path):
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def test_kill_9_in_the_middle_of_a_checkpoint_loses_nothing(tmp_path):
     path, seen = tmp_path / "last.pt", -1
     for delay in (0.003, 0.011, 0.02):
@@ -227,7 +235,7 @@ def test_kill_9_in_the_middle_of_a_checkpoint_loses_nothing(tmp_path):
             time.sleep(0.01)
         beside = Path(f"{path}.tmp")
         deadline = time.time() + 20
-        while not (beside.exists() and 0 < beside.stat().st_size < 4_000_000) and time.time() < deadline:
+        while not 0 < bytes_of(beside) < 4_000_000 and time.time() < deadline:
             pass                                                       # wait until a write is under way
         time.sleep(delay / 10)
         child.send_signal(signal.SIGKILL)
@@ -264,7 +272,7 @@ def test_poly_schedule_gives_every_group_its_own_rate_and_the_same_floor():
 def test_measuring_the_speed_changes_nothing():
     parts, other = training_parts(), training_parts()
     torch.manual_seed(3)
-    run.measured_speed(lambda: step(parts), *parts.values(), torch.device("cpu"))
+    run.measured_speed(lambda: step(parts), parts, torch.device("cpu"))
     mine = [step(parts) for _ in range(3)]
     torch.manual_seed(3)
     assert mine == [step(other) for _ in range(3)]
