@@ -7,7 +7,7 @@ A scene is a pile of polygons. All of them are painted, far ones first, into one
 every pixel the number of the polygon seen there. Image, class mask, part map and scribbles are look-ups in
 that map, so they agree by construction. It has twice the scene's size; halving the picture smooths the edges.
 
-What makes the task hard, on purpose: a long tail (a third of all pixels are sky, 0.3 % bird or balloon),
+What makes the task hard, on purpose: a long tail (a third of all pixels are sky, 0.3 % birds),
 look-alikes (a taxi is a car with a sign on its roof, a chapel a slim house with a pointed roof), sizes over a
 factor of four, occlusion, colours that classes share, nameless clutter that counts as background, light,
 contrast, colour cast and noise.
@@ -299,7 +299,9 @@ def draw_scribbles(rng, regions, mask, walks=24, steps=20):
 
 
 def make_scene(seed, index, size=128):
-    """One scene as a dict; the same (seed, index, size) always gives the same one. H = W = size, at least 32.
+    """One scene as a dict; (seed, index, size) alone decide it. H = W = size, at least 32.
+
+    Another version of numpy or Pillow may draw a slightly different scene.
 
     image         uint8 (H,W,3)  RGB
     mask          uint8 (H,W)    class ids

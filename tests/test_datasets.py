@@ -501,7 +501,7 @@ def test_toy_scenes():
     data = ds.open_dataset("toy_scenes", "", "val", seed=3)
     scene = toy_scenes.make_scene(3, toy_scenes.scene_index("val", 5))
     image, mask = data.read(5)
-    assert len(data) == toy_scenes.SPLITS["val"] and data.paths is None and data.name_of(5) == "val_0005"
+    assert len(data) == toy_scenes.SPLITS["val"] and data.paths is None and data.name_of(5) == "0005"
     assert (image.permute(1, 2, 0).numpy() == scene["image"]).all() and (mask.numpy() == scene["mask"]).all()
     assert data.read(5)[0] is image                                     # kept, not drawn again
     ds.TrainView(data, size=0, crop=128, scale=(1.0, 1.0))[(5, 0)]
@@ -515,7 +515,7 @@ def test_toy_scenes():
 def test_grey_palette_and_rotated_images_are_read_as_upright_rgb(tmp_path):
     save(tmp_path / "grey.png", [[0, 9, 200]])
     assert ds.read_image(tmp_path / "grey.png").tolist() == [[[0, 9, 200]]] * 3
-    Image.fromarray(np.array([[[9, 8, 7, 0]]], dtype=np.uint8), "RGBA").save(tmp_path / "alpha.png")
+    Image.fromarray(np.array([[[9, 8, 7, 0]]], dtype=np.uint8)).save(tmp_path / "alpha.png")
     assert ds.read_image(tmp_path / "alpha.png").flatten().tolist() == [9, 8, 7]
     palette = Image.new("P", (2, 1), 1)
     palette.putpalette([0, 0, 0, 1, 2, 3])
