@@ -341,7 +341,7 @@ class ToyScenes(SegmentationSet):
         return len(self.scenes)
 
     def name_of(self, i):
-        return f"{self.split}_{i:04d}"
+        return f"{i:04d}"                        # as python -m data.toy_scenes names its files
 
     def read(self, i):
         if self.scenes[i] is None:

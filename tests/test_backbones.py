@@ -121,7 +121,8 @@ def test_output_stride_16(backbone):
     assert network.stride == 16
     images = torch.empty(2, 3, 101, 77, device="meta")
     assert network(images)[0].shape[2:] == (7, 5)
-    assert [tuple(level.shape[2:]) for level in network.backbone(images)] == [(26, 20), (13, 10), (7, 5), (7, 5)]
+    sizes = [tuple(level.shape[2:]) for level in network.backbone(images)]
+    assert sizes == [(26, 20), (13, 10), (7, 5), (7, 5)]
 
 
 def test_head_channels_set_the_width_of_the_features():
@@ -155,8 +156,8 @@ def test_every_level_of_swin_and_convnext_is_normalised(backbone):
     network = build_network(backbone, "upernet", 5, head_channels=8).eval()
     with torch.no_grad():
         for level in network.backbone(torch.randn(1, 3, 64, 64)):
-            torch.testing.assert_close(level.mean(1), torch.zeros_like(level[:, 0]), rtol=0, atol=1e-3)
-            torch.testing.assert_close(level.std(1, correction=0), torch.ones_like(level[:, 0]), rtol=0, atol=1e-2)
+            assert level.mean(1).abs().max() < 1e-3
+            assert (level.std(1, correction=0) - 1).abs().max() < 1e-2
 
 
 def test_memory_format_does_not_change_the_values():
