@@ -402,17 +402,17 @@ def build_network(backbone, head, num_classes, head_channels=0, weights="none", 
     drop_path = DROP_PATH.get(backbone, 0.0) if drop_path is None else drop_path
     channels = head_channels or {"mobilenet_v2": 256, "tiny": 64}.get(backbone, HEAD_CHANNELS[head])
 
-    if backbone in TORCHVISION:
+    if backbone in MIT:
+        body = MixTransformer(*MIT[backbone], heads=(1, 2, 5, 8), sr_ratios=(8, 4, 2, 1), drop_path=drop_path)
+        load_weights(body, weights, backbone)
+    elif backbone == "tiny":
+        body = TinyBackbone()
+        load_weights(body, weights, backbone)
+    else:
         net = torchvision_classifier(backbone, output_stride if head == "fcn" else 32)
         load_weights(net, weights, backbone)                            # before cutting: the keys still fit
         set_drop_path(net, drop_path)
         body = TorchvisionBackbone(net, backbone)
-    else:
-        body = TinyBackbone()
-        if backbone in MIT:
-            body = MixTransformer(*MIT[backbone], heads=(1, 2, 5, 8), sr_ratios=(8, 4, 2, 1),
-                                  drop_path=drop_path)
-        load_weights(body, weights, backbone)
 
     decoder = {"segformer": SegFormerHead, "fcn": FCNHead, "upernet": UPerHead}[head](body.dims, channels)
     decoder.apply(init_weights)
@@ -456,8 +456,9 @@ def read_state_dict(source):
     """The state dict (names and tensors, on the CPU) in a file or behind a URL, else UserError."""
     try:
         if source.startswith(("http://", "https://")):
-            digest = hashlib.sha256(source.encode()).hexdigest()[:8]    # many are "pytorch_model.bin"
-            name = f"{digest}_{source.split('?')[0].rsplit('/', 1)[-1]}"
+            name = source.split("?")[0].rsplit("/", 1)[-1]
+            if not source.startswith("https://download.pytorch.org/"):  # many are called pytorch_model.bin:
+                name = hashlib.sha256(source.encode()).hexdigest()[:8] + "_" + name   # one cache entry each
             state = torch.hub.load_state_dict_from_url(source, file_name=name, map_location="cpu",
                                                        weights_only=True)
         else:

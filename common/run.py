@@ -27,41 +27,45 @@ import torch.distributed as dist
 class UserError(Exception):
     """A mistake that the user can mend: one sentence that names the file or option and says what to do.
 
-    Scripts print the sentence and exit with code 2. A DataLoader worker wraps it in its own traceback on the way
-    to the main process; what stands behind the last "UserError: " is the sentence again.
+    Scripts print the sentence and exit with code 2. A DataLoader worker wraps it in its own traceback on the
+    way to the main process; what stands behind the last "UserError: " is the sentence again.
     """
 
     def __init__(self, message):
         super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
 
 
-# ---- options -------------------------------------------------------------------------------------------------
+# ---- options -----------------------------------------------------------------------------------------------
 
 def opt(default, help, choices=None, schedule=False, runtime=False, uses_run=False):
     """A dataclass field that is also a command-line flag.
 
-    schedule: a number of iterations or epochs, multiplied by --schedule.   runtime: says where and how to compute,
-    not what; may differ when a run is resumed.   uses_run: the option works on the run that --out names, so the
-    settings come from that run's config.json.
+    schedule: a number of iterations or epochs, multiplied by --schedule.   runtime: says where and how to
+    compute, not what; may differ when a run is resumed.   uses_run: the option works on the run that --out
+    names, so the settings come from that run's config.json.
     """
-    return field(default=default, metadata=dict(help=help, choices=choices, schedule=schedule, runtime=runtime,
-                                                uses_run=uses_run))
+    return field(default=default, metadata=dict(help=help, choices=choices, schedule=schedule,
+                                                runtime=runtime, uses_run=uses_run))
 
 
 @dataclass
 class RunConfig:
     """The options that all four scripts have."""
     preset: str = opt("toy", "recipe to start from; any flag given beside it wins")
-    data: str = opt("", "folder of the data set (data/README.md shows the tree); toy data need none", runtime=True)
-    out: str = opt("", "run folder: config.json, log.csv, metrics.json, last.pt, figures/ (default runs/SCRIPT-PRESET)",
-                   runtime=True)
+    data: str = opt("", "folder of the data set (data/README.md shows the tree); toy data need none",
+                    runtime=True)
+    out: str = opt("", "run folder: config.json, log.csv, metrics.json, last.pt, figures/ "
+                   "(default runs/SCRIPT-PRESET)", runtime=True)
     seed: int = opt(0, "same seed, same machine, same numbers")
-    device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"), runtime=True)
+    device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"),
+                      runtime=True)
     amp: str = opt("auto", "bfloat16 autocast; auto = on CUDA only", choices=("auto", "bf16", "off"))
-    workers: int = opt(4, "data loader processes; 0 loads in the main process (Windows: try 0 if loading hangs)",
-                       runtime=True)
-    schedule: float = opt(1.0, "shortens every stage of the recipe in proportion: 0.1 = a tenth of the iterations")
-    resume: bool = opt(False, "go on from OUT/last.pt with the settings in OUT/config.json", runtime=True, uses_run=True)
+    workers: int = opt(4, "data loader processes; 0 loads in the main process "
+                       "(Windows: try 0 if loading hangs)", runtime=True)
+    schedule: float = opt(1.0, "shortens every stage of the recipe in proportion: "
+                          "0.1 = a tenth of the iterations")
+    resume: bool = opt(False, "go on from OUT/last.pt with the settings in OUT/config.json", runtime=True,
+                       uses_run=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,7 +78,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(Config, presets, description):
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     allow_abbrev=False)
     for f in fields(Config):
         choices = list(presets) if f.name == "preset" else f.metadata["choices"]
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
@@ -88,8 +93,8 @@ def _parser(Config, presets, description):
 def parse_config(Config, presets, argv=None, description=""):
     """Command line -> Config: dataclass defaults < preset < flags, then iteration counts times --schedule.
 
-    With --resume, or another option that works on a trained run, the settings are those in OUT/config.json; a flag
-    that contradicts them is refused (UserError), except flags that only say where to compute.
+    With --resume, or another option that works on a trained run, the settings are those in OUT/config.json; a
+    flag that contradicts them is refused (UserError), except flags that only say where to compute.
     """
     given = vars(_parser(Config, presets, description).parse_args(argv))
     cfg = make_config(Config, presets, **given)
@@ -98,7 +103,10 @@ def parse_config(Config, presets, argv=None, description=""):
 
 
 def make_config(Config, presets, preset="toy", **flags):
-    """The same from Python: make_config(Config, PRESETS, "toy", seed=1). Iteration counts are scaled here, once."""
+    """The same from Python: make_config(Config, PRESETS, "toy", seed=1).
+
+    Iteration counts are scaled here, once.
+    """
     if preset not in presets:
         raise UserError(f"preset {preset!r} does not exist: choose one of {', '.join(presets)}.")
     cfg = Config(**{**presets[preset], **flags, "preset": preset})
@@ -116,7 +124,8 @@ def make_config(Config, presets, preset="toy", **flags):
 def _config_of_run(cfg, given):
     """Settings of the run in cfg.out, with today's runtime flags; given: the flags that were typed."""
     path = Path(cfg.out) / "config.json"
-    saved = read_json(path, f"{cfg.out} holds no run (no config.json): train first, or pass the --out of that run.")
+    saved = read_json(path, f"{cfg.out} holds no run (no config.json): train first, "
+                            "or pass the --out of that run.")
     names = {f.name for f in fields(cfg)}
     if not isinstance(saved, dict) or set(saved) - names:
         raise UserError(f"{path} is not a config of this script: pass the --out of a run of this script.")
@@ -126,8 +135,8 @@ def _config_of_run(cfg, given):
         if f.metadata["uses_run"] or f.name == "out" or f.metadata["runtime"] and f.name in given:
             setattr(kept, f.name, now)
         elif f.name in given and now != getattr(kept, f.name):
-            raise UserError(f"--{f.name.replace('_', '-')} {now} contradicts {path}, which says {getattr(kept, f.name)}: "
-                            "drop the flag, or start a new run with another --out.")
+            raise UserError(f"--{f.name.replace('_', '-')} {now} contradicts {path}, which says "
+                            f"{getattr(kept, f.name)}: drop the flag, or start a new run with another --out.")
     return kept
 
 
@@ -140,21 +149,25 @@ def run_script(main, Config, presets, description=""):
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print(f"{name}: the GPU ran out of memory: lower --batch-size or the image size (a lower batch size wants a "
-              "lower --lr in proportion).", file=sys.stderr)
+        print(f"{name}: the GPU ran out of memory: lower --batch-size or the image size "
+              "(a lower batch size wants a lower --lr in proportion).", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
+        print(f"{name}: interrupted; the same command with --resume goes on from the last checkpoint.",
+              file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# ---- device, seed, ranks -------------------------------------------------------------------------------------
+# ---- device, seed, ranks -----------------------------------------------------------------------------------
 
 def setup(device="auto", seed=0):
-    """Device, rank and number of ranks; seeds torch. Under torchrun joins the process group (NCCL on CUDA, else gloo)."""
+    """Device, rank and number of ranks; seeds torch.
+
+    Under torchrun joins the process group (NCCL on CUDA, else gloo).
+    """
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if has[name])
@@ -164,8 +177,8 @@ def setup(device="auto", seed=0):
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise UserError(f"torchrun --nproc-per-node is higher than the {torch.cuda.device_count()} GPUs of this "
-                            "machine: start one process a GPU.")
+            raise UserError(f"torchrun --nproc-per-node is higher than the {torch.cuda.device_count()} GPUs "
+                            "of this machine: start one process a GPU.")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
         torch.backends.cudnn.benchmark = True
@@ -177,16 +190,21 @@ def setup(device="auto", seed=0):
 
 def autocast(device, amp="auto"):
     """bfloat16 autocast on `device`: "bf16" always, "auto" on CUDA only, "off" never."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp == "bf16" or amp == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16,
+                          enabled=amp == "bf16" or amp == "auto" and device.type == "cuda")
 
 
 def distribute(model, device, world):
-    """DistributedDataParallel around the model; on CUDA batch norm is synchronised. One process: the model itself."""
+    """DistributedDataParallel around the model; on CUDA batch norm is synchronised.
+
+    One process: the model itself.
+    """
     if world == 1:
         return model
     if device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def share_buffers(model):
@@ -196,11 +214,12 @@ def share_buffers(model):
             dist.broadcast(buffer, 0)
 
 
-# ---- run folder ----------------------------------------------------------------------------------------------
+# ---- run folder --------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def replacing(path, mode="w"):
-    """Open a file beside `path` and rename it at the end: whoever kills the program, no half-written file is left."""
+    """Open a file beside `path` and rename it at the end:
+    whoever kills the program, no half-written file is left."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.tmp", mode, **({} if "b" in mode else dict(encoding="utf-8", newline=""))) as file:
@@ -211,13 +230,17 @@ def replacing(path, mode="w"):
 
 
 def start_run(cfg, rank=0):
-    """Make the run folder and write config.json. What an earlier run left there is moved to OUT/previous-1, -2, ..."""
+    """Make the run folder and write config.json.
+
+    What an earlier run left there is moved to OUT/previous-1, -2, ...
+    """
     out = Path(cfg.out)
     if rank == 0 and not cfg.resume:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--out {out} cannot be made ({error.strerror}): choose another folder.") from None
+            raise UserError(f"--out {out} cannot be made ({error.strerror}): "
+                            "choose another folder.") from None
         earlier = [p for p in out.iterdir() if p.name in
                    ("config.json", "log.csv", "metrics.json", "last.pt", "figures", "predictions")]
         if (out / "config.json").exists():
@@ -247,7 +270,8 @@ def read_json(path, missing):
     except FileNotFoundError:
         raise UserError(missing) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it, or start a new run with another --out.") from None
+        raise UserError(f"{path} cannot be read ({error}): restore it, "
+                        "or start a new run with another --out.") from None
 
 
 def write_csv(path, rows):
@@ -258,13 +282,13 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, parts, progress):
     """State dicts of `parts` (name -> module, optimizer, scheduler), RNG state of every rank, and `progress`.
 
-    progress holds tensors, numbers, strings, lists and dicts only, so that weights_only=True can read it back.
-    All ranks call it; rank 0 writes.
+    progress holds tensors, numbers, strings, lists and dicts only, so that weights_only=True can read it
+    back. All ranks call it; rank 0 writes.
     """
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     rng = [dict(cpu=torch.get_rng_state(), cuda=cuda)]
@@ -287,15 +311,18 @@ def read_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: train first, or pass the --out of that run.") from None
     except Exception as error:                          # torch raises many types for a damaged file
-        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): delete it and train again, "
-                        "or pass the --out of another run.") from None
+        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): "
+                        "delete it and train again, or pass the --out of another run.") from None
     if not isinstance(saved, dict) or not {"progress", "rng"} <= set(saved):
         raise UserError(f"{path} is not a checkpoint of this script: pass the --out of one of its runs.")
     return saved
 
 
 def load_checkpoint(path, parts, device):
-    """Restores `parts` and the RNG state; returns progress. UserError as read_checkpoint, or where a part does not fit."""
+    """Restores `parts` and the RNG state; returns progress.
+
+    UserError as read_checkpoint, or where a part does not fit.
+    """
     saved = read_checkpoint(path, device)
     if set(parts) - set(saved):
         raise UserError(f"{path} is not a checkpoint of this script: pass the --out of one of its runs.")
@@ -304,8 +331,9 @@ def load_checkpoint(path, parts, device):
             part.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError) as error:
             lines = str(error).strip().splitlines()
-            raise UserError(f"{path} does not fit this {name} ({lines[min(1, len(lines) - 1)].strip()[:200]}): it comes "
-                            "from a run with other options; use that run's config.json.") from None
+            raise UserError(f"{path} does not fit this {name} "
+                            f"({lines[min(1, len(lines) - 1)].strip()[:200]}): "
+                            "it comes from a run with other options; use that run's config.json.") from None
     rank = dist.get_rank() if dist.is_initialized() else 0
     rng = saved["rng"][min(rank, len(saved["rng"]) - 1)]
     torch.set_rng_state(rng["cpu"].cpu())
@@ -314,7 +342,7 @@ def load_checkpoint(path, parts, device):
     return saved["progress"]
 
 
-# ---- learning rate, speed ------------------------------------------------------------------------------------
+# ---- learning rate, speed ----------------------------------------------------------------------------------
 
 def poly_lr(iteration, base, total, power=1.0, floor=0.0, warmup=0, warmup_ratio=1e-6):
     """mmcv 1.x "poly" policy: (base - floor) (1 - it/total)^power + floor; linear warm-up multiplies it."""
@@ -325,14 +353,19 @@ def poly_lr(iteration, base, total, power=1.0, floor=0.0, warmup=0, warmup_ratio
 
 
 def poly_schedule(optimizer, total, power=1.0, floor=0.0, warmup=0):
-    """poly_lr for every parameter group from its own base rate, as a torch scheduler (one step an iteration)."""
+    """poly_lr for every parameter group from its own base rate,
+    as a torch scheduler (one step an iteration)."""
     def factor(base):
         return lambda iteration: poly_lr(iteration, base, total, power, floor, warmup) / base
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(group["lr"]) for group in optimizer.param_groups])
+    return torch.optim.lr_scheduler.LambdaLR(optimizer,
+                                             [factor(group["lr"]) for group in optimizer.param_groups])
 
 
 def peak_memory(device):
-    """Highest memory use so far in GiB: of the GPU's allocator on CUDA, else of this process. None where unknown."""
+    """Highest memory use so far in GiB: of the GPU's allocator on CUDA, else of this process.
+
+    None where unknown.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     try:
@@ -352,7 +385,10 @@ def synchronize(device):
 
 
 def measured_speed(step, parts, device, repeats=3):
-    """Seconds of one call of step(): median of `repeats` after one warm-up. Leaves `parts` and the RNG as they were."""
+    """Seconds of one call of step(): median of `repeats` after one warm-up.
+
+    Leaves `parts` and the RNG as they were.
+    """
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
     rng = torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None
     times = []
@@ -373,8 +409,9 @@ def measured_speed(step, parts, device, repeats=3):
 def announce(step, read_batch, parts, steps, test_images, cfg, device, rank=0, world=1):
     """Before training one line: steps, expected time at the speed measured now, peak memory. Changes nothing.
 
-    step(batch) is one training iteration on `parts`; read_batch() loads this rank's batch as one loader process would;
-    test_images are evaluated on the way, each counted as 0.4 of its share of a step (forward without backward).
+    step(batch) is one training iteration on `parts`; read_batch() loads this rank's batch as one loader
+    process would; test_images are evaluated on the way, each counted as 0.4 of its share of a step (forward
+    without backward).
     """
     read_batch()                                        # the second time the files are in the system's cache
     start = time.perf_counter()
@@ -384,8 +421,9 @@ def announce(step, read_batch, parts, steps, test_images, cfg, device, rank=0, w
     one = max(one, loading / cfg.workers) if cfg.workers else one + loading
     seconds, memory = steps * one + 0.4 * one * test_images / cfg.batch_size, peak_memory(device)
     if rank == 0:
-        print(f"{steps} steps of {cfg.batch_size} images on {device.type} x {world}: about {duration(seconds)} at "
-              f"{one:.2g} s a step, peak memory {f'{memory:.1f} GiB' if memory else 'unknown'}", flush=True)
+        print(f"{steps} steps of {cfg.batch_size} images on {device.type} x {world}: "
+              f"about {duration(seconds)} at {one:.2g} s a step, "
+              f"peak memory {f'{memory:.1f} GiB' if memory else 'unknown'}", flush=True)
 
 
 def duration(seconds):

@@ -2,9 +2,9 @@
 
     python tests/benchmark.py [--device auto] [--steps 10] [--only cbp_occl]
 
-Both steps see the same batch and take turns, so that a machine whose speed drifts slows both; the ratio is the median of
-the ratios of neighbours. A step is forward, losses, backward and optimizer. Peak memory: on CUDA of one step of each
-kind; on a CPU of the whole process.
+Both steps see the same batch and take turns, so that a machine whose speed drifts slows both; the ratio is
+the median of the ratios of neighbours. A step is forward, losses, backward and optimizer. Peak memory: on
+CUDA of one step of each kind; on a CPU of the whole process.
 """
 import argparse
 import statistics
@@ -20,12 +20,16 @@ from common import run  # noqa: E402
 
 
 def cbp_occl_steps(device, batch_size):
-    """SegFormer-B0 at 512 x 512, 150 classes: ordinary 1x1 classifier, and CBP + OCCL. Limit of the ratio: 1.10."""
+    """SegFormer-B0 at 512 x 512, 150 classes: ordinary 1x1 classifier, and CBP + OCCL.
+
+    Limit of the ratio: 1.10.
+    """
     import cbp_occl
     size, num_classes = 512, 150
-    cfg = run.make_config(cbp_occl.Config, cbp_occl.PRESETS, "ade20k-segformer-b0", out="unused", batch_size=batch_size)
+    cfg = run.make_config(cbp_occl.Config, cbp_occl.PRESETS, "ade20k-segformer-b0", out="unused",
+                          batch_size=batch_size)
     x = torch.randn(batch_size, 3, size, size).to(device, memory_format=torch.channels_last)
-    regions = torch.randint(num_classes, (batch_size, 4, 4))           # 16 regions an image, about as in ADE20K
+    regions = torch.randint(num_classes, (batch_size, 4, 4))           # 16 an image, about as in ADE20K
     labels = regions.repeat_interleave(size // 4, 1).repeat_interleave(size // 4, 2).to(device)
     steps = []
     for overrides in (cbp_occl.ROWS["baseline"], cbp_occl.ROWS["CBP + OCCL"]):
@@ -57,16 +61,21 @@ def memory_of(step, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    parser.add_argument("--steps", type=int, default=10, help="steps of each kind, after two that do not count")
+    parser.add_argument("--steps", type=int, default=10,
+                        help="steps of each kind, after two that do not count")
     parser.add_argument("--only", choices=tuple(BENCHMARKS), help="one script instead of all")
     args = parser.parse_args()
     device = run.setup(args.device)[0]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+            f"{torch.get_num_threads()} CPU threads")
     batch_size = 16 if device.type == "cuda" else 2
-    print(f"{name}, torch {torch.__version__}, batch {batch_size}, median of {args.steps} alternating steps\n")
-    print("| script | model | ordinary step, s | our step, s | ratio | our images/s | peak memory, GiB: ordinary, ours |")
+    print(f"{name}, torch {torch.__version__}, batch {batch_size}, "
+          f"median of {args.steps} alternating steps\n")
+    print("| script | model | ordinary step, s | our step, s | ratio | our images/s | "
+          "peak memory, GiB: ordinary, ours |")
     print("|---|---|---|---|---|---|---|")
     for script, build in BENCHMARKS.items():
         if args.only in (None, script):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)                                               # small tensors: more threads only wait for each other
+torch.set_num_threads(1)                                               # small tensors: more threads only wait
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -50,8 +50,9 @@ def test_schedule_shortens_every_stage_in_proportion_and_nothing_else():
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--learning-rat", "1"], ["--learning-rat"]), (["--iteratons", "1"], ["--iterations"]), (["--preset", "huge"], ["huge", "toy"]),
-    (["--lr", "fast"], ["--lr", "fast"]), (["--device", "tpu"], ["--device", "tpu"]), (["--iter", "5"], ["--iter"]),
+    (["--learning-rat", "1"], ["--learning-rat"]), (["--iteratons", "1"], ["--iterations"]),
+    (["--preset", "huge"], ["huge", "toy"]), (["--lr", "fast"], ["--lr", "fast"]),
+    (["--device", "tpu"], ["--device", "tpu"]), (["--iter", "5"], ["--iter"]),
 ])
 def test_wrong_flags_stop_with_one_sentence_and_exit_code_2(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -74,12 +75,13 @@ def test_resume_takes_the_runs_settings_and_refuses_contradictions(tmp_path):
     cfg = parse("--preset", "big", "--out", str(tmp_path), "--lr", "0.3", "--schedule", "0.1")
     run.start_run(cfg)
     again = parse("--out", str(tmp_path), "--resume", "--workers", "1")
-    assert (again.preset, again.lr, again.iterations, again.workers, again.resume) == ("big", 0.3, 800, 1, True)
+    assert (again.preset, again.lr, again.iterations, again.workers, again.resume) == (
+        "big", 0.3, 800, 1, True)
     same = parse("--preset", "big", "--out", str(tmp_path), "--lr", "0.3", "--schedule", "0.1", "--resume")
     assert asdict(same) == {**asdict(cfg), "resume": True}
     with pytest.raises(UserError, match=r"--lr 0.7 contradicts .*config.json"):
         parse("--out", str(tmp_path), "--resume", "--lr", "0.7")
-    assert parse("--preset", "big", "--out", str(tmp_path), "--resume").lr == 0.3          # the run's, not the preset's
+    assert parse("--preset", "big", "--out", str(tmp_path), "--resume").lr == 0.3          # not the preset's
     with pytest.raises(UserError, match="--preset toy contradicts"):
         parse("--preset", "toy", "--out", str(tmp_path), "--resume")
     assert parse("--out", str(tmp_path), "--predict", "a.png").preset == "big"
@@ -106,7 +108,8 @@ def test_config_from_python_needs_no_command_line(tmp_path):
 
 
 @pytest.mark.parametrize("body, code, said", [
-    ("raise UserError('mask a.png is broken: replace it.')", 2, "script.py: mask a.png is broken: replace it.\n"),
+    ("raise UserError('mask a.png is broken: replace it.')", 2,
+     "script.py: mask a.png is broken: replace it.\n"),
     ("raise KeyboardInterrupt", 130, "--resume"), ("raise torch.OutOfMemoryError('CUDA')", 2, "--batch-size"),
     ("pass", 0, ""),
 ])
@@ -185,7 +188,8 @@ def test_checkpoint_restores_weights_optimizer_schedule_rng_and_progress(tmp_pat
     parts = training_parts()
     for _ in range(5):
         step(parts)
-    run.save_checkpoint(tmp_path / "last.pt", parts, dict(iteration=5, log=[dict(miou=1.5)], sums=dict(ce=torch.tensor(2.0))))
+    run.save_checkpoint(tmp_path / "last.pt", parts,
+                        dict(iteration=5, log=[dict(miou=1.5)], sums=dict(ce=torch.tensor(2.0))))
     expected = [step(parts) for _ in range(5)]
     other = training_parts()
     progress = run.load_checkpoint(tmp_path / "last.pt", other, torch.device("cpu"))
@@ -230,7 +234,8 @@ def test_kill_9_in_the_middle_of_a_checkpoint_loses_nothing(tmp_path):
     path, seen = tmp_path / "last.pt", -1
     for delay in (0.003, 0.011, 0.02):
         path.unlink(missing_ok=True)
-        child = subprocess.Popen([sys.executable, "-c", SAVER, str(path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+        child = subprocess.Popen([sys.executable, "-c", SAVER, str(path)],
+                                 env={**os.environ, "PYTHONPATH": str(ROOT)})
         while not path.exists():
             time.sleep(0.01)
         beside = Path(f"{path}.tmp")
@@ -249,12 +254,14 @@ def test_kill_9_in_the_middle_of_a_checkpoint_loses_nothing(tmp_path):
 # ---- learning rate, speed ----
 
 def test_poly_lr_is_mmcv_s():
-    # mmcv 1.x: regular = (base - min) (1 - it/max)^power + min; warm-up: regular (1 - (1 - it/warmup) (1 - ratio))
+    # mmcv 1.x: regular = (base - min) (1 - it/max)^power + min;
+    # warm-up: regular (1 - (1 - it/warmup) (1 - ratio))
     assert run.poly_lr(0, 0.01, 100, power=0.9, floor=1e-4) == pytest.approx(0.01)
     assert run.poly_lr(50, 0.01, 100, power=0.9, floor=1e-4) == pytest.approx(0.0099 * 0.5 ** 0.9 + 1e-4)
     assert run.poly_lr(100, 0.01, 100, power=0.9, floor=1e-4) == pytest.approx(1e-4)
     assert run.poly_lr(0, 6e-5, 160000, warmup=1500) == pytest.approx(6e-5 * 1e-6)
-    assert run.poly_lr(750, 6e-5, 160000, warmup=1500) == pytest.approx(6e-5 * (1 - 750 / 160000) * (1 - 0.5 * (1 - 1e-6)))
+    assert run.poly_lr(750, 6e-5, 160000, warmup=1500) == pytest.approx(
+        6e-5 * (1 - 750 / 160000) * (1 - 0.5 * (1 - 1e-6)))
     assert run.poly_lr(1500, 6e-5, 160000, warmup=1500) == pytest.approx(6e-5 * (1 - 1500 / 160000))
 
 
@@ -278,7 +285,9 @@ def test_measuring_the_speed_changes_nothing():
     assert mine == [step(other) for _ in range(3)]
 
 
-@pytest.mark.parametrize("seconds, text", [(5, "5 s"), (130, "2.2 min"), (7200, "2.0 h"), (200000, "2.3 days")])
+@pytest.mark.parametrize("seconds, text", [
+    (5, "5 s"), (130, "2.2 min"), (7200, "2.0 h"), (200000, "2.3 days"),
+])
 def test_duration_is_readable(seconds, text):
     assert run.duration(seconds) == text
 
