@@ -153,8 +153,8 @@ def run_script(main, Config, presets, description=""):
               "(a lower batch size wants a lower --lr in proportion).", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command with --resume goes on from the last checkpoint.",
-              file=sys.stderr)
+        print(f"{name}: interrupted; the same command with --resume (a --table: the same command) goes on from the "
+              "last checkpoint.", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -203,8 +203,8 @@ def distribute(model, device, world):
         return model
     if device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None)
+    return torch.nn.parallel.DistributedDataParallel(                  # share_buffers takes care of the buffers
+        model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
 
 
 def share_buffers(model):
