@@ -126,7 +126,7 @@ class Config(RunConfig):
 ADE20K = dict(dataset="ade20k")                                        # 160K iterations, 150 classes
 COCO = dict(dataset="cocostuff10k", val_split="test", test_split="test", iterations=80000, eval_every=8000)
 FCN = dict(backbone="resnet101", head="fcn", optimizer="sgd", lr=0.01, head_lr=1.0, weight_decay=5e-4, power=0.9,
-           floor=1e-4, warmup=0)
+           floor=1e-4, warmup=0)                                       # [D13]
 CONVNEXT = dict(backbone="convnext_base", head="upernet", lr=1e-4, head_lr=1.0, weight_decay=0.05,
                 stage_decay=0.9)                                       # [D11]; the paper does not say which size
 SWIN = dict(backbone="swin_b", head="upernet", head_lr=1.0)
