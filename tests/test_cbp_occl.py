@@ -415,7 +415,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_command_of_the_readme_is_one_the_script_takes():
-    commands = re.findall(r"cbp_occl\.py((?: +--?[^#`|\n]*)?)", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)))
+    shell = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+    commands = re.findall(r"cbp_occl\.py((?: +--?[^#`|\n]*)?)", shell)
     assert len(commands) >= 10
     for command in commands:
         argv = shlex.split(command)

@@ -146,10 +146,10 @@ def test_update_reads_no_value_back_to_the_host():
     assert confusion.matrix.device.type == "meta" and confusion.matrix.shape == (5, 5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_update_on_a_gpu_does_not_wait_for_it():
     labels, predictions = random_maps(6, 20, shape=(2, 64, 64))
-    confusion, on_gpu = ConfusionMatrix(20, device="cuda"), (labels.cuda(), predictions.cuda())
+    confusion, on_gpu = ConfusionMatrix(20, device="cuda"), (labels.to("cuda"), predictions.to("cuda"))
     confusion.update(*on_gpu)                                             # first call: kernels load
     torch.cuda.set_sync_debug_mode("error")
     try:
