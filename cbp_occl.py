@@ -53,7 +53,7 @@ Where we read or do something else than is printed ([D*] marks the line):
 
 import os
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -871,22 +871,6 @@ TABLE_NOTES = {
 }
 
 
-def trained_row(cfg, device, rank, world):
-    """Metrics of one row's run in cfg.out: read if it is finished, resumed if it was interrupted, else trained."""
-    out = Path(cfg.out)
-    if (out / "config.json").exists():
-        saved = run.read_json(out / "config.json", "")
-        fixed = [f.name for f in fields(cfg) if not f.metadata["runtime"]] + ["weights", "data", "test_split"]
-        same = all(saved.get(name) == getattr(cfg, name) for name in fixed)
-        if same and (out / "metrics.json").exists():
-            return run.read_json(out / "metrics.json", "")
-        cfg = replace(cfg, resume=same)
-    train(cfg, device, rank, world)
-    if dist.is_initialized():
-        dist.barrier()
-    return run.read_json(out / "metrics.json", f"{out}/metrics.json is missing: run the table again.")
-
-
 def run_table(cfg, device, rank, world):
     """--table: every row as a run in OUT/rows/, then OUT/tableN.md. Tables share rows; finished rows are kept."""
     out, found, missing = Path(cfg.out), {}, {}
@@ -902,7 +886,7 @@ def run_table(cfg, device, rank, world):
                               **ROWS[name])
             if rank == 0:
                 print(f"row {name} in {folder}", flush=True)
-            found[name] = trained_row(row_cfg, device, rank, world)
+            found[name] = run.finished_row(train, row_cfg, device, rank, world)
     if rank == 0:
         text = "\n".join(table_lines(cfg, found, missing, device)) + "\n"
         with run.replacing(out / f"table{cfg.table}.md") as file:

@@ -6,6 +6,7 @@ Nothing here belongs to one of the papers. A script uses it in this order:
     device, rank, world = setup(cfg.device, cfg.seed)  # also joins the other ranks under torchrun
     start_run(cfg, rank)                               # run folder with config.json
     save_checkpoint / load_checkpoint, write_csv, write_json
+    finished_row                                       # one row of a table of the paper
 """
 
 import argparse
@@ -43,9 +44,15 @@ def opt(default, help, choices=None, schedule=False, runtime=False, uses_run=Fal
     schedule: a number of iterations or epochs, multiplied by --schedule.   runtime: says where and how to
     compute, not what; may differ when a run is resumed.   uses_run: the option works on the run that --out
     names, so the settings come from that run's config.json.
+
+    A field of type `list` holds strings, one or more after its flag; its default may be (). A default of None
+    is for the Config's own __post_init__ to fill, and only if it is None: replace() calls it again.
     """
-    return field(default=default, metadata=dict(help=help, choices=choices, schedule=schedule,
-                                                runtime=runtime, uses_run=uses_run))
+    about = dict(default=default, help=help, choices=choices, schedule=schedule, runtime=runtime,
+                 uses_run=uses_run)
+    if isinstance(default, (tuple, list)):
+        return field(default_factory=lambda: list(default), metadata=about)      # a new list for every Config
+    return field(default=default, metadata=about)
 
 
 @dataclass
@@ -82,9 +89,12 @@ def _parser(Config, presets, description):
                      allow_abbrev=False)
     for f in fields(Config):
         choices = list(presets) if f.name == "preset" else f.metadata["choices"]
+        one, default = str if f.type is list else f.type, f.metadata["default"]
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
-                dict(type=f.type, choices=choices, metavar=None if choices else f.type.__name__.upper()))
-        text = f.metadata["help"] + ("" if f.default in ("", False) else f" (default {f.default})")
+                dict(type=one, choices=choices, metavar=None if choices else one.__name__.upper(),
+                     nargs="+" if f.type is list else None))
+        shown = " ".join(default) if f.type is list else default
+        text = f.metadata["help"] + ("" if shown in ("", False, None) else f" (default {shown})")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=text.replace("%", "%%"), **kind)
     return parser
@@ -116,7 +126,7 @@ def make_config(Config, presets, preset="toy", **flags):
         raise UserError(f"--schedule {cfg.schedule}: must be above 0 (1 = the whole recipe).")
     for f in fields(Config):
         value = getattr(cfg, f.name)
-        if f.metadata["schedule"] and value > 0:
+        if f.metadata["schedule"] and value is not None and value > 0:
             setattr(cfg, f.name, max(1, round(value * cfg.schedule)))
     return cfg
 
@@ -280,6 +290,30 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def finished_row(train, cfg, device, rank, world):
+    """Metrics of one row of a table, whose run is in cfg.out: read if finished, else trained or resumed.
+
+    train(cfg, device, rank, world) leaves metrics.json in cfg.out. A run that was made with other settings,
+    or other weights, data or test_split, does not count and is made again.
+    """
+    out = Path(cfg.out)
+    if (out / "config.json").exists():
+        saved = read_json(out / "config.json", "")
+        now = json.loads(json.dumps(asdict(cfg)))       # tuples become lists, as in the file
+        fixed = [f.name for f in fields(cfg) if not f.metadata["runtime"]
+                 or f.name in ("weights", "data", "test_split")]
+        same = all(saved.get(name) == now[name] for name in fixed)
+        if same and (out / "metrics.json").exists():
+            return read_json(out / "metrics.json", "")
+        cfg = replace(cfg, resume=same)
+    if dist.is_initialized():
+        dist.barrier()                                 # every rank has read what rank 0 may now move aside
+    train(cfg, device, rank, world)
+    if dist.is_initialized():
+        dist.barrier()
+    return read_json(out / "metrics.json", f"{out}/metrics.json is missing: run the table again.")
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------

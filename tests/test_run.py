@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +107,76 @@ def test_config_from_python_needs_no_command_line(tmp_path):
         run.make_config(Config, PRESETS, "toy", schedule=0.0)
 
 
+@dataclass
+class ListConfig(RunConfig):
+    epochs: int = opt(40, "epochs", schedule=True)
+    finetune: int = opt(None, "epochs of the last stage; a quarter of --epochs if not given", schedule=True)
+    extra: int = opt(None, "stays as it is", schedule=True)
+    parts: list = opt(("head", "wing"), "parts to draw")
+    explain: list = opt((), "images to explain", runtime=True, uses_run=True)
+
+    def __post_init__(self):
+        if self.finetune is None:
+            self.finetune = self.epochs // 4
+
+
+def parse_lists(*argv):
+    return run.parse_config(ListConfig, {"toy": {}, "short": dict(finetune=4)}, list(argv))
+
+
+def test_a_list_option_takes_one_or_more_words():
+    cfg = parse_lists()
+    assert cfg.parts == ["head", "wing"] and cfg.explain == []
+    cfg.parts.append("tail")
+    assert parse_lists().parts == ["head", "wing"]                     # no Config changes the default
+    cfg = parse_lists("--parts", "beak", "--seed", "3")
+    assert (cfg.parts, cfg.seed) == (["beak"], 3)
+    assert parse_lists("--parts", "1", "2", "3").parts == ["1", "2", "3"]
+
+
+def test_an_empty_list_flag_is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_lists("--parts")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "--parts" in message and message.count("\n") == 1
+
+
+def test_help_shows_lists_and_no_default_of_none(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse_lists("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--parts STR [STR ...] parts to draw (default head wing)" in text
+    assert text.endswith("--explain STR [STR ...] images to explain")  # an empty default is not shown
+    assert "(default 40)" in text and "None" not in text
+
+
+def test_a_list_option_survives_the_run_folder_and_can_work_on_a_run(tmp_path):
+    out = str(tmp_path)
+    run.start_run(parse_lists("--out", out, "--parts", "tail", "beak"))
+    assert json.loads((tmp_path / "config.json").read_text())["parts"] == ["tail", "beak"]
+    cfg = parse_lists("--out", out, "--explain", "a.png", "b.png")
+    assert cfg.explain == ["a.png", "b.png"] and cfg.parts == ["tail", "beak"]             # from the run
+    assert parse_lists("--out", out, "--resume", "--parts", "tail", "beak").explain == []
+    assert parse_lists("--out", out).parts == ["head", "wing"]         # an empty list asks for no run
+    with pytest.raises(UserError, match="--parts .*wing.* contradicts"):
+        parse_lists("--out", out, "--explain", "a.png", "--parts", "wing")
+    with pytest.raises(UserError, match="holds no run"):
+        parse_lists("--out", str(tmp_path / "none"), "--explain", "a.png")
+
+
+def test_a_default_of_none_is_filled_once_then_scaled(tmp_path):
+    assert (parse_lists().finetune, parse_lists().extra) == (10, None)
+    assert parse_lists("--preset", "short").finetune == 4 and parse_lists("--finetune", "0").finetune == 0
+    cfg = parse_lists("--schedule", "0.5", "--out", str(tmp_path))
+    assert (cfg.epochs, cfg.finetune, cfg.extra) == (20, 5, None)
+    again = replace(cfg, seed=1)                                       # runs __post_init__ again
+    assert (again.epochs, again.finetune) == (20, 5)
+    run.start_run(cfg)
+    resumed = parse_lists("--out", str(tmp_path), "--resume")
+    assert asdict(resumed) == {**asdict(cfg), "resume": True}          # not scaled a second time
+
+
 @pytest.mark.parametrize("body, code, said", [
     ("raise UserError('mask a.png is broken: replace it.')", 2,
      "script.py: mask a.png is broken: replace it.\n"),
@@ -164,6 +234,42 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"miou": 1.0}
     run.write_csv(tmp_path / "log.csv", [dict(a=1, b=2.5), dict(a=2, b=3.5)])
     assert (tmp_path / "log.csv").read_text().split() == ["a,b", "1,2.5", "2,3.5"]
+
+
+@dataclass
+class RowConfig(RunConfig):
+    weights: str = opt("none", "start", runtime=True)
+    lr: float = opt(0.1, "learning rate")
+    parts: list = opt((), "parts")
+
+
+def test_a_row_is_read_if_finished_resumed_if_interrupted_else_trained(tmp_path):
+    calls = []
+
+    def train(cfg, device, rank, world):
+        assert (device, rank, world) == ("cpu", 0, 1)
+        calls.append((cfg.lr, cfg.resume))
+        run.start_run(cfg)
+        run.write_json(tmp_path / "row" / "metrics.json", dict(lr=cfg.lr, run=len(calls)))
+
+    def row(**flags):
+        cfg = run.make_config(RowConfig, {"toy": {}}, "toy", out=str(tmp_path / "row"), **flags)
+        return run.finished_row(train, cfg, "cpu", 0, 1)["run"]
+
+    assert row() == 1 and calls == [(0.1, False)]
+    assert row() == 1 and row(workers=9, device="cpu") == 1 and len(calls) == 1           # nothing trained
+    assert row(lr=0.2) == 2 and calls[-1] == (0.2, False)              # other settings: a new run
+    assert row(lr=0.2, weights="a.pth") == 3 and calls[-1] == (0.2, False)                # these count
+    assert row(lr=0.2, weights="a.pth", data="x") == 4 and calls[-1] == (0.2, False)
+    (tmp_path / "row" / "metrics.json").unlink()
+    assert row(lr=0.2, weights="a.pth", data="x") == 5 and calls[-1] == (0.2, True)   # goes on
+    assert row(lr=0.2, parts=("a",)) == 6 and row(lr=0.2, parts=("a",)) == 6              # like a list
+
+
+def test_a_row_that_leaves_no_metrics_is_named(tmp_path):
+    cfg = run.make_config(RowConfig, {"toy": {}}, "toy", out=str(tmp_path))
+    with pytest.raises(UserError, match="metrics.json is missing"):
+        run.finished_row(lambda *_: None, cfg, "cpu", 0, 1)
 
 
 # ---- checkpoints ----
