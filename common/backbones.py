@@ -1,4 +1,4 @@
-"""Segmentation networks up to the last feature map; the classifier on top of it is each paper's own business.
+"""Networks up to the last feature map; the classifier on top of it is each paper's own business.
 
     network = build_network("mit_b0", "segformer", num_classes=150, weights="mit_b0.pth")
     features, aux_logits = network(images)          # (B,256,H/4,W/4), None
@@ -9,6 +9,12 @@
     upernet    swin_t/s/b, convnext_tiny/small/base, mobilenet_v2      512       4        on level 3
 
 mobilenet_v2 (for laptops and small GPUs) has 256 channels under every head, tiny (for toy pictures) 64.
+
+    extractor = build_extractor("resnet34", weights="imagenet")
+    features = extractor(images)                    # (B,512,H/32,W/32): no pooling, no classifier
+
+tiny mobilenet_v2 resnet34 resnet50 resnet50_inat resnet152 densenet121 densenet161
+48   1280         512      2048     2048          2048      1024        2208         channels
 
 Sources: SegFormer (Xie et al. 2021), UPerNet (Xiao et al. 2018), FCN (Long et al. 2015); widths,
 initialisation, drop rates and auxiliary heads are mmsegmentation's defaults. Departures from it:
@@ -59,6 +65,8 @@ GOES_WITH = {
     "upernet": ("swin_t", "swin_s", "swin_b", "convnext_tiny", "convnext_small", "convnext_base",
                 "mobilenet_v2"),
 }
+EXTRACTORS = ("tiny", "mobilenet_v2", "resnet34", "resnet50", "resnet50_inat", "resnet152", "densenet121",
+              "densenet161")
 HEAD_CHANNELS = {"segformer": 256, "fcn": 512, "upernet": 512}
 CLASSIFIER_KEYS = ("fc.", "classifier.", "head.", "decode_head.", "norm.")   # "norm.": before Swin's head
 
@@ -420,27 +428,69 @@ def build_network(backbone, head, num_classes, head_channels=0, weights="none", 
     return SegmentationNetwork(body, decoder, aux_head, channels, output_stride if head == "fcn" else 4)
 
 
+# ---- networks for image classification -------------------------------------------------------------------
+
+def build_extractor(backbone, weights="none"):
+    """One of EXTRACTORS: images (B,3,H,W) -> features (B,channels,h,w); .channels of the features.
+
+    h, w = H, W / 32, rounded up (7 for 224; DenseNet: 1 less for some sizes); tiny: H, W / 8, rounded up.
+    These are torchvision's networks up to the global pooling, DenseNet's last ReLU included; tiny is the
+    first two stages of TinyBackbone; resnet50_inat is a resnet50 for weights from iNaturalist 2017.
+
+    weights: as in build_network. A file for resnet50_inat is the checkpoint of BBN (Zhou et al. 2020),
+    BBN.iNaturalist2017.res50.180epoch.best_model.pth, of which the conventional branch is used.
+    Raises UserError for another backbone, and for weights that cannot be read or do not fit.
+    """
+    if backbone not in EXTRACTORS:
+        raise UserError(f"backbone {backbone} is not available: choose one of {', '.join(EXTRACTORS)}")
+    if backbone == "tiny":
+        net = TinyBackbone()
+        load_weights(net, weights, backbone)
+        extractor = nn.Sequential(*net.stages[:2])
+        extractor.channels = net.dims[1]
+        return extractor
+    net = torchvision.models.get_model(backbone.removesuffix("_inat"), weights=None)
+    load_weights(net, weights, backbone)
+    parts = OrderedDict(net.named_children())
+    classifier = parts.popitem()[1]                                     # the last of its parts
+    parts.pop("avgpool", None)                                          # ResNet's; the others pool in forward
+    if backbone.startswith("densenet"):
+        parts["relu"] = nn.ReLU(inplace=True)                           # in forward too
+    extractor = nn.Sequential(parts)
+    extractor.channels = (classifier[-1] if backbone == "mobilenet_v2" else classifier).in_features
+    return extractor
+
+
 # ---- pretrained weights ----------------------------------------------------------------------------------
 
 def load_weights(net, weights, backbone):
-    """Fill a backbone (torchvision's: before it is cut) from what `weights` of build_network stands for."""
+    """Fill a backbone, before it is cut, from what `weights` of build_network stands for."""
     if weights == "none":
         return
     state = read_state_dict(locate_weights(str(weights), backbone))
     if backbone in MIT:
         load_mit_weights(net, state, source=weights)
+    elif backbone == "resnet50_inat":
+        load_fitting(net, conventional_branch(state), source=weights)
+    elif backbone.startswith("densenet"):                               # norm.1 in the files, norm1 by now
+        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name): value
+                 for name, value in state.items()}
+        load_fitting(net, state, source=weights)
     else:
         load_fitting(net, state, source=weights)
 
 
 def locate_weights(weights, backbone):
     """The path or URL behind `weights`; UserError if there is none."""
-    if weights == "imagenet" and backbone in TORCHVISION:
+    if weights == "imagenet" and backbone in torchvision.models.list_models():
         return torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
     if weights == "imagenet" and backbone in MIT:
         raise UserError(f"torchvision has no ImageNet weights for {backbone}: give the path or URL of the "
                         f"original {backbone}.pth or of pytorch_model.bin from HuggingFace's "
                         f"nvidia/{backbone.replace('_', '-')}")
+    if weights == "imagenet" and backbone == "resnet50_inat":
+        raise UserError("resnet50_inat has weights from iNaturalist 2017, not ImageNet: give the path or URL "
+                        "of BBN.iNaturalist2017.res50.180epoch.best_model.pth, or none")
     if weights == "imagenet":
         raise UserError(f"there are no ImageNet weights for {backbone}: train it from scratch (weights none)")
     if weights.split("?")[0].endswith(".safetensors"):
@@ -506,6 +556,17 @@ def original_mit_name(name):
                          ("layer_norm_", "norm"), ("layer_norm", "norm")):
         rest = rest.replace(theirs, ours)
     return f"{part}{stage}.{rest}"
+
+
+def conventional_branch(state):
+    """The ResNet-50 in a checkpoint of BBN under torchvision's names.
+
+    module.backbone.cb_block is the last block of layer4. What does not start with module.backbone. (the
+    classifier) and module.backbone.rb_block (the branch for rare classes) are left out.
+    """
+    prefix = "module.backbone."
+    names = [name for name in state if name.startswith(prefix) and not name.startswith(prefix + "rb_block.")]
+    return {re.sub("^cb_block", "layer4.2", name.removeprefix(prefix)): state[name] for name in names}
 
 
 def load_fitting(model, state, source):

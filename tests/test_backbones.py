@@ -15,7 +15,8 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import backbones
-from common.backbones import GOES_WITH, MixBlock, MixTransformer, build_network, load_mit_weights
+from common.backbones import (EXTRACTORS, GOES_WITH, MixBlock, MixTransformer, build_extractor, build_network,
+                              load_mit_weights)
 from common.run import UserError
 
 PAIRS = [(backbone, head) for head, names in GOES_WITH.items() for backbone in names]
@@ -579,3 +580,160 @@ def test_urls_are_cached_apart_and_failures_name_them(monkeypatch):
             build_network("mit_b0", "segformer", 5, weights=url)
         assert url in str(error.value) and "404" in str(error.value)
     assert names[0] != names[1] and all(name.endswith("_pytorch_model.bin") for name in names)
+
+
+# ---- networks for image classification ---------------------------------------------------------------------
+
+EXTRACTOR_CHANNELS = {"tiny": 48, "mobilenet_v2": 1280, "resnet34": 512, "resnet50": 2048,
+                      "resnet50_inat": 2048, "resnet152": 2048, "densenet121": 1024, "densenet161": 2208}
+
+
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_extractors_have_their_channels_and_stride(name):
+    with torch.device("meta"):
+        extractor = build_extractor(name)
+        shapes = [tuple(extractor(torch.randn(2, 3, side, side)).shape) for side in (64, 224)]
+    channels, stride = EXTRACTOR_CHANNELS[name], 8 if name == "tiny" else 32
+    assert extractor.channels == channels and len(EXTRACTORS) == len(EXTRACTOR_CHANNELS)
+    assert shapes == [(2, channels, side // stride, side // stride) for side in (64, 224)]
+    assert not any(isinstance(module, nn.Linear) for module in extractor.modules())
+
+
+def classifier_with_random_statistics(name):
+    """torchvision's network in eval mode, its BatchNorms no longer the identity."""
+    torch.manual_seed(3)
+    net = torchvision.models.get_model(name).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    return net
+
+
+@pytest.mark.parametrize("name, pool", [("resnet34", "avgpool"), ("mobilenet_v2", "classifier"),
+                                        ("densenet121", "classifier")])
+def test_the_pooled_features_are_what_torchvisions_classifier_sees(tmp_path, name, pool):
+    net = classifier_with_random_statistics(name)
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    extractor, seen = build_extractor(name, str(tmp_path / "w.pth")).eval(), []
+    getattr(net, pool).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        features = extractor(x := torch.randn(2, 3, 64, 96))
+        net(x)
+    expected, = seen                                                    # ResNet: (B,C,h,w); others: (B,C)
+    assert torch.allclose(features if pool == "avgpool" else features.mean((2, 3)), expected, atol=1e-5)
+    assert features.std() > 0.01
+
+
+def test_densenet_ends_with_a_relu(tmp_path):
+    net = classifier_with_random_statistics("densenet121")
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "w.pth")
+    extractor = build_extractor("densenet121", tmp_path / "w.pth").eval()
+    with torch.no_grad():
+        before = net.features(x := torch.randn(1, 3, 64, 64))
+        assert torch.equal(extractor(x), F.relu(before)) and (before < 0).any()
+
+
+def test_tiny_is_the_first_two_stages_of_the_backbone(tmp_path):
+    body = build_network("tiny", "segformer", 3).backbone.eval()
+    torch.save(body.state_dict(), tmp_path / "tiny.pth")
+    extractor = build_extractor("tiny", tmp_path / "tiny.pth").eval()
+    x = torch.randn(2, 3, 40, 56)
+    assert torch.equal(extractor(x), body(x)[1]) and extractor(x).shape == (2, 48, 5, 7)
+
+
+# Weights of the wide networks are compared by name on small stand-ins of the same depth.
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """torchvision's ResNets and DenseNets, as deep as ever but with few channels: their files are small."""
+    model = torchvision.models.get_model
+    blocks = {"densenet121": (6, 12, 24, 16), "densenet161": (6, 12, 36, 24)}
+
+    def get_model(name, weights=None):
+        if name in blocks:
+            return torchvision.models.DenseNet(4, blocks[name], num_init_features=8)
+        return model(name, weights=weights, **({} if name == "resnet34" else dict(width_per_group=8)))
+
+    monkeypatch.setattr(torchvision.models, "get_model", get_model)
+    return get_model
+
+
+def bbn_checkpoint(resnet):
+    """A ResNet-50's state dict as BBN saves it: layer4.2 twice, as two branches, and another classifier."""
+    state = {}
+    for name, value in resnet.items():
+        if name.startswith("layer4.2."):
+            rest = name.split(".", 2)[2]
+            state[f"module.backbone.cb_block.{rest}"] = value
+            state[f"module.backbone.rb_block.{rest}"] = torch.zeros_like(value)
+        elif not name.startswith("fc."):
+            state[f"module.backbone.{name}"] = value
+    return state | {"module.classifier.weight": torch.zeros(9, 8), "module.classifier.bias": torch.zeros(9)}
+
+
+def test_the_inaturalist_checkpoint_of_bbn_fills_resnet50(tmp_path, narrow):
+    resnet = narrow("resnet50").state_dict()
+    for state in (bbn_checkpoint(resnet), {"state_dict": bbn_checkpoint(resnet), "epoch": 180}):
+        torch.save(state, tmp_path / "bbn.pth")
+        loaded = build_extractor("resnet50_inat", tmp_path / "bbn.pth").state_dict()
+        assert set(loaded) == {name for name in resnet if not name.startswith("fc.")}
+        assert all(torch.equal(value, resnet[name]) for name, value in loaded.items())
+
+
+def test_old_densenet_names_are_understood(tmp_path, narrow):
+    state = narrow("densenet121").state_dict()
+    old = {name.replace(".norm1.", ".norm.1.").replace(".norm2.", ".norm.2.").replace(".conv1.", ".conv.1.")
+           .replace(".conv2.", ".conv.2."): value for name, value in state.items()
+           if not name.endswith("num_batches_tracked")}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    for saved in (old, state):
+        torch.save(saved, tmp_path / "w.pth")
+        loaded = build_extractor("densenet121", tmp_path / "w.pth").state_dict()
+        assert set(loaded) == {name for name in state if not name.startswith("classifier.")}
+        assert all(torch.equal(loaded[name], state[name]) for name in loaded)
+
+
+def test_wrong_extractors_and_files_are_one_sentence(tmp_path, narrow):
+    path = tmp_path / "w.pth"
+
+    def message(backbone, weights):
+        with pytest.raises(UserError) as error:
+            build_extractor(backbone, weights)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "vgg" in message("vgg", "none") and "densenet161" in message("vgg", "none")
+    assert "iNaturalist" in (said := message("resnet50_inat", "imagenet")) and "best_model.pth" in said
+    assert "no ImageNet weights for tiny" in message("tiny", "imagenet")
+    assert "no such file" in message("resnet50_inat", str(tmp_path / "gone.pth"))
+    resnet, densenet = narrow("resnet50").state_dict(), narrow("densenet121").state_dict()
+    bbn = bbn_checkpoint(resnet)
+    last = "features.denseblock4.denselayer16.conv2.weight"
+    for backbone, state, words in [
+            ("resnet50_inat", resnet, ["missing: conv1.weight"]), ("resnet50", bbn, ["unexpected: module."]),
+            ("resnet34", resnet, ["unexpected"]), ("resnet152", resnet, ["missing: layer2.4."]),
+            ("densenet161", densenet, ["missing: features.denseblock3."]),
+            ("densenet121", changed(densenet, last, None), [f"1 missing: {last}"]),
+            ("densenet121", changed(densenet, "features.norm5.bias", torch.zeros(3)), ["1 of another shape"]),
+            ("resnet50_inat", changed(bbn, "module.backbone.cb_block.conv3.weight", None),
+             ["1 missing: layer4.2.conv3.weight"])]:
+        torch.save(state, path)
+        said = message(backbone, path)
+        assert str(path) in said and all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet152", "densenet121", "densenet161",
+                                  "mobilenet_v2"])
+def test_imagenet_weights_of_extractors_are_torchvisions(monkeypatch, name):
+    asked = []
+
+    def download(url, **options):
+        asked.append(url)
+        raise OSError("no connection")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    with pytest.raises(UserError, match="no connection"), torch.device("meta"):
+        build_extractor(name, "imagenet")
+    assert len(asked) == 1 and asked[0].startswith(f"https://download.pytorch.org/models/{name}-")
