@@ -1,4 +1,4 @@
-"""Pictures of a run: label overlays, heat maps, captioned grids, matrices and bar charts, drawn with Pillow.
+"""Pictures of a run: overlays, heat maps, grids, matrices, bar charts and histograms, drawn with Pillow.
 
 An image is a uint8 tensor (3,H,W), RGB, 0..255. The save_* functions write PNG files, legible at 100 %.
 """
@@ -76,6 +76,21 @@ def heatmap(image, values, opacity=0.5, vmin=None, vmax=None):
     return blend(image, interpolate(values, HEAT), opacity)
 
 
+def draw_box(image, box, colour=(0, 255, 255), width=2):
+    """A copy of image (3,H,W) uint8 with a frame, `width` pixels wide, along the inside of the box.
+
+    box: y0, y1, x0, x1 in pixels, ends exclusive; what lies beyond the image is cut off the box first.
+    """
+    height, length = image.shape[1:]
+    y0, y1 = (min(max(int(y), 0), height) for y in box[:2])
+    x0, x1 = (min(max(int(x), 0), length) for x in box[2:])
+    frame = torch.zeros(height, length, dtype=torch.bool, device=image.device)
+    frame[y0:y1, x0:x1] = True
+    frame[y0 + width:max(y1 - width, 0), x0 + width:max(x1 - width, 0)] = False
+    colour = torch.tensor(colour, dtype=torch.uint8, device=image.device)[:, None, None]     # (3,1,1)
+    return torch.where(frame, colour, image)
+
+
 # ---- pieces: a figure is a stack of Pillow images ----
 
 def clip(text, font, width):
@@ -126,6 +141,36 @@ def write_upwards(canvas, text, font, x, y, anchor):
     canvas.paste(INK, (round(x - height / 2), y - ink.height if anchor == "start" else y), ink)
 
 
+def histogram_piece(heading, bars, edges, ticks, colour):
+    """bars: n heights; edges of the bins: n + 1 numbers; ticks: (height, text) pairs, the last at the top."""
+    font, top, height = ImageFont.load_default(size=15), 30, 150          # height of the plot
+    texts = [f"{edge:.4g}" if abs(edge) < 1e4 else f"{edge:.0f}" for edge in edges]
+    n, room = len(bars), math.ceil(max(font.getlength(text) for text in texts))
+    left = max(room // 2 + 1, math.ceil(max(font.getlength(text) for _, text in ticks)) + 12)
+    bar = max(4, 640 // n)                                                # width of a bin
+    every = min(n, math.ceil((room + 14) / bar))                          # so far apart do edges get a number
+    every = next((k for k in range(every, 2 * every) if n % k == 0), every)       # rather evenly
+    numbered = [*range(0, n - every + 1, every), n]
+    piece = Image.new("RGB", (left + n * bar + room // 2 + 8, top + height + 32), "white")
+    draw, axis, scale = ImageDraw.Draw(piece), top + height, height / ticks[-1][0]
+    draw.text((0, 0), clip(heading, font, piece.width), INK, font=font)
+    for value, text in ticks:
+        y = round(axis - value * scale)
+        draw.line((left, y, left + n * bar, y), fill=LINE)
+        draw.text((left - 8, y), text, INK, font=font, anchor="rm")
+    for i, value in enumerate(bars):
+        if value > 0:                                                     # at least a line of one pixel
+            y = min(axis - 1, round(axis - value * scale))
+            draw.rectangle((left + i * bar + 1, y, left + (i + 1) * bar - 1, axis), fill=colour)
+    draw.line((left, axis, left + n * bar, axis), fill=INK)
+    for i, text in enumerate(texts):
+        x = left + i * bar
+        draw.line((x, axis, x, axis + (7 if i in numbered else 3)), fill=INK)
+        if i in numbered:
+            draw.text((x, axis + 11), text, INK, font=font, anchor="ma")
+    return piece
+
+
 def save_stack(path, pieces, gap=8):
     """Pieces below each other on white -> PNG, written beside `path` and renamed: never half a file."""
     pieces = [piece for piece in pieces if piece.height > 0]
@@ -145,20 +190,21 @@ def save_stack(path, pieces, gap=8):
 def save_grid(path, rows, cell=256, title="", legend=None):
     """Rows of captioned images, each scaled to `cell` pixels in width, aspect kept.
 
-    rows: list of lists of (image (3,H,W) uint8, caption); a caption is cut after two lines.
-    legend: {class id: name}, in palette colours.
+    rows: list of lists of (image (3,H,W) uint8, caption), of any lengths; None instead leaves a cell white. A
+    caption is cut after two lines. legend: {class id: name}, in palette colours.
     """
     gap, legend = 8, legend or {}
     width = max(len(row) for row in rows) * (cell + gap) - gap
     pieces = [text_piece(title, width, size=18)]
     for row in rows:
-        pictures = [fit_width(image, cell) for image, _ in row]
-        captions = [text_piece(caption, cell) for _, caption in row]
-        below = max(picture.height for picture in pictures) + 2
-        piece = Image.new("RGB", (width, below + max(caption.height for caption in captions)), "white")
-        for i in range(len(row)):
-            piece.paste(pictures[i], (i * (cell + gap), 0))
-            piece.paste(captions[i], (i * (cell + gap), below))
+        filled = [(i * (cell + gap), fit_width(entry[0], cell), text_piece(entry[1], cell))
+                  for i, entry in enumerate(row) if entry is not None]        # column x, picture, caption
+        below = max([picture.height for _, picture, _ in filled], default=0) + 2
+        height = below + max([caption.height for _, _, caption in filled], default=0)
+        piece = Image.new("RGB", (width, height), "white")
+        for x, picture, caption in filled:
+            piece.paste(picture, (x, 0))
+            piece.paste(caption, (x, below))
         pieces.append(piece)
     pieces.append(legend_piece([(CLASS_COLOURS[c].tolist(), name) for c, name in legend.items()], width))
     save_stack(path, pieces, gap)
@@ -261,3 +307,44 @@ def save_bars(path, series, names, title="", unit="%"):
     draw.line((left, zero, canvas.width, zero), fill=INK)
     swatches = [(SERIES[s % len(SERIES)], name) for s, name in enumerate(series)]
     save_stack(path, [text_piece(title, canvas.width, size=18), legend_piece(swatches, canvas.width), canvas])
+
+
+def save_histogram(path, series, bins=20, low=None, high=None, title="", unit="", log=False):
+    """Histograms below each other, one a series, all with the same bins and the same axis.
+
+    series: {name: values}, tensors or lists of any shape and length, also empty. unit: of the values.
+    low, high: the outermost edges, else round numbers that span all values. The last bin holds its upper
+    edge; the heading of a histogram tells how many values lie outside, nan among them.
+    A bar is the share of all values of its series in percent or, if log, their number on an axis 1, 10, 100.
+    """
+    series = {name: torch.as_tensor(values).detach().cpu().double().flatten()
+              for name, values in series.items()}
+    known = torch.cat(list(series.values()))
+    known = known[known.isfinite()].tolist() or [0.0, 1.0]
+    ticks = round_ticks(min(known), max(known) if max(known) > min(known) else min(known) + 1.0)
+    low = min(ticks[0], min(known)) if low is None else low               # the tick itself may be rounded up
+    high = max(ticks[-1], max(known)) if high is None else high
+    high = high if high > low else low + 1.0                              # no value on this side of the limit
+    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
+    edges[edges.abs() < 1e-9 * (high - low)] = 0.0                        # not 1e-17
+    inside = {name: values[(values >= low) & (values <= high)] for name, values in series.items()}
+    counts = {name: torch.histogram(values, edges).hist for name, values in inside.items()}    # (bins) each
+    if log:                                                               # the axis begins at 1/2, below 1
+        highest = max(count.max().item() for count in counts.values())
+        bars = {name: (2 * count).clamp(min=1).log10() for name, count in counts.items()}
+        powers = range(1 + math.ceil(math.log10(max(highest, 2))))
+        ticks = [(math.log10(2 * 10 ** k), str(10 ** k)) for k in powers]
+    else:
+        bars = {name: 100 * count / max(1, len(series[name])) for name, count in counts.items()}
+        top = max(bar.max().item() for bar in bars.values()) or 1.0
+        ticks = [(tick, f"{tick:.6g}") for tick in round_ticks(0, top)]
+    pieces = []
+    for s, (name, bar) in enumerate(bars.items()):
+        outside = len(series[name]) - len(inside[name])
+        heading = f"{name}: n = {len(series[name])}" + (f", {outside} of them outside" if outside else "")
+        colour = SERIES[s % len(SERIES)]
+        pieces.append(histogram_piece(heading, bar.tolist(), edges.tolist(), ticks, colour))
+    axes = f"vertical: {'number of values' if log else 'share of the values in %'}"
+    axes += f", horizontal: {unit}" if unit else ""
+    width = pieces[0].width
+    save_stack(path, [text_piece(title, width, size=18), text_piece(axes, width), *pieces])

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from common import figures
-from common.figures import heatmap, overlay, palette, save_bars, save_grid, save_matrix
+from common.figures import (draw_box, heatmap, overlay, palette, save_bars, save_grid, save_histogram,
+                            save_matrix)
 
 LOW, HIGH = (0, 0, 4), (252, 255, 164)                                    # ends of the heat map
 BLUE, WHITE, RED = (33, 102, 172), (255, 255, 255), (178, 24, 43)
@@ -112,6 +113,29 @@ def test_heatmap_of_a_constant_or_nan_is_dark(values):
     assert (drawn == torch.tensor(LOW, dtype=torch.uint8)[:, None, None]).all()
 
 
+# ---- box ----
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("box", [(2, 9, 3, 12), (0, 10, 0, 14), (4, 6, 5, 6), (9, 10, 13, 14), (3, 3, 2, 8)])
+def test_the_frame_runs_along_the_inside_of_the_box(box, width):
+    image = random_image(10, 14)
+    before, (y0, y1, x0, x1) = image.clone(), box
+    drawn = draw_box(image, box, colour=(1, 2, 3), width=width)
+    assert drawn.dtype == torch.uint8 and torch.equal(image, before)      # a copy
+    for y in range(10):
+        for x in range(14):
+            inside = y0 <= y < y1 and x0 <= x < x1
+            framed = inside and min(y - y0, y1 - 1 - y, x - x0, x1 - 1 - x) < width
+            assert drawn[:, y, x].tolist() == ([1, 2, 3] if framed else image[:, y, x].tolist())
+
+
+def test_a_box_that_leaves_the_image_is_framed_along_the_border():
+    image = random_image(10, 14)
+    assert torch.equal(draw_box(image, (-4, 6, 8, 30)), draw_box(image, (0, 6, 8, 14)))
+    assert torch.equal(draw_box(image, (-9, -2, -5, -1)), image)          # nothing of it is in the image
+    assert draw_box(image, (-4, 6, 8, 30))[:, 0, 13].tolist() == [0, 255, 255]
+
+
 # ---- grid ----
 
 def test_grid_enlarges_by_whole_factors_and_puts_images_where_they_belong(tmp_path):
@@ -132,6 +156,26 @@ def test_grid_keeps_the_aspect_of_an_image_that_is_reduced(tmp_path):
     save_grid(tmp_path / "grid.png", [[(image, "")]], cell=40)
     ys, xs = np.nonzero(where_colour(read(tmp_path / "grid.png"), (7, 7, 7)))
     assert (ys.min(), ys.max(), xs.min(), xs.max()) == (8, 37, 8, 47)     # 30 x 40
+
+
+def test_an_empty_cell_stays_white_and_rows_may_differ_in_length(tmp_path):
+    image = torch.full((3, 16, 16), 7, dtype=torch.uint8)
+    rows = [[(image, ""), None, (image, "")], [None, (image, "")], [(image, "")]]
+    save_grid(tmp_path / "grid.png", rows, cell=32)
+    picture = read(tmp_path / "grid.png")
+    assert picture.shape[:2] == (8 + 3 * (32 + 2 + 8), 8 + 3 * (32 + 8))
+    cells = where_colour(picture, (7, 7, 7))[8:8 + 3 * 42, 8:].reshape(3, 42, 3, 40).sum((1, 3))
+    assert (cells == 32 * 32 * np.array([[1, 0, 1], [0, 1, 0], [1, 0, 0]])).all()
+    assert where_colour(picture, WHITE).sum() == picture[..., 0].size - 4 * 32 * 32
+
+
+def test_a_gallery_of_60_rows_holds_every_image_and_rows_without_any_are_harmless(tmp_path):
+    shade = torch.arange(60, dtype=torch.uint8)[:, None, None, None].expand(60, 3, 8, 8)
+    rows = [[(image, f"{i}"), *[None] * (i % 4)] for i, image in enumerate(shade)]
+    save_grid(tmp_path / "grid.png", rows + [[None], []], cell=8)
+    picture = read(tmp_path / "grid.png")
+    found = [int(v) for v in picture[:, 11, 0] if v < 60]                 # down a column of the images
+    assert [v for i, v in enumerate(found) if i == 0 or v != found[i - 1]] == list(range(60))
 
 
 def test_captions_stay_in_their_cell_and_are_cut_after_two_lines(tmp_path):
@@ -294,6 +338,91 @@ def test_all_zero_or_missing_values_still_make_a_chart(tmp_path):
 def test_series_and_names_must_fit(tmp_path):
     with pytest.raises(ValueError, match="needs 2 values"):
         save_bars(tmp_path / "b.png", {"a": [1.0]}, ["x", "y"])
+
+
+# ---- histograms ----
+
+def panels(path, colours=(FIRST_BARS, SECOND_BARS), bins=10):
+    """Heights in pixels of the bars (at the middle of their bins) in every histogram, bottom row left out.
+
+    Finds the axis by its ink line: the longest dark run of each panel.
+    """
+    picture = read(path)
+    ink = where_colour(picture, (30, 30, 30))
+    axes = [y for y in range(len(ink)) if ink[y].sum() > 600]
+    left = np.nonzero(ink[axes[0]])[0].min()
+    middles = left + (np.arange(bins) + 0.5) * (640 // bins)
+    found = []
+    for axis, colour in zip(axes, colours, strict=True):
+        found.append([int(where_colour(picture[axis - 150:axis, int(x)], colour).sum()) for x in middles])
+    return found
+
+
+def test_histogram_bars_are_shares_of_each_series_on_one_axis(tmp_path):
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.random(1000) ** 2, list(generator.random(50))
+    series = {"ours": torch.tensor(ours).reshape(10, 100), "theirs": theirs}
+    save_histogram(tmp_path / "h.png", series, bins=10, low=0, high=1)
+    expected = [np.histogram(v, np.linspace(0, 1, 11))[0] / len(v) for v in (ours, theirs)]
+    scale = 150 / 0.30                                                    # the axis ends at 30 %
+    assert 0.25 < max(map(max, expected)) < 0.3
+    for heights, shares in zip(panels(tmp_path / "h.png"), expected):
+        assert np.abs(np.array(heights) - shares * scale).max() <= 1
+
+
+def test_a_histogram_can_count_on_a_logarithmic_axis(tmp_path):
+    values = [0.5] * 1000 + [1.5] * 100 + [2.5] * 10 + [3.5]
+    save_histogram(tmp_path / "h.png", {"a": values, "b": [9.5] * 2}, bins=10, low=0, high=10, log=True)
+    first, second = panels(tmp_path / "h.png")
+    unit = 150 / np.log10(2000)                                           # from 1/2 to 1000
+    assert np.abs(np.array(first[:4]) - unit * np.log10([2000, 200, 20, 2])).max() <= 1
+    assert first[4:] == [0] * 6 and second[:9] == [0] * 9
+    assert abs(second[9] - unit * np.log10(4)) <= 1
+
+
+def test_edges_belong_to_the_bin_on_their_right_and_the_last_to_the_last(tmp_path):
+    save_histogram(tmp_path / "h.png", {"a": [0.0, 5.0, 10.0, 10.0]}, bins=10, low=0, high=10)
+    heights, = panels(tmp_path / "h.png", (FIRST_BARS,))
+    assert [i for i, height in enumerate(heights) if height] == [0, 5, 9]
+    assert heights[9] == pytest.approx(2 * heights[0], abs=1) and heights[9] == 150            # 50 %
+
+
+def test_values_outside_are_told_not_drawn_but_count_in_the_share(tmp_path):
+    spread = [0.5, 0.5, -3.0, float("nan"), 99.0]
+    for name, values in (("all", [0.5, 0.5]), ("few", spread)):
+        save_histogram(tmp_path / f"{name}.png", {"a": values}, bins=10, low=0, high=1)
+    heights, = panels(tmp_path / "few.png", (FIRST_BARS,))
+    assert [i for i, height in enumerate(heights) if height] == [5]
+    assert heights[5] == pytest.approx(150, abs=1)                        # 40 %, the top of its axis
+    ink = [where_colour(read(tmp_path / f"{name}.png")[35:53], (30, 30, 30)).sum() for name in ("all", "few")]
+    assert ink[1] > ink[0] + 100                                          # ", 3 of them outside"
+
+
+def test_limits_are_round_numbers_around_the_values_of_all_series(tmp_path, monkeypatch):
+    asked = []
+    piece = figures.histogram_piece
+    monkeypatch.setattr(figures, "histogram_piece", lambda *args: asked.append(args) or piece(*args))
+    for values, low, high in [(([0.31, 0.4], [3.9]), 0, 4), (([-0.3], [0.9]), -0.4, 1), (([7.0], []), 7, 8),
+                              (([], []), 0, 1), (([float("nan")], [float("inf"), 2.0, 4.0]), 2, 4)]:
+        asked.clear()
+        save_histogram(tmp_path / "h.png", dict(zip("ab", values)), bins=4)
+        assert len(asked) == 2 and asked[0][2] == asked[1][2] == pytest.approx(np.linspace(low, high, 5))
+    asked.clear()
+    save_histogram(tmp_path / "h.png", {"a": [0.3, 0.3, 0.7]}, bins=4)    # on a tick, up to rounding
+    assert "outside" not in asked[0][0] and sum(asked[0][1]) == pytest.approx(100)
+    save_histogram(tmp_path / "h.png", {"a": [1.0]}, low=5, bins=4)       # nothing there: still a picture
+    assert "1 of them outside" in asked[1][0] and sum(asked[1][1]) == 0
+
+
+@pytest.mark.parametrize("bins", [1, 7, 20, 100])
+def test_numbers_of_edges_do_not_touch(tmp_path, bins):
+    save_histogram(tmp_path / "h.png", {"a": [0.123, 0.987]}, bins=bins, low=-0.123456, high=0.98765)
+    picture = read(tmp_path / "h.png")
+    ink = where_colour(picture, (30, 30, 30))
+    axis = max(y for y in range(len(ink)) if ink[y].sum() > 500)
+    columns = np.nonzero((picture[axis + 10:].min(-1) < 160).any(0))[0]   # the row of numbers
+    gaps = np.diff(columns)
+    assert 1 <= (gaps > 9).sum() <= 12 and 8 < columns.min() and columns.max() < picture.shape[1] - 8
 
 
 # ---- files ----
