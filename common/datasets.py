@@ -178,8 +178,8 @@ def listing(folder, limit=8):
     return ", ".join(names[:limit]) + more or "nothing"
 
 
-def layout_error(name, root, problem):
-    tree, source = TREES[name]
+def layout_error(name, root, problem, trees=TREES):
+    tree, source = trees[name]
     return UserError(f"{name}: {problem}; expected {tree}; found in ROOT = {root}: {listing(root)}; "
                      f"source: {source} (see data/README.md).")
 

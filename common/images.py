@@ -1,0 +1,329 @@
+"""Data for image classification: readers for four data sets, the views a network gets, an evaluation loader.
+
+    data = open_images("cub", "/path/to/CUB_200_2011", "train")    # checks the layout, see data/README.md
+    image, label = data.read(0)                                    # uint8 (3,H,W) RGB, cut to its box; int
+    view = TrainView(data, size=224, augment=flip_and_turn)        # augment: uint8 (3,224,224) -> the same
+    loader = train_loader(view, batch_size=80, seed=0, start=0, stop=1000, workers=4, device="cuda")
+
+train_loader is that of common/datasets.py. As there, all randomness of a training sample comes from torch's
+CPU generator, seeded for this sample alone. CUB and Stanford Cars have no validation images: split "val" is
+a share of every class's training images, and split "train" is the others.
+"""
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
+
+from common.datasets import (layout_error, list_images, make_loader, mixed_seed, normalise, read_image,
+                             read_list)
+from common.run import UserError
+from data import toy_birds
+
+DATASETS = ("toy_birds", "cub", "cars", "imagefolder")
+SPLITS = ("train", "val", "test")
+TREES = {                                                # what a reader expects, where the data come from
+    "cub": ("ROOT/images/CLASS/*.jpg, ROOT/{images,image_class_labels,train_test_split,bounding_boxes,"
+            "classes}.txt, perhaps ROOT/parts/{parts,part_locs}.txt; ROOT = CUB_200_2011",
+            "CUB_200_2011.tgz from data.caltech.edu/records/65de6-vp158"),
+    "cars": ("ROOT/train/CLASS/*.jpg and ROOT/test/CLASS/*.jpg", "a mirror of Stanford Cars, sorted"),
+    "imagefolder": ("ROOT/train/CLASS/* and ROOT/test/CLASS/*, perhaps ROOT/val/CLASS/*", "your own data"),
+}
+
+
+# ---- data sets -------------------------------------------------------------------------------------------
+
+class ImageSet:
+    """Images on disk, each with one label.
+
+    Attributes: name, split, classes (names), num_classes, paths, labels (list of int), part_names (() if
+    unknown), variants (None, or int (C,P): which variant of part p class c has).
+    items: one (path, label, box, parts) per image. box: None, or x, y, width, height of what read() cuts
+    out, in pixels. parts: () or float (P,3): x, y in pixels of the whole image, visible 1 or 0.
+    """
+
+    def __init__(self, name, split, classes, items, part_names=(), variants=None):
+        self.name, self.split, self.classes, self.num_classes = name, split, list(classes), len(classes)
+        self.items, self.part_names, self.variants = items, tuple(part_names), variants
+        self.paths, self.labels = [item[0] for item in items], [item[1] for item in items]
+
+    def __len__(self):
+        return len(self.items)
+
+    def name_of(self, i):
+        """Class folder and file name without ending; has no slash, so it can name an output file."""
+        return f"{self.paths[i].parent.name}_{self.paths[i].stem}"
+
+    def read(self, i):
+        """Image uint8 (3,H,W) RGB, label int. UserError: damaged file, or a box outside the image."""
+        path, label, box, _ = self.items[i]
+        image = read_image(path)
+        if box is not None:
+            x0, y0, x1, y1 = box_corners(box)
+            image = image[:, y0:y1, x0:x1].contiguous()  # a slice ends at the edge of the image
+            if not image.numel():
+                raise UserError(f"the bounding box of {path} (x, y, width, height = {str(box)[1:-1]}) lies "
+                                "outside this image: correct its line in bounding_boxes.txt.")
+        return image, label
+
+    def part_locations(self, i):
+        """float32 (P,3): x, y in pixels of the image that read(i) returns, visible 1 or 0; opens no image.
+
+        A part outside the box is not visible. x, y of a part that is not visible mean nothing.
+        """
+        box, parts = self.items[i][2:]
+        located = torch.tensor(parts, dtype=torch.float32).reshape(-1, 3)
+        if box is not None:
+            x0, y0, x1, y1 = box_corners(box)
+            located[:, :2] -= torch.tensor([x0, y0])
+            inside = (located[:, :2] >= 0) & (located[:, :2] < torch.tensor([x1 - x0, y1 - y0]))  # (P,2)
+            located[:, 2] *= inside.all(1)
+        return located
+
+
+class ToyBirds(ImageSet):
+    """Birds of data/toy_birds.py, drawn when first read and kept in memory; paths is None, an item has the
+    bird's number within `part` (train or test) instead."""
+
+    def __init__(self, split, items, part, seed):
+        super().__init__("toy_birds", split, toy_birds.SPECIES, items, toy_birds.PARTS,
+                         toy_birds.SPECIES_VARIANTS)
+        self.part, self.seed, self.paths, self.birds = part, seed, None, [None] * len(items)
+
+    def name_of(self, i):
+        return f"{self.classes[self.labels[i]]}_{self.items[i][0]:04d}"     # as python -m data.toy_birds
+
+    def bird(self, i):
+        if self.birds[i] is None:
+            index = toy_birds.bird_index(self.part, self.items[i][0])
+            self.birds[i] = toy_birds.make_bird(self.seed, index)
+        return self.birds[i]
+
+    def read(self, i):
+        return torch.from_numpy(self.bird(i)["image"]).permute(2, 0, 1).contiguous(), self.labels[i]
+
+    def part_locations(self, i):
+        bird = self.bird(i)
+        return torch.tensor(np.column_stack([bird["centres"], bird["visible"]]), dtype=torch.float32)
+
+
+def box_corners(box):
+    """x, y, width, height -> int x0, y0, x1, y1, ends exclusive: fractions are cut off, none is below 0."""
+    x, y, width, height = box
+    return tuple(max(0, int(value)) for value in (x, y, x + width, y + height))
+
+
+# ---- CUB-200-2011: lists whose lines begin with the id of an image, a class or a part --------------------
+
+def lines_like(path, pattern, expected):
+    """Non-empty lines of a list. UserError names the first that the pattern does not match."""
+    lines, matches = read_list(path), re.compile(pattern).fullmatch
+    for number, line in enumerate(lines, 1):
+        if not matches(line):
+            raise UserError(f"{path}, line {number} ({line[:60]!r}): expected {expected}; correct this "
+                            "line, or unpack the download again.")
+    return lines
+
+
+def read_names(path):
+    """Lines "ID TEXT" -> {id: text}."""
+    lines = lines_like(path, r"\d+\s+\S.*", "an id and a name")
+    return {int(key): text for key, text in (line.split(maxsplit=1) for line in lines)}
+
+
+def read_numbers(path, columns):
+    """Lines of `columns` numbers -> float64 (lines, columns)."""
+    pattern = r"\s+".join([r"[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?"] * columns)
+    text = " ".join(lines_like(path, pattern, f"{columns} numbers"))
+    return np.fromstring(text, sep=" ").reshape(-1, columns)
+
+
+def numbers_of(path, columns, ids):
+    """The lines of these ids, without the id: float64 (len(ids), columns - 1)."""
+    table = read_numbers(path, columns)
+    row_of = dict(zip(table[:, 0].tolist(), range(len(table))))
+    lost = [i for i in ids if i not in row_of]
+    if lost:
+        raise UserError(f"{path} has no line for {len(lost)} of {len(ids)} images of images.txt, such as "
+                        f"{lost[0]}: unpack the download again.")
+    return table[[row_of[i] for i in ids], 1:]
+
+
+def cub_parts(root, image_ids):
+    """parts/ -> names, float64 (images,P,3): x, y, visible. Without this folder: (), () for each image."""
+    if not (root / "parts").is_dir():
+        return (), [()] * len(image_ids)
+    names = read_names(root / "parts" / "parts.txt")
+    table = read_numbers(root / "parts" / "part_locs.txt", 5)          # columns image, part, x, y, visible
+    row_of, column_of = ({key: k for k, key in enumerate(ids)} for ids in (image_ids, names))
+    rows = np.array([row_of.get(key, -1) for key in table[:, 0].tolist()])
+    columns = np.array([column_of.get(key, -1) for key in table[:, 1].tolist()])
+    known = (rows >= 0) & (columns >= 0)
+    located = np.zeros((len(image_ids), len(names), 3))
+    located[rows[known], columns[known]] = table[known, 2:]
+    return tuple(names.values()), located
+
+
+def cub_items(root, full_images):
+    """-> class names, part names, {"train": items, "test": items} in the order of images.txt."""
+    root = root / "CUB_200_2011" if (root / "CUB_200_2011").is_dir() else root
+    tables = {"image_class_labels.txt": 2, "train_test_split.txt": 2}                      # file: columns
+    tables |= {} if full_images else {"bounding_boxes.txt": 5}
+    located = ["parts/parts.txt", "parts/part_locs.txt"] if (root / "parts").is_dir() else []
+    for file in ["images.txt", "classes.txt", *tables, *located]:
+        if not (root / file).is_file():
+            raise layout_error("cub", root, f"the list {file} is missing", TREES)
+    files, classes = read_names(root / "images.txt"), read_names(root / "classes.txt")
+    images, folders = root / "images", {file.rpartition("/")[0] for file in files.values()}
+    there = {f"{f}/{file}" for f in folders if (images / f).is_dir() for file in os.listdir(images / f)}
+    lost = [file for file in files.values() if file not in there]
+    if lost:
+        raise layout_error("cub", root, f"images/ lacks {len(lost)} of {len(files)} images of images.txt, "
+                           f"such as {lost[0]}", TREES)
+    table = np.hstack([numbers_of(root / file, n, files) for file, n in tables.items()])   # (images, 2 or 6)
+    part_names, located = cub_parts(root, files)
+    label_of, items = {key: label for label, key in enumerate(classes)}, {"train": [], "test": []}
+    for (image, file), (label, train, *box), parts in zip(files.items(), table.tolist(), located):
+        if label not in label_of or train not in (0, 1):
+            raise UserError(f"image {image} of {root} has class {label:g} and split mark {train:g}: the "
+                            "class must stand in classes.txt, the mark must be 1 (train) or 0 (test).")
+        items["train" if train else "test"].append((images / file, label_of[label], box or None, parts))
+    names = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in classes.values()]
+    for part in items:
+        empty = sorted(set(range(len(names))) - {item[1] for item in items[part]})
+        if empty:
+            raise UserError(f"cub: {len(empty)} classes of {root}, such as {names[empty[0]]}, have no "
+                            f"{part} image: correct train_test_split.txt, or take them out of all lists.")
+    return names, part_names, items
+
+
+def folder_items(name, root, parts):
+    """ROOT/PART/CLASS/* -> class names, sorted, and {part: items} sorted by class and file name."""
+    classes, items = {}, {}
+    for part in parts:
+        if not (root / part).is_dir():
+            raise layout_error(name, root, f"the folder {part}/ is missing", TREES)
+        classes[part] = sorted(entry.name for entry in os.scandir(root / part)
+                               if entry.is_dir() and not entry.name.startswith("."))
+        if not classes[part]:
+            raise layout_error(name, root, f"{part}/ must hold a folder for each class, but has none", TREES)
+        odd = sorted(set(classes[part]) ^ set(classes[parts[0]]))
+        if odd:
+            raise layout_error(name, root, f"only one of {parts[0]}/ and {part}/ has the class {odd[0]} "
+                               f"({len(odd)} such classes)", TREES)
+        items[part] = [(path, label, None, ()) for label, folder in enumerate(classes[part])
+                       for path in list_images(root / part / folder)]
+    return classes[parts[0]], items
+
+
+# ---- opening, splits -------------------------------------------------------------------------------------
+
+def share_of_training(items, classes, split, seed, val_fraction):
+    """The items of split train or val: of every class val_fraction (rounded, at least one) are val."""
+    if val_fraction == 0:
+        if split == "val":
+            raise UserError("the split val is empty with val_fraction 0: choose a fraction up to 0.5.")
+        return items
+    labels = np.array([item[1] for item in items])
+    is_val = np.zeros(len(items), dtype=bool)
+    for label, name in enumerate(classes):
+        own = np.flatnonzero(labels == label)
+        if len(own) < 2:
+            raise UserError(f"the class {name} has a single training image, so none can be set apart for "
+                            "val: add images, take the class out, or set val_fraction to 0.")
+        generator = torch.Generator().manual_seed(mixed_seed(seed, "val", label))
+        order = torch.randperm(len(own), generator=generator).numpy()
+        is_val[own[order[:max(1, int(val_fraction * len(own) + 0.5))]]] = True
+    return [items[i] for i in np.flatnonzero(is_val == (split == "val"))]
+
+
+def open_images(name, root, split, seed=0, val_fraction=0.1, full_images=False):
+    """Data set `name` of DATASETS in the folder `root` -> ImageSet, its layout checked.
+
+    split: train, val or test. seed: of the choice of val images, and of toy_birds, whose root is "".
+    full_images: cub without cutting the images to their boxes; the others are always whole.
+    UserError says what is missing, what was found, and where the data come from.
+    """
+    for what, value, choice in (("data set", name, DATASETS), ("split", split, SPLITS)):
+        if value not in choice:
+            raise UserError(f"there is no {what} {value!r}: choose one of {', '.join(choice)}.")
+    if not 0 <= val_fraction <= 0.5:
+        raise UserError(f"val_fraction is {val_fraction}: it must be between 0 and 0.5.")
+    part, part_names = "test" if split == "test" else "train", ()
+    if name == "toy_birds":
+        if root:
+            raise UserError(f"toy_birds are drawn in memory and do not read {root}: leave the folder out, "
+                            "or use --dataset imagefolder for files on disk.")
+        classes = toy_birds.SPECIES
+        items = {part: [(i, toy_birds.bird_index(part, i) % len(classes), None, ())
+                        for i in range(toy_birds.SPLITS[part])]}
+    elif not root:
+        raise UserError(f"{name} needs a folder (--data ROOT): {TREES[name][0]}; source: {TREES[name][1]} "
+                        "(see data/README.md).")
+    elif name == "cub":
+        classes, part_names, items = cub_items(Path(root).expanduser(), full_images)
+    else:
+        root = Path(root).expanduser()
+        own_val = ["val"] if name == "imagefolder" and (root / "val").is_dir() else []
+        classes, items = folder_items(name, root, ["train", "test", *own_val])
+    if split != "test" and "val" not in items:
+        items[split] = share_of_training(items["train"], classes, split, seed, val_fraction)
+    if name == "toy_birds":
+        return ToyBirds(split, items[split], part, seed)
+    return ImageSet(name, split, classes, items[split], part_names)
+
+
+# ---- views: what a network sees of a data set ------------------------------------------------------------
+
+class CleanView(Dataset):
+    """Samples as they are: view[i] -> x float32 (3,size,size) normalised, label int.
+
+    The whole image is resized to a square (aspect not kept, nothing cropped), bilinear with antialiasing.
+    """
+
+    def __init__(self, data, size):
+        self.data, self.size = data, size
+
+    def __len__(self):
+        return len(self.data)
+
+    def square(self, i):                                 # -> uint8 (3,size,size), label
+        image, label = self.data.read(i)
+        return F.resize(image, [self.size, self.size], antialias=True), label
+
+    def __getitem__(self, i):
+        image, label = self.square(i)
+        return normalise(image), label
+
+
+class TrainView(CleanView):
+    """Augmented samples: view[(index, sample_seed)] -> x, label as in CleanView; same key, same sample.
+
+    augment: None, or a function uint8 (3,size,size) -> the same, random through torch's CPU generator only.
+    """
+
+    def __init__(self, data, size, augment=None):
+        super().__init__(data, size)
+        self.augment = augment
+
+    def __getitem__(self, key):
+        index, sample_seed = key
+        image, label = self.square(index)
+        if self.augment is not None:
+            with torch.random.fork_rng(devices=[]):              # puts the CPU generator back at the end
+                torch.default_generator.manual_seed(sample_seed)     # leaves the GPUs' generators alone
+                image = self.augment(image)
+        return normalise(image), label
+
+
+def eval_loader(view, batch_size, workers, device, rank=0, world=1):
+    """DataLoader over a CleanView, images in order: x (B,3,size,size), label int64 (B,).
+
+    Of batch_size images each, the last may be smaller; rank r of w gets the images r::w.
+    """
+    own = range(rank, len(view), world)
+    batches = [list(own[start:start + batch_size]) for start in range(0, len(own), batch_size)]
+    return make_loader(view, batches, workers, device)
