@@ -88,10 +88,10 @@ class ToyBirds(ImageSet):
     """Birds of data/toy_birds.py, drawn when first read and kept in memory; paths is None, an item has the
     bird's number within `part` (train or test) instead."""
 
-    def __init__(self, split, items, part, seed):
+    def __init__(self, split, items, part):
         super().__init__("toy_birds", split, toy_birds.SPECIES, items, toy_birds.PARTS,
                          toy_birds.SPECIES_VARIANTS)
-        self.part, self.seed, self.paths, self.birds = part, seed, None, [None] * len(items)
+        self.part, self.paths, self.birds = part, None, [None] * len(items)
 
     def name_of(self, i):
         return f"{self.classes[self.labels[i]]}_{self.items[i][0]:04d}"     # as python -m data.toy_birds
@@ -99,7 +99,7 @@ class ToyBirds(ImageSet):
     def bird(self, i):
         if self.birds[i] is None:
             index = toy_birds.bird_index(self.part, self.items[i][0])
-            self.birds[i] = toy_birds.make_bird(self.seed, index)
+            self.birds[i] = toy_birds.make_bird(0, index)
         return self.birds[i]
 
     def read(self, i):
@@ -243,7 +243,7 @@ def share_of_training(items, classes, split, seed, val_fraction):
 def open_images(name, root, split, seed=0, val_fraction=0.1, full_images=False):
     """Data set `name` of DATASETS in the folder `root` -> ImageSet, its layout checked.
 
-    split: train, val or test. seed: of the choice of val images, and of toy_birds, whose root is "".
+    split: train, val or test. seed: of the choice of val images. toy_birds has no root ("").
     full_images: cub without cutting the images to their boxes; the others are always whole.
     UserError says what is missing, what was found, and where the data come from.
     """
@@ -272,7 +272,7 @@ def open_images(name, root, split, seed=0, val_fraction=0.1, full_images=False):
     if split != "test" and "val" not in items:
         items[split] = share_of_training(items["train"], classes, split, seed, val_fraction)
     if name == "toy_birds":
-        return ToyBirds(split, items[split], part, seed)
+        return ToyBirds(split, items[split], part)
     return ImageSet(name, split, classes, items[split], part_names)
 
 

@@ -92,3 +92,35 @@ class ConfusionMatrix:
 def percent_or_none(rates):
     """(N,) fractions -> list of N percentages, None for nan."""
     return [None if rate != rate else 100 * rate for rate in rates.tolist()]
+
+
+# ---- parts: does a prototype's region hold the same part of the object? ---------------------------------------
+# N images, M prototypes, P annotated parts. inside bool (N,M,P): the part is visible in the prototype's region.
+
+def points_in_boxes(boxes, points):
+    """boxes (N,M,4) y0 y1 x0 x1, ends exclusive; points (N,P,3) x, y, visible -> bool (N,M,P)."""
+    y0, y1, x0, x1 = boxes[..., None].unbind(2)                      # (N,M,1)
+    x, y, visible = points[:, None].unbind(3)                        # (N,1,P)
+    return (y0 <= y) & (y < y1) & (x0 <= x) & (x < x1) & (visible > 0)
+
+
+def part_shares(inside, similarity, most=10):
+    """(M,P): among the `most` images in which a prototype is most similar (N,M), the share that hold the part.
+
+    The purity of a prototype is its largest share: does it always show the same part?
+    """
+    top = similarity.topk(min(most, len(similarity)), dim=0).indices                          # (most,M)
+    return inside.gather(0, top[..., None].expand(-1, -1, inside.shape[2])).float().mean(0)
+
+
+def part_consistency(inside, visible, own, share=0.8):
+    """Percent of prototypes whose region holds one and the same part in at least `share` of the images where that
+    part is visible, among the images own (N,M) bool of the prototype's classes (Huang et al., ICCV 2023)."""
+    seen = (own[..., None] & visible[:, None]).sum(0)                # (M,P)
+    rates = (own[..., None] & inside).sum(0) / seen.clamp(min=1)
+    return 100 * (rates.amax(1) >= share).float().mean().item()
+
+
+def part_stability(inside, noisy, own):
+    """Percent of the pairs own (N,M) whose region holds the same parts when the image is noisy (same source)."""
+    return 100 * (inside == noisy).all(2)[own].float().mean().item()
