@@ -32,7 +32,7 @@ Where the print is silent, contradicts itself, or differs from the authors' rele
 line). --reading official takes the code's side in D1 to D12; the code produced the published numbers.
 [D1] The paper mixes the prototypes' similarities by y; the code mixes distances and takes logarithms last.
 [D2] Eq. (1) subtracts the mean similarity; the code the similarity of the mean distance.
-[D3] Supp. 8 prints softmax(q / tau + eta); the code has softmax(2 (q / tau + eta)), tau = 0.001 sqrt(30 / epoch).
+[D3] Supp. 8 prints softmax(q / tau + eta); the code has softmax(2 (q / tau + eta)), with another tau.
 [D4] Eq. (2) is about distributions; the code puts in the logits q, and the sum over all pairs i != j.
 [D5] At test time the paper takes y > 0.5 as 1, so that a slot may stay empty; the code takes y at tau = 1e-4,
      in effect the largest q. We take the final tau of 0.001 and no noise, in validation too.
@@ -41,7 +41,7 @@ line). --reading official takes the code's side in D1 to D12; the code produced 
 [D8] Supp. 8 has Xavier normal for all but the last layer; the code draws the add-on layer by Kaiming and the
      prototypes uniformly from [0, 1).
 [D9] Table 5 reads as one chain with vertical flips; the code's data preparation (ProtoPNet's) applies one of
-     the three warps and flips left-right only. Skew "< 45 degrees" is a tilt: a side changes by a fifth at most.
+     the three warps and flips left-right only. Skew "< 45 degrees": a tilt that changes a side by up to a fifth.
 [D10] Table 6 has 10 epochs of warm-up without decay; the code trains 9, and decays the add-on layer.
 [D11] Table 6 decays the "prototypical pool" too; the code leaves prototypes and q alone, and so do we in both
      readings: a q whose softmax is saturated has no other gradient, and Adam would walk it to 0 in full steps.
@@ -92,7 +92,7 @@ class Config(RunConfig):
     size: int = opt(224, "images are resized to size x size")
     classifier: str = opt("protopool", "linear = an ordinary linear layer on the same backbone, same budget",
                           choices=("protopool", "linear"))
-    reading: str = opt("paper", "official = the released code where it differs, see [D*] at the top of the file",
+    reading: str = opt("paper", "official = the released code where it differs, [D*] at the top of the file",
                        choices=("paper", "official"))
     prototypes: int = opt(202, "M, size of the pool; those in no slot are pruned at the projection")
     slots: int = opt(10, "K, slots of a class")
@@ -103,7 +103,7 @@ class Config(RunConfig):
     w_separation: float = opt(-0.08, "weight of L_sep, negative")
     w_orth: float = opt(1.0, "weight of L_orth")
     w_l1: float = opt(1e-4, "weight of the L1 norm of the last layer's off-class weights")
-    batch_size: int = opt(80, "images an iteration, over all GPUs; halve it if memory runs out, and the rates too")
+    batch_size: int = opt(80, "images an iteration, over all GPUs; halve it if memory runs out, and rates too")
     passes_per_epoch: int = opt(30, "passes over the training images that make an epoch; the paper stores 30 "
                                 "augmented copies, and schedule, temperature and early stopping count in epochs")
     pretrain_epochs: int = opt(0, "epochs as a plain classifier before all else [D18]", schedule=True)
@@ -116,6 +116,8 @@ class Config(RunConfig):
                          "where an epoch has few steps, or the slots freeze before they have learned anything")
     backbone_lr: float = opt(5e-5, "learning rate of the backbone in the joint phase")
     weight_decay: float = opt(1e-3, "of backbone and add-on layer in the joint phase [D11]")
+    add_on_decay: float = opt(None, "of the add-on layer in both phases (default: none in the warm-up [D10], "
+                              "then --weight-decay); some hundred images want 0.03, or it learns them by heart")
     lr_step: int = opt(5, "joint epochs between two cuts of the learning rates")
     lr_gamma: float = opt(None, "factor of a cut (default 0.5; official 0.1)")
     finetune_lr: float = opt(None, "learning rate of the last layer (default 1e-4; official 5e-5)")
@@ -153,6 +155,10 @@ PRESETS = {
     "toy": dict(backbone="tiny", weights="none", size=96, prototypes=30, slots=5, depth=64, batch_size=40,
                 passes_per_epoch=4, pretrain_epochs=4, warmup_epochs=3, joint_epochs=8, finetune_epochs=10,
                 slot_lr=0.02, backbone_lr=5e-4, augment="flip", mixup=False, workers=0),           # ours
+    "cub-small": CUB | dict(backbone="mobilenet_v2", prototypes=40, depth=128, batch_size=20, passes_per_epoch=4,
+                            warmup_epochs=8, joint_epochs=4, lr=5e-4, slot_lr=0.02, backbone_lr=1e-4,
+                            add_on_decay=0.03, w_cluster=0.1, w_separation=-0.01, augment="single",
+                            mixup=False),                            # ours: 20 classes or so, a CPU or small GPU
     "cub-r34": CUB,
     "cub-r50-inat": CUB | dict(backbone="resnet50_inat"),            # --weights: the BBN checkpoint
     "cub-r152": CUB | dict(backbone="resnet152"),
@@ -185,7 +191,7 @@ def check_config(cfg):
         raise UserError(f"--compare {' '.join(cfg.compare)}: give two class names, quoted if they hold blanks.")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if cfg.batch_size % world:
-        raise UserError(f"--batch-size {cfg.batch_size} for {world} processes: choose a multiple of their number.")
+        raise UserError(f"--batch-size {cfg.batch_size} for {world} processes: choose a multiple of {world}.")
 
 
 # ---- slots: which class holds which prototype (Sec. 3, Supp. 8) ----------------------------------------------
@@ -266,9 +272,9 @@ def slot_similarity(d2, assignment, reading="paper", focal=True):
 # ---- losses (Sec. 3, Supp. 8) -------------------------------------------------------------------------------
 
 def orthogonality_loss(x, reading="paper"):
-    """Eq. (2): cosines of the slots of a class over pairs i < j, summed over classes, / (C K). (C,K,M) -> scalar.
+    """Eq. (2): cosines of a class's slots, summed over pairs i < j and classes, / (C K). (C,K,M) -> scalar.
 
-    The sum over all i, j is |sum_k x_k / |x_k||^2: no K x K matrix. official [D4]: all pairs i != j of logits x.
+    Over all i, j the sum is |sum_k x_k / |x_k||^2: no K x K matrix. official [D4]: pairs i != j of logits x.
     """
     unit, slots = F.normalize(x, dim=2), x.shape[:2].numel()
     all_pairs = unit.sum(1).square().sum()                           # i = j included
@@ -341,7 +347,8 @@ class ProtoPool(Classifier):
         self.q = nn.Parameter(torch.empty(num_classes, slots, num_prototypes))
         self.last_layer = nn.Linear(num_classes * slots, num_classes, bias=False)                  # h
         nn.init.zeros_(self.add_on_layers[0].bias)
-        nn.init.normal_(self.q, std=math.sqrt(2 / (slots * (num_prototypes + num_classes))))  # Xavier: fans M K, C K
+        fan_in, fan_out = num_prototypes * slots, num_classes * slots
+        nn.init.normal_(self.q, std=math.sqrt(2 / (fan_in + fan_out)))                             # Xavier
         if reading == "official":                                                                  # [D8]
             nn.init.kaiming_normal_(self.add_on_layers[0].weight, mode="fan_out", nonlinearity="relu")
             nn.init.uniform_(self.prototypes)
@@ -403,7 +410,7 @@ class ProtoPool(Classifier):
 def augment(image, kind):
     """Table 5 as a single projective warp, cut so that no border shows. uint8 (3,S,S) -> uint8 (3,S,S).
 
-    chain: rotation +-15 degrees, skew with probability 1/2, shear +-10 degrees, both flips with probability 1/2.
+    chain: rotation +-15 degrees, skew (probability 1/2), shear +-10 degrees, both flips (1/2 each).
     single: one of the three warps, left-right flip [D9]. flip: left-right flip. none: the image.
     """
     if kind == "none":
@@ -426,12 +433,13 @@ def augment(image, kind):
     y, x = torch.meshgrid(line, line, indexing="ij")
     grid = torch.stack([x, y, torch.ones_like(x)], -1) @ matrix.T    # (S,S,3)
     grid = grid[..., :2] / grid[..., 2:]
-    grid = flips * grid / grid[[0, 0, -1, -1], [0, -1, 0, -1]].abs().max().clamp(min=1)      # corners stay inside
+    corners = grid[[0, 0, -1, -1], [0, -1, 0, -1]].abs().max()
+    grid = flips * grid / corners.clamp(min=1)                       # zooms in until they are inside
     return F.grid_sample(image[None].float(), grid[None], align_corners=True)[0].round().to(torch.uint8)
 
 
 def mix(x, labels, alpha=0.5):
-    """Mix-up: lam x + (1 - lam) x[order], lam ~ Beta(alpha, alpha) [D15]. -> images, the others' labels, lam."""
+    """Mix-up [D15]: lam x + (1 - lam) x[order], lam ~ Beta(alpha, alpha). -> x, the others' labels, lam."""
     lam = torch.distributions.Beta(alpha, alpha).sample().item()     # drawn on the CPU: no synchronisation
     order = torch.randperm(len(x), device=x.device)
     return lam * x + (1 - lam) * x[order], labels[order], lam
@@ -470,15 +478,20 @@ def train_step(model, optimizer, x, labels, tau, cfg):
 
 def build_optimizer(net, phase, cfg, device):
     """Adam, and its scheduler with one step an epoch, for pretrain, warmup and joint: Table 6."""
-    pools = isinstance(net, ProtoPool)
-    groups = {"backbone": net.backbone.parameters(), "add_on": (net.add_on_layers if pools else net.last_layer).parameters(),
-              "pool": [net.prototypes] if pools else [], "slots": [net.q] if pools else []}
-    rates = {"backbone": cfg.backbone_lr if phase == "joint" else cfg.lr, "slots": cfg.slot_lr}
-    decays = {"joint": ("backbone", "add_on"), "pretrain": (),                                        # [D11]
-              "warmup": ("add_on",) if cfg.reading == "official" else ()}[phase]                      # [D10]
-    groups = [dict(params=params, lr=rates.get(name, cfg.lr), weight_decay=cfg.weight_decay if name in decays else 0.0)
-              for name, params in ((n, list(p)) for n, p in groups.items())
-              if params and not (name == "backbone" and phase == "warmup")]
+    if isinstance(net, ProtoPool):
+        parts = {"backbone": net.backbone, "add_on": net.add_on_layers}
+        pool = [dict(params=[net.prototypes], lr=cfg.lr), dict(params=[net.q], lr=cfg.slot_lr)]        # [D11]
+    else:
+        parts, pool = {"backbone": net.backbone, "add_on": net.last_layer}, []
+    rates = {"backbone": cfg.backbone_lr if phase == "joint" else cfg.lr, "add_on": cfg.lr}
+    decays = dict.fromkeys(parts, cfg.weight_decay if phase == "joint" else 0.0)
+    if phase == "warmup":
+        del parts["backbone"]
+        decays["add_on"] = cfg.weight_decay if cfg.reading == "official" else 0.0                      # [D10]
+    if pool and cfg.add_on_decay is not None:
+        decays["add_on"] = cfg.add_on_decay
+    groups = pool + [dict(params=part.parameters(), lr=rates[name], weight_decay=decays[name])
+                     for name, part in parts.items()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
     gamma = cfg.lr_gamma if phase == "joint" else 1.0                # [D6]
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, cfg.lr_step, gamma)
@@ -487,9 +500,9 @@ def build_optimizer(net, phase, cfg, device):
 # ---- phases (Table 6) ---------------------------------------------------------------------------------------
 
 def to_device(batch, device):
-    x, labels = batch
     cuda = device.type == "cuda"                                     # only there are batches in pinned memory
-    return x.to(device, non_blocking=cuda, memory_format=torch.channels_last), labels.to(device, non_blocking=cuda)
+    x = batch[0].to(device, non_blocking=cuda, memory_format=torch.channels_last)
+    return x, batch[1].to(device, non_blocking=cuda)
 
 
 def open_sets(cfg):
@@ -503,7 +516,8 @@ def open_sets(cfg):
 
 def clean_loader(data, cfg, device, rank=0, world=1):
     """Images in order, not augmented: for evaluation, projection, cached fine-tuning."""
-    return images.eval_loader(images.CleanView(data, cfg.size), cfg.batch_size, cfg.workers, device, rank, world)
+    view = images.CleanView(data, cfg.size)
+    return images.eval_loader(view, cfg.batch_size, cfg.workers, device, rank, world)
 
 
 def training_view(data, cfg):
@@ -577,11 +591,12 @@ def end_epoch(progress, phase, steps, sums, score, rate, began, parts, out, rank
     """Progress, log.csv, a printed line, last.pt. UserError if a loss is not finite (rank 0 logs its own)."""
     means = {name: float(value) / steps for name, value in sums.items()}
     if not all(map(math.isfinite, means.values())):
-        raise UserError(f"the loss is not finite ({means}) in epoch {progress['epoch'] + 1} of phase {phase}: lower "
-                        "--lr, or use --amp off; --resume goes back to the last good checkpoint.")
+        raise UserError(f"the loss is not finite ({means}) in epoch {progress['epoch'] + 1} of phase {phase}: "
+                        "lower --lr, or use --amp off; --resume goes back to the last good checkpoint.")
     progress |= dict(epoch=progress["epoch"] + 1, iteration=progress["iteration"] + steps,
                      seconds=time.perf_counter() - began)
-    row = dict(phase=phase, epoch=progress["epoch"], lr=rate, val_accuracy=score["accuracy"], val_ce=score["ce"])
+    row = dict(phase=phase, epoch=progress["epoch"], lr=rate)
+    row |= dict(val_accuracy=score["accuracy"], val_ce=score["ce"])
     row |= {name: means.get(name, "") for name in ("ce", "cluster", "separation", "orth", "l1")}
     progress["log"].append(row | dict(seconds=progress["seconds"]))
     if rank == 0:
@@ -603,9 +618,9 @@ class Source(NamedTuple):
 def project_prototypes(model, loader, device):
     """Eq. (3): every prototype becomes the nearest patch in the training images of the classes that hold it.
 
-    loader: (x (B,3,S,S), labels (B,)), in order, not augmented; one pass. All distances are to the old prototypes,
-    which move after the last image; of equal ones the first wins. Returns a Source for each of the M; a prototype
-    that no class holds stays as it is: Source(-1, -1, -1, inf).
+    loader: (x (B,3,S,S), labels (B,)), in order, not augmented; one pass. All distances are to the old
+    prototypes, which move after the last image; of equal ones the first wins. Returns a Source for each of the
+    M; a prototype that no class holds stays as it is: Source(-1, -1, -1, inf).
     """
     model.eval()
     held = model.hard_assignment().amax(1) > 0.5                     # (C,M)
@@ -656,7 +671,7 @@ def fixed_slots(net, x, cfg):
 
 
 def slot_batches(net, data, start, stop, cfg, device, rank, world):
-    """Iterator over slots (B,C*K), labels, labels mixed in, lam, for the iterations start..stop-1 of fine-tuning.
+    """Iterator over slots (B,C*K), labels, labels mixed in, lam: fine-tuning's iterations start..stop-1.
 
     Without mix-up the network runs once over the clean training images; the rest is look-ups.
     """
@@ -673,7 +688,7 @@ def slot_batches(net, data, start, stop, cfg, device, rank, world):
 
 
 def finetune(net, sets, progress, cfg, device, rank, world):
-    """Table 6, after projection: the last layer alone, cross-entropy + L1 norm of its off-class weights [D7]."""
+    """Table 6, after projection: the last layer alone, cross-entropy + L1 of its off-class weights [D7]."""
     out, steps, official = Path(cfg.out), steps_per_epoch(sets["train"], cfg), cfg.reading == "official"
     net.eval().requires_grad_(False)
     head = net.last_layer.requires_grad_(True)
@@ -696,8 +711,8 @@ def finetune(net, sets, progress, cfg, device, rank, world):
         for _ in tqdm(range(steps), desc="finetune", leave=False, disable=True if rank else None):
             slots, labels, others, lam = next(batches)
             logits = model(slots)
-            losses = dict(ce=lam * F.cross_entropy(logits, labels) + (1 - lam) * F.cross_entropy(logits, others),
-                          l1=cfg.w_l1 * (head.weight * off_class).abs().sum())
+            ce = lam * F.cross_entropy(logits, labels) + (1 - lam) * F.cross_entropy(logits, others)
+            losses = dict(ce=ce, l1=cfg.w_l1 * (head.weight * off_class).abs().sum())
             optimizer.zero_grad(set_to_none=True)
             sum(losses.values()).backward()
             optimizer.step()
@@ -747,7 +762,7 @@ def read_progress(cfg, sets=None):
         raise UserError(f"{path} is not a checkpoint of this script: pass the --out of one of its runs.")
     if sets and sets["train"].classes != progress["classes"]:
         raise UserError(f"the run in {cfg.out} knows {len(progress['classes'])} classes and {cfg.dataset} in "
-                        f"{cfg.data} has {len(sets['train'].classes)}, or other names: pass the --data of that run.")
+                        f"{cfg.data} has {len(sets['train'].classes)}, or other names: pass that run's --data.")
     return progress
 
 
@@ -766,8 +781,8 @@ def announce(net, sets, progress, cfg, device, rank, world):
     def read_batch():
         return default_collate([view[(i % len(view), i)] for i in range(cfg.batch_size // world)])
 
-    run.announce(step, read_batch, dict(model=net, optimizer=optimizer), epochs * steps, epochs * len(sets["val"]),
-                 cfg, device, rank, world)
+    parts = dict(model=net, optimizer=optimizer)
+    run.announce(step, read_batch, parts, epochs * steps, epochs * len(sets["val"]), cfg, device, rank, world)
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------
@@ -816,7 +831,7 @@ def sharing(net):
 
 
 def report(net, sets, progress, cfg, device, rank, world):
-    """The test split, read for the first time; metrics.json and figures/ (rank 0 writes). Returns the metrics."""
+    """The test split, read for the first time; rank 0 writes metrics.json and figures/. Returns the metrics."""
     loader = clean_loader(sets["test"], cfg, device, rank, world)
     pools = isinstance(net, ProtoPool)
     accuracies = (test_accuracies(net, progress, loader, cfg, device) if pools else
@@ -831,8 +846,9 @@ def report(net, sets, progress, cfg, device, rank, world):
     line = f"test accuracy {result['accuracy']:.1f}"
     if pools:
         weight, own = net.last_layer.weight.detach(), net.own_slots() > 0
-        result |= sharing(net)[1] | dict(prototypes_pruned=progress["pruned"], negative_weights=int((weight < 0).sum()),
-                                         off_class_weight=weight[~own].abs().mean().item())
+        result |= sharing(net)[1] | dict(
+            prototypes_pruned=progress["pruned"], negative_weights=int((weight < 0).sum()),
+            off_class_weight=weight[~own].abs().mean().item())
         truth, names = truth_metrics(net, sets["test"], cfg, device) if sets["test"].part_names else ({}, {})
         explanations = draw_figures(net, sets, progress, names, cfg, device)
         result |= truth | dict(explanations=explanations)
@@ -844,13 +860,14 @@ def report(net, sets, progress, cfg, device, rank, world):
     return result
 
 
-# ---- is the explanation true? (beyond the paper) ---------------------------------------------------------------
-# Where the parts of the test images are annotated, the box of a prototype's activation holds some of them or not.
+# ---- is the explanation true? (beyond the paper) ------------------------------------------------------------
+# Where the parts of the test images are annotated, the box of a prototype's activation holds them or not.
 
 def activation_boxes(maps, size, percentile=95):
-    """Smallest boxes around the pixels at or above the percentile of each map: (n,h,w) -> int64 (n,4) y0 y1 x0 x1.
+    """Smallest boxes around the pixels at or above the percentile of each map. (n,h,w) -> int64 (n,4).
 
-    Maps are upsampled bicubically to size = (height, width). Ends are exclusive. As in ProtoPNet.
+    Boxes are y0, y1, x0, x1, ends exclusive. Maps are upsampled bicubically to size = (height, width), as in
+    ProtoPNet.
     """
     height, width = size
     maps = maps.float() - maps.float().amin((1, 2), keepdim=True)    # a flat map stays exactly flat
@@ -891,14 +908,15 @@ def observe(net, data, cfg, device, noise=0.0):
 def truth_metrics(net, data, cfg, device):
     """Purity, consistency, stability (common/metrics.py) in percent; and {prototype: "part share"} as a name.
 
-    purity_by_chance: the same boxes laid on other images. On toy birds also variant_purity (the same part in the
-    same variant), and how many of the shared variants a prototype shows (purity at least one half) that two of
+    purity_by_chance: the same boxes laid on other images. On toy birds also variant_purity (the same part in
+    the same variant), and how many variants a prototype shows, with purity of at least one half, that two of
     the variant's species hold.
     """
     similarity, boxes, points = observe(net, data, cfg, device)
     noisy = metrics.points_in_boxes(observe(net, data, cfg, device, noise=0.2)[1], points)
-    inside, visible = metrics.points_in_boxes(boxes, points), points[..., 2] > 0                 # (N,M,P), (N,P)
+    inside = metrics.points_in_boxes(boxes, points)                  # (N,M,P)
     labels, held = torch.tensor(data.labels), sharing(net)[0]        # (N,), (C,M)
+    own, visible = held[labels], points[..., 2] > 0                  # (N,M), (N,P)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     best, part = metrics.part_shares(inside, similarity).max(1)      # (M,)
     area = (boxes[..., 1] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 2]) / cfg.size ** 2     # (N,M)
@@ -906,24 +924,25 @@ def truth_metrics(net, data, cfg, device):
         purity=100 * best.mean().item(),
         purity_by_chance=100 * metrics.part_shares(
             metrics.points_in_boxes(boxes, points[order]), similarity).amax(1).mean().item(),
-        consistency=metrics.part_consistency(inside, visible, held[labels]),
-        stability=metrics.part_stability(inside, noisy, held[labels]),
+        consistency=metrics.part_consistency(inside, visible, own),
+        stability=metrics.part_stability(inside, noisy, own),
         box_area=100 * area.mean().item(), parts_per_box=inside.sum(2).float().mean().item())
-    names = {m: f"{data.part_names[p]} {100 * b:.0f} %" for m, (p, b) in enumerate(zip(part.tolist(), best.tolist()))}
+    names = {m: f"{data.part_names[p]} {100 * b:.0f} %"
+             for m, (p, b) in enumerate(zip(part.tolist(), best.tolist()))}
     if data.variants is not None:
         variants = torch.as_tensor(data.variants)                    # (C,P)
         count = int(variants.max()) + 1
         looks = F.one_hot(variants[labels], count).bool()            # (N,P,V)
         best, look = metrics.part_shares((inside[..., None] & looks[:, None]).flatten(2), similarity).max(1)
         part, variant = look // count, look % count                  # (M,)
-        holders = (held & (variants[:, part] == variant)).sum(0)     # (M,) classes that hold m and show its variant
+        holders = (held & (variants[:, part] == variant)).sum(0)     # (M,) classes with m and its variant
         found = (best >= 0.5) & (holders >= 2)
         result |= dict(variant_purity=100 * best.mean().item(), variants=int(looks.any(0).sum()),
                        variants_found_shared=len(set(look[found].tolist())))
     return result, names
 
 
-# ---- figures --------------------------------------------------------------------------------------------------
+# ---- figures ------------------------------------------------------------------------------------------------
 
 def network_input(image, cfg, device):
     """uint8 (3,H,W) -> float32 (1,3,S,S), as images.CleanView does."""
@@ -933,7 +952,8 @@ def network_input(image, cfg, device):
 @torch.inference_mode()
 def similarity_maps(net, image, cfg, device):
     """log_similarity of the cells of an image uint8 (3,H,W) to all prototypes: (M,h,w) on the CPU."""
-    return log_similarity(squared_distances(net.features(network_input(image, cfg, device)), net.prototypes))[0].cpu()
+    z = net.features(network_input(image, cfg, device))
+    return log_similarity(squared_distances(z, net.prototypes))[0].cpu()
 
 
 def cut(image, box):
@@ -974,13 +994,14 @@ def draw_figures(net, sets, progress, names, cfg, device):
 
 @torch.inference_mode()
 def draw_prototypes(net, train_set, progress, held, names, patches, folder, cfg, device, page=20):
-    """prototypes-NN.png: patch, its box and heat map on the source, patches of the five nearest images (Supp. 9)."""
+    """prototypes-NN.png: patch, box and heat map on its source, patches of the five nearest images (Supp. 9)."""
     loader = clean_loader(train_set, cfg, device)
     d2 = torch.cat([squared_distances(net.features(x.to(device)), net.prototypes).flatten(2).amin(2).cpu()
                     for x, _ in loader])                             # (N,M)
     near = d2.topk(min(5, len(d2)), dim=0, largest=False).indices    # (5,M)
     sources = [source[0] for source in progress["sources"]]
-    maps = {i: similarity_maps(net, train_set.read(i)[0], cfg, device) for i in {*sources, *near.flatten().tolist()}}
+    maps = {i: similarity_maps(net, train_set.read(i)[0], cfg, device)
+            for i in {*sources, *near.flatten().tolist()}}
     rows = []
     for m, i in enumerate(sources):
         image, label = train_set.read(i)
@@ -993,32 +1014,43 @@ def draw_prototypes(net, train_set, progress, held, names, patches, folder, cfg,
             row.append((patch_of(other, maps[j][m]), train_set.classes[label]))
         rows.append(row)
     for start in range(0, len(rows), page):
-        figures.save_grid(folder / f"prototypes-{start // page + 1:02d}.png", rows[start:start + page], cell=140,
-                          title="Prototypes: patch, its box and activation; patches of the nearest training images")
+        path = folder / f"prototypes-{start // page + 1:02d}.png"
+        figures.save_grid(path, rows[start:start + page], cell=140,
+                          title="Prototypes: patch, box and activation; patches of the nearest training images")
 
 
 def draw_sharing(classes, held, patches, pictures, folder, page=12):
-    """Fig. 7, 1, 8, 9, 13: which classes (C) hold which prototypes (M). held bool (C,M); a picture of each class."""
-    rows = [[(pictures[c], classes[c])] + [(patches[m], f"p{m}, in {int(held[:, m].sum())} classes")
-                                           for m in held[c].nonzero().flatten().tolist()] for c in range(len(classes))]
+    """Fig. 7, 1, 8, 9, 13: which classes hold which prototypes. held bool (C,M); a picture of each class."""
+    captions = [f"p{m}, in {count} classes" for m, count in enumerate(held.sum(0).tolist())]
+    rows = [[(pictures[c], name)] + [(patches[m], captions[m]) for m in held[c].nonzero().flatten().tolist()]
+            for c, name in enumerate(classes)]
     for start in range(0, len(rows), page):
         figures.save_grid(folder / f"classes-{start // page + 1:02d}.png", rows[start:start + page], cell=120,
                           title="Characteristics of the classes (Fig. 7)")
     graph = (held.int() @ held.int().T).fill_diagonal_(0)            # (C,C)
-    draw_pair(*divmod(int(graph.argmax()), len(classes)), classes, held, patches, pictures, folder / "shared_pair.png")
+    a, b = divmod(int(graph.argmax()), len(classes))
+    draw_pair(a, b, classes, held, patches, pictures, folder / "shared_pair.png")
     m = int(held.sum(0).argmax())
-    cells = [(patches[m], f"p{m}")] + [(pictures[c], classes[c]) for c in held[:, m].nonzero().flatten().tolist()]
-    figures.save_grid(folder / "shared_prototype.png", [cells[k:k + 7] for k in range(0, len(cells), 7)], cell=140,
-                      title=f"Prototype p{m} and the {len(cells) - 1} classes that hold it (Fig. 8)")
-    counts = torch.bincount(held.sum(0))[1:].tolist()
-    figures.save_bars(folder / "classes_per_prototype.png", {"prototypes": counts}, [str(n + 1) for n in range(len(counts))],
-                      title="How many classes hold a prototype (Fig. 9)", unit="prototypes")
+    owners = held[:, m].nonzero().flatten().tolist()
+    cells = [(patches[m], f"p{m}")] + [(pictures[c], classes[c]) for c in owners]
+    figures.save_grid(folder / "shared_prototype.png", [cells[k:k + 7] for k in range(0, len(cells), 7)],
+                      cell=140, title=f"Prototype p{m} and the {len(owners)} classes that hold it (Fig. 8)")
+    draw_counts({"prototypes": held}, folder / "classes_per_prototype.png")
     figures.save_matrix(folder / "class_graph.png", graph, classes, vmin=0, vmax=max(1, int(graph.max())),
                         title="Prototypes that two classes share (Fig. 13)")
     edges = [dict(class_a=classes[a], class_b=classes[b], shared=int(graph[a, b]),
                   prototypes=" ".join(f"p{m}" for m in (held[a] & held[b]).nonzero().flatten().tolist()))
              for a, b in graph.triu(1).nonzero().tolist()]
     run.write_csv(folder / "class_graph.csv", edges or [dict(class_a="", class_b="", shared=0, prototypes="")])
+
+
+def draw_counts(held_by, path):
+    """Fig. 9: how many prototypes are held by 1, 2, ... classes. held_by: {run: held (C,M)}."""
+    counts = {name: torch.bincount(held.sum(0), minlength=len(held) + 1)[1:] for name, held in held_by.items()}
+    most = 1 + max(int(count.nonzero().max()) for count in counts.values())
+    figures.save_bars(path, {name: count[:most].tolist() for name, count in counts.items()},
+                      [str(n + 1) for n in range(most)], unit="prototypes",
+                      title="How many classes hold a prototype (Fig. 9)")
 
 
 def draw_pair(a, b, classes, held, patches, pictures, path):
@@ -1036,9 +1068,10 @@ def draw_assignment(progress, folder):
     """Fig. 14, 15, 5: the distributions of the slots at the end of training, and one slot over time."""
     soft, classes = progress["soft"], progress["classes"]            # (C,K,M) with all prototypes of the pool
     some = torch.randperm(len(soft), generator=torch.Generator().manual_seed(0))[:10].sort().values.tolist()
-    figures.save_matrix(folder / "assignment.png", soft[some].flatten(0, 1).T, [str(m) for m in range(soft.shape[2])],
-                        [f"{classes[c]} {k}" for c in some for k in range(soft.shape[1])], vmin=0, vmax=1,
-                        title=f"Slots of {len(some)} classes before they are fixed; a row is a prototype (Fig. 14)")
+    columns = [f"{classes[c]} {k}" for c in some for k in range(soft.shape[1])]
+    figures.save_matrix(folder / "assignment.png", soft[some].flatten(0, 1).T,
+                        [str(m) for m in range(soft.shape[2])], columns, vmin=0, vmax=1,
+                        title=f"Slots of {len(some)} classes before they are fixed; rows: prototypes (Fig. 14)")
     figures.save_histogram(folder / "assignment_histogram.png", {"y": soft.flatten()}, low=0, high=1, log=True,
                            title="Values of the slots' distributions (Fig. 15)")
     if progress["slot"]:
@@ -1053,7 +1086,7 @@ def draw_assignment(progress, folder):
 
 @torch.inference_mode()
 def draw_focal(net, data, held, folder, cfg, device, most=1000):
-    """Fig. 2, 4: maximum and mean of a prototype's similarity on five images; Fig. 17: its values with and without."""
+    """Fig. 2, 4: maximum and mean of a similarity map on five images; Fig. 17: similarities with and without."""
     count, rows, values = min(most, len(data)), [], {"focal": [], "max only": []}
     chosen = [k * len(data) // count for k in range(count)]          # spread over the split
     for k, i in enumerate(tqdm(chosen, desc="focal", leave=False, disable=None)):
@@ -1074,10 +1107,11 @@ def draw_focal(net, data, held, folder, cfg, device, most=1000):
 
 
 @torch.inference_mode()
-def explain_image(net, image, title, classes, patches, path, cfg, device):
+def explain_image(net, image, name, classes, patches, path, cfg, device):
     """Fig. 6 for an image uint8 (3,H,W): PNG at path; returns its numbers. own slots + rest = logit."""
-    maps, slots = similarity_maps(net, image, cfg, device), fixed_slots(net, network_input(image, cfg, device), cfg)
-    weight, slots = net.last_layer.weight.double().cpu(), slots[0].double().cpu()                # (C,C*K), (C*K,)
+    maps = similarity_maps(net, image, cfg, device)                  # (M,h,w)
+    slots = fixed_slots(net, network_input(image, cfg, device), cfg)[0].double().cpu()           # (C*K,)
+    weight = net.last_layer.weight.double().cpu()                    # (C,C*K)
     logits = weight @ slots
     c, per_class = int(logits.argmax()), net.q.shape[1]
     hard, own = net.hard_assignment()[c].cpu(), range(c * per_class, (c + 1) * per_class)        # (K,M)
@@ -1086,20 +1120,20 @@ def explain_image(net, image, title, classes, patches, path, cfg, device):
     terms.sort(key=lambda term: -term["product"])
     total = sum(term["product"] for term in terms)
     rest, chance = logits[c].item() - total, logits.softmax(0)[c].item()
-    rows = [[(image, title), (image, f"prediction: {classes[c]} ({100 * chance:.0f} %)")]]
+    rows = [[(image, name), (image, f"prediction: {classes[c]} ({100 * chance:.0f} %)")]]
     for term in terms:
         m = term["prototype"]
         box = activation_box(maps[m], image.shape[1:])
         rows.append([(patches[m], f"prototype p{m}"), (figures.draw_box(image, box), "looks like this part"),
                      (figures.heatmap(image, maps[m]),
                       f"{term['similarity']:.2f} x {term['weight']:.2f} = {term['product']:.2f}")])
-    figures.save_grid(path, rows, cell=180, title=f"Why {classes[c]}? own slots {total:.2f} + rest {rest:.2f} = "
-                      f"logit {total + rest:.2f}")
-    return dict(image=title, prediction=classes[c], probability=chance, slots=terms, own=total, rest=rest,
+    title = f"Why {classes[c]}? own slots {total:.2f} + rest {rest:.2f} = logit {total + rest:.2f}"
+    figures.save_grid(path, rows, cell=180, title=title)
+    return dict(image=name, prediction=classes[c], probability=chance, slots=terms, own=total, rest=rest,
                 logit=total + rest)
 
 
-# ---- use trained runs -----------------------------------------------------------------------------------------
+# ---- use trained runs ---------------------------------------------------------------------------------------
 
 def load_run(cfg, device):
     """The projected ProtoPool of the run in cfg.out, its data and its progress; UserError if there is none."""
@@ -1109,8 +1143,8 @@ def load_run(cfg, device):
     sets = open_sets(cfg)
     progress = read_progress(cfg, sets)
     if PHASES.index(progress["phase"]) < PHASES.index("project"):
-        raise UserError(f"the run in {cfg.out} stopped in its phase {progress['phase']}, before the projection: "
-                        "finish it with --resume.")
+        raise UserError(f"the run in {cfg.out} stopped in its phase {progress['phase']}, before the projection:"
+                        " finish it with --resume.")
     net = build_pool(build_extractor(cfg.backbone), progress, cfg).to(device, memory_format=torch.channels_last)
     run.load_checkpoint(Path(cfg.out) / "last.pt", dict(model=net), device)
     return net.eval(), sets, progress
@@ -1120,7 +1154,8 @@ def explain(cfg, device):
     """--explain: for every image OUT/explanations/NAME.png (Fig. 6) and NAME.json."""
     paths = datasets.list_images(cfg.explain)
     net, sets, progress = load_run(cfg, device)
-    patches, folder = prototype_patches(net, sets["train"], progress, cfg, device), Path(cfg.out) / "explanations"
+    patches = prototype_patches(net, sets["train"], progress, cfg, device)
+    folder = Path(cfg.out) / "explanations"
     for path in paths:
         facts = explain_image(net, datasets.read_image(path), path.name, progress["classes"], patches,
                               folder / f"{path.stem}.png", cfg, device)
@@ -1141,15 +1176,16 @@ def compare(cfg, device):
     a, b = (classes.index(name) for name in cfg.compare)
     pictures = {c: train_set.read(train_set.labels.index(c))[0] for c in (a, b)}
     path = Path(cfg.out) / "figures" / f"pair-{classes[a]}-{classes[b]}.png".replace(" ", "_").replace("/", "_")
-    draw_pair(a, b, classes, sharing(net)[0], prototype_patches(net, train_set, progress, cfg, device), pictures, path)
+    patches = prototype_patches(net, train_set, progress, cfg, device)
+    draw_pair(a, b, classes, sharing(net)[0], patches, pictures, path)
     print(f"drawn to {path}")
 
 
 @torch.inference_mode()
 def evaluate_ensemble(cfg, device):
-    """--ensemble (Table 1, "Ex"; the paper does not say how): test accuracy of the mean of the runs' probabilities,
-    and how stable the sharing is over them (Fig. 9, 13). Writes OUT/ensemble/."""
-    folder, chances, graphs, counts = Path(cfg.out) / "ensemble", [], [], {}
+    """--ensemble (Table 1, "Ex"; the paper does not say how): test accuracy of the mean of the runs'
+    probabilities, and how alike the runs share prototypes (Fig. 9, 13). Writes OUT/ensemble/."""
+    folder, chances, held_by = Path(cfg.out) / "ensemble", [], {}
     for out in cfg.ensemble:
         saved = run.read_json(Path(out) / "config.json", f"--ensemble {out} holds no run (no config.json).")
         member = replace(Config(**saved), out=out, data=cfg.data or saved["data"], workers=cfg.workers)
@@ -1159,16 +1195,13 @@ def evaluate_ensemble(cfg, device):
         classes, labels = progress["classes"], torch.tensor(sets["test"].labels)
         batches = (to_device(batch, device)[0] for batch in clean_loader(sets["test"], member, device))
         chances.append(torch.cat([net(x)[0].softmax(1).cpu() for x in batches]))                 # (N,C)
-        held = sharing(net)[0]
-        graphs.append((held.float() @ held.float().T).fill_diagonal_(0))
-        counts[str(out)] = torch.bincount(held.sum(0), minlength=len(classes) + 1)[1:]
+        held_by[str(out)] = sharing(net)[0]                          # (C,M)
     hits = [(c.argmax(1) == labels).float().mean().item() for c in (*chances, torch.stack(chances).mean(0))]
+    paper = {"CUB, 3 models": 87.5, "CUB, 5 models": 87.6, "Cars, 3 models": 91.1, "Cars, 5 models": 91.6}
     result = dict(runs=list(cfg.ensemble), accuracies=[100 * h for h in hits[:-1]], accuracy=100 * hits[-1],
-                  paper={"CUB, 3 models": 87.5, "CUB, 5 models": 87.6, "Cars, 3 models": 91.1, "Cars, 5 models": 91.6})
-    most = 1 + max(int(count.nonzero().max()) for count in counts.values())
-    figures.save_bars(folder / "classes_per_prototype.png", {out: count[:most].tolist() for out, count in counts.items()},
-                      [str(n + 1) for n in range(most)], unit="prototypes",
-                      title="How many classes hold a prototype (Fig. 9)")
+                  paper=paper)
+    draw_counts(held_by, folder / "classes_per_prototype.png")
+    graphs = [(held.float() @ held.float().T).fill_diagonal_(0) for held in held_by.values()]    # each (C,C)
     std, mean = torch.std_mean(torch.stack(graphs), 0, correction=0)
     figures.save_matrix(folder / "class_graph.png", mean, classes, vmin=0, vmax=max(1.0, mean.max().item()),
                         title=f"Prototypes that two classes share, mean of {len(graphs)} runs (Fig. 13)")
@@ -1176,12 +1209,12 @@ def evaluate_ensemble(cfg, device):
              for a, b in mean.triu(1).nonzero().tolist()]
     run.write_csv(folder / "class_graph.csv", edges or [dict(class_a="", class_b="", mean=0, std=0)])
     run.write_json(folder / "metrics.json", result)
-    print(f"test accuracy of the runs {', '.join(f'{a:.1f}' for a in result['accuracies'])}; of the mean of their "
-          f"probabilities {result['accuracy']:.1f}; see {folder}")
+    print(f"test accuracy of the runs {', '.join(f'{a:.1f}' for a in result['accuracies'])}; of the mean of "
+          f"their probabilities {result['accuracy']:.1f}; see {folder}")
     return result
 
 
-# ---- tables of the paper --------------------------------------------------------------------------------------
+# ---- tables of the paper ------------------------------------------------------------------------------------
 
 ROWS = {                                                             # what a row of Table 4 changes in a preset
     "ProtoPool": {},
@@ -1190,11 +1223,11 @@ ROWS = {                                                             # what a ro
     "w/o both": dict(gumbel=False, w_orth=0.0),
     "w/o focal similarity": dict(focal=False),
 }
-TABLE3 = {"cub-r34": (80.8, 80.3), "cub-r50-inat": (85.9, 85.5), "cub-r152": (81.2, 81.5), "cars-r34": (89.1, 89.3),
-          "cars-r50": (88.4, 88.9)}                                  # accuracy before and after the projection
+TABLE3 = {"cub-r34": (80.8, 80.3), "cub-r50-inat": (85.9, 85.5), "cub-r152": (81.2, 81.5),
+          "cars-r34": (89.1, 89.3), "cars-r50": (88.4, 88.9)}        # accuracy before and after the projection
 TABLE4 = {"ProtoPool": (85.5, 88.9), "w/o orthogonality": (82.4, 86.8), "w/o Gumbel-softmax": (80.3, 64.5),
           "w/o both": (65.1, 30.8), "w/o focal similarity": (85.3, 88.8)}        # CUB, Cars; ResNet-50
-FIGURE11 = {"11a": (0.25, 0.5, 0.75, 1, 1.5, 2, 2.5), "11b": (0.4, 0.6, 0.8, 1, 1.2, 1.4)}       # times M, times K
+FIGURE11 = {"11a": (0.25, 0.5, 0.75, 1, 1.5, 2, 2.5), "11b": (0.4, 0.6, 0.8, 1, 1.2, 1.4)}   # times M, times K
 
 
 def rows_of_table(cfg):
@@ -1215,7 +1248,8 @@ def run_table(cfg, device, rank, world):
         row_out = out / "rows" / name.replace("w/o", "no").replace(" ", "-")
         if rank == 0:
             print(f"row {name} in {row_out}", flush=True)
-        found[name] = run.finished_row(train, replace(cfg, table="", out=str(row_out), **changes), device, rank, world)
+        row_cfg = replace(cfg, table="", out=str(row_out), **changes)
+        found[name] = run.finished_row(train, row_cfg, device, rank, world)
     if rank == 0:
         text = "\n".join(table_lines(cfg, found, device)) + "\n"
         with run.replacing(out / f"table{cfg.table}.md") as file:
@@ -1229,16 +1263,16 @@ def table_lines(cfg, found, device):
     about = {"3": "Table 3: the projection", "4": "Table 4: what each novelty adds",
              "11a": "Fig. 11a: number of prototypes; the paper's curve is flat from about 200 on",
              "11b": "Fig. 11b: number of slots; the paper's curve is flat from about 10 on"}[cfg.table]
-    keys = ("accuracy_before_projection", "accuracy_after_projection", "accuracy", "prototypes_used", "empty_slots",
-            "repeated_slots")
+    keys = ("accuracy_before_projection", "accuracy_after_projection", "accuracy", "prototypes_used",
+            "empty_slots", "repeated_slots")
     paper = {"3": ("paper before", "paper after"), "4": ("paper CUB", "paper Cars")}.get(cfg.table, ())
     columns = ("row", "before projection", "right after it", "fine-tuned", *keys[3:], *paper)
     lines = [f"{about}. Preset {cfg.preset}, reading {cfg.reading}, seed {cfg.seed}, test accuracy in percent, "
-             f"{device.type}.\n", "| " + " | ".join(columns).replace("_", " ") + " |", "|" + "---|" * len(columns)]
+             f"{device.type}.\n", f"| {' | '.join(columns).replace('_', ' ')} |", "|" + "---|" * len(columns)]
     for name, m in found.items():
         known = {"3": TABLE3.get(cfg.preset, ("-", "-")), "4": TABLE4.get(name)}.get(cfg.table, ())
-        cells = [f"{m[key]:.1f}" if key.startswith("acc") else str(m[key]) for key in keys] + [str(k) for k in known]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
+        cells = [f"{m[key]:.1f}" if key.startswith("acc") else str(m[key]) for key in keys]
+        lines.append(f"| {' | '.join([name, *cells, *map(str, known)])} |")
     return lines
 
 

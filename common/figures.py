@@ -246,8 +246,9 @@ def save_matrix(path, matrix, row_names, column_names=None, title="", vmin=-1, v
         draw.text((left - 6, top + (i + 0.5) * cell), name, INK, font=font, anchor="rm")
     for j, name in enumerate(columns):
         write_upwards(canvas, name, font, left + (j + 0.5) * cell, top - 5, "start")
+    whole = bool((values == values.round()).all())                        # counts need no decimals
     for i, j in [(i, j) for i in range(n) for j in range(m) if most <= 12]:
-        number = f"{values[i, j]:.2f}" if vmax - vmin <= 10 else f"{values[i, j]:.1f}"
+        number = f"{values[i, j]:.{0 if whole else 2 if vmax - vmin <= 10 else 1}f}"
         draw.text((left + (j + 0.5) * cell, top + (i + 0.5) * cell), number.replace("-0.00", "0.00"),
                   "white" if colours[i, j].mean() < 130 else INK, font=font, anchor="mm")
     x = left + m * cell + 16                                              # the colour bar
@@ -273,6 +274,7 @@ def save_bars(path, series, names, title="", unit="%"):
     if any(len(values) != len(names) for values in series.values()):
         raise ValueError(f"save_bars: every series needs {len(names)} values, one for each name")
     known = [v for values in series.values() for v in values if math.isfinite(v)] + [0.0]
+    whole = all(v == round(v) for v in known)                             # counts need no decimals
     ticks = round_ticks(min(known), max(known) if max(known) > min(known) else 1.0)
     font, left, top, height = ImageFont.load_default(size=15), 64, 26, 320      # height of the plot
     names = [clip(name, font, 200) for name in names]
@@ -298,7 +300,7 @@ def save_bars(path, series, names, title="", unit="%"):
                 draw.rectangle((x, min(end, zero), x + bar - 2, max(end, zero)), fill=SERIES[s % len(SERIES)])
                 if bar >= 34:                                             # room for the number
                     y, anchor = (end - 3, "mb") if end <= zero else (end + 3, "mt")
-                    number = f"{value:.1f}" if abs(value) >= 1 else f"{value:.2g}"
+                    number = f"{value:.0f}" if whole else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2g}"
                     draw.text((x + bar / 2, y), number, INK, font=font, anchor=anchor)
         if turned:
             write_upwards(canvas, name, font, middle, top + height + 6, "end")

@@ -42,7 +42,31 @@ def cbp_occl_steps(device, batch_size):
     return "cbp_occl", "SegFormer-B0, 512x512", steps
 
 
-BENCHMARKS = {"cbp_occl": cbp_occl_steps}
+def protopool_steps(device, batch_size):
+    """ResNet-34 at 224 x 224, 200 classes, joint phase: linear classifier, and ProtoPool with 202 prototypes.
+
+    Limit of the ratio: 1.10.
+    """
+    import protopool
+    num_classes = 200
+    cfg = run.make_config(protopool.Config, protopool.PRESETS, "cub-r34", out="unused", batch_size=batch_size)
+    x = torch.randn(batch_size, 3, cfg.size, cfg.size).to(device, memory_format=torch.channels_last)
+    labels = torch.randint(num_classes, (batch_size,)).to(device)
+    steps = []
+    for plain in (True, False):
+        backbone = protopool.build_extractor(cfg.backbone)
+        net = (protopool.PlainClassifier(backbone, num_classes) if plain else protopool.build_pool(
+            backbone, dict(classes=range(num_classes), num_prototypes=cfg.prototypes), cfg))
+        net = net.to(device, memory_format=torch.channels_last).train()
+        net.last_layer.requires_grad_(plain)                           # as in the joint phase
+        optimizer, _ = protopool.build_optimizer(net, "joint", cfg, device)
+        tau = protopool.temperature(10)
+        steps.append(lambda net=net, optimizer=optimizer: protopool.train_step(net, optimizer, x, labels, tau, cfg))
+    return "protopool", "ResNet-34, 224x224", steps
+
+
+# script: its steps, images a batch on a CPU and on a GPU
+BENCHMARKS = {"cbp_occl": (cbp_occl_steps, 2, 16), "protopool": (protopool_steps, 8, 80)}
 
 
 def seconds(step, device):
@@ -71,21 +95,20 @@ def main():
     device = run.setup(args.device)[0]
     name = (torch.cuda.get_device_name(device) if device.type == "cuda" else
             f"{torch.get_num_threads()} CPU threads")
-    batch_size = 16 if device.type == "cuda" else 2
-    print(f"{name}, torch {torch.__version__}, batch {batch_size}, "
-          f"median of {args.steps} alternating steps\n")
-    print("| script | model | ordinary step, s | our step, s | ratio | our images/s | "
+    print(f"{name}, torch {torch.__version__}, median of {args.steps} alternating steps\n")
+    print("| script | model | batch | ordinary step, s | our step, s | ratio | our images/s | "
           "peak memory, GiB: ordinary, ours |")
-    print("|---|---|---|---|---|---|---|")
-    for script, build in BENCHMARKS.items():
+    print("|---|---|---|---|---|---|---|---|")
+    for script, (build, cpu_batch, gpu_batch) in BENCHMARKS.items():
         if args.only in (None, script):
+            batch_size = gpu_batch if device.type == "cuda" else cpu_batch
             title, model, (ordinary, ours) = build(device, batch_size)
             memory = [memory_of(step, device) for step in (ordinary, ours)]            # also the warm-up
             ordinary(), ours()
             pairs = [(seconds(ordinary, device), seconds(ours, device)) for _ in range(args.steps)]
             a, b = (statistics.median(times) for times in zip(*pairs))
             ratio = statistics.median(ours_s / ordinary_s for ordinary_s, ours_s in pairs)
-            print(f"| {title} | {model} | {a:.4g} | {b:.4g} | {ratio:.3f} | {batch_size / b:.3g} | "
+            print(f"| {title} | {model} | {batch_size} | {a:.4g} | {b:.4g} | {ratio:.3f} | {batch_size / b:.3g} | "
                   + ", ".join("?" if m is None else f"{m:.2f}" for m in memory) + " |")
 
 

@@ -1,12 +1,14 @@
 """common/metrics.py against plain Python loops over pixels and against values worked out by hand."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from common.metrics import ConfusionMatrix
+from common.metrics import (ConfusionMatrix, part_consistency, part_shares, part_stability,
+                            points_in_boxes)
 
 
 def random_maps(seed, num_classes, shape=(2, 6, 7), classes_used=None, ignored=0.2):
@@ -186,3 +188,85 @@ def test_two_processes_both_hold_the_sum_once(tmp_path):
     expected = filled(4, *[random_maps(seed, 4) for seed in range(3)]).matrix
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"{rank}.bin", weights_only=True), expected)
+
+
+# ---- parts: N images, M prototypes, P parts -------------------------------------------------------
+
+N, M, P = 14, 5, 4
+
+
+def random_parts(seed):
+    """inside (N,M,P), visible (N,P), own (N,M) bool: a part inside a region is visible; part 3 never is."""
+    generator = torch.Generator().manual_seed(seed)
+    visible = torch.rand(N, P, generator=generator) < 0.7
+    visible[:, 3] = False
+    inside = (torch.rand(N, M, P, generator=generator) < 0.6) & visible[:, None]
+    own = torch.rand(N, M, generator=generator) < 0.5
+    return inside, visible, own
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_points_in_boxes_by_loops(seed):
+    generator = torch.Generator().manual_seed(seed)
+    low, long = torch.randint(0, 6, (2, N, M, 2), generator=generator)
+    boxes = torch.stack([low, low + long], 3).flatten(2)                              # y0 y1 x0 x1
+    points = torch.randint(0, 12, (N, P, 3), generator=generator).float()             # many on the edges
+    points[..., 2] = torch.randint(0, 2, (N, P), generator=generator).float()
+    found = points_in_boxes(boxes, points)
+    assert found.dtype == torch.bool and found.shape == (N, M, P) and 0 < found.sum() < found.numel()
+    for n, m, p in np.ndindex(N, M, P):
+        y0, y1, x0, x1 = boxes[n, m].tolist()
+        x, y, visible = points[n, p].tolist()
+        assert found[n, m, p] == (visible == 1 and int(x) in range(x0, x1) and int(y) in range(y0, y1))
+
+
+def test_points_in_boxes_by_hand():
+    """Ends are exclusive; rows come first in a box, columns first in a point."""
+    boxes = torch.tensor([[[2, 5, 10, 20]]])
+    points = torch.tensor([[[10.0, 2, 1], [19.9, 4.9, 1], [20, 3, 1], [12, 5, 1], [3, 12, 1], [12, 3, 0]]])
+    assert points_in_boxes(boxes, points)[0, 0].tolist() == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("most", [1, 3, 10, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_part_shares_by_loops(seed, most):
+    inside, _, _ = random_parts(seed)
+    similarity = torch.rand(N, M, generator=torch.Generator().manual_seed(seed))
+    shares = part_shares(inside, similarity, most)
+    assert shares.shape == (M, P)
+    for m, p in np.ndindex(M, P):
+        top = sorted(range(N), key=lambda n: -similarity[n, m].item())[:most]
+        assert shares[m, p].item() == pytest.approx(sum(inside[n, m, p].item() for n in top) / len(top))
+    if most == 10:
+        assert torch.equal(part_shares(inside, similarity), shares)                   # the default
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 1.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_part_consistency_by_loops(seed, share):
+    inside, visible, own = random_parts(seed)
+    own[:, 4] = seed % 2 == 0                                                    # of all classes, or of none
+    inside[:, 1, 2] = visible[:, 2]                                                   # always the same part
+    consistent = 0
+    for m in range(M):
+        rates = []
+        for p in range(P):
+            seen = [n for n in range(N) if own[n, m] and visible[n, p]]
+            rates.append(sum(inside[n, m, p].item() for n in seen) / len(seen) if seen else 0)
+        consistent += max(rates) >= share
+    assert part_consistency(inside, visible, own, share) == pytest.approx(100 * consistent / M)
+    assert consistent >= 1
+    if share == 0.8:
+        assert part_consistency(inside, visible, own) == pytest.approx(100 * consistent / M)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_part_stability_by_loops(seed):
+    inside, visible, own = random_parts(seed)
+    flips = torch.rand(N, M, P, generator=torch.Generator().manual_seed(seed + 9)) < 0.1
+    noisy = inside ^ flips
+    pairs = [(n, m) for n, m in np.ndindex(N, M) if own[n, m]]
+    kept = sum(inside[n, m].tolist() == noisy[n, m].tolist() for n, m in pairs)
+    assert 0 < kept < len(pairs)
+    assert part_stability(inside, noisy, own) == pytest.approx(100 * kept / len(pairs))
+    assert part_stability(inside, inside, own) == 100
