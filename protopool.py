@@ -345,6 +345,7 @@ class ProtoPool(Classifier):
         self.add_on_layers = nn.Sequential(nn.Conv2d(backbone.channels, depth, 1), nn.Sigmoid())   # [D13]
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, depth))                         # p_i
         self.q = nn.Parameter(torch.empty(num_classes, slots, num_prototypes))
+        self.register_buffer("fixed", torch.tensor(False))           # True: q is the 0/1 table of fix_slots
         self.last_layer = nn.Linear(num_classes * slots, num_classes, bias=False)                  # h
         nn.init.zeros_(self.add_on_layers[0].bias)
         fan_in, fan_out = num_prototypes * slots, num_classes * slots
@@ -374,6 +375,8 @@ class ProtoPool(Classifier):
 
     def hard_assignment(self):
         """(C,K,M) of 0/1 at test time [D5]."""
+        if self.fixed:
+            return self.q
         if self.reading == "official":
             return F.one_hot(self.q.argmax(-1), self.q.shape[2]).to(self.q.dtype)
         return harden(assign(self.q, temperature(30)))
@@ -392,16 +395,14 @@ class ProtoPool(Classifier):
 
     @torch.no_grad()
     def fix_slots(self):
-        """Make the hard assignment permanent and prune the prototypes that no class holds [D17]; how many.
-
-        q becomes its own 0/1 table, which hardens to itself; an empty slot (all 0) stays empty.
-        """
+        """Make the hard assignment permanent and prune the prototypes that no class holds [D17]; how many."""
         hard = self.hard_assignment()
         alive = hard.flatten(0, 1).any(0)                            # (M,)
         if not alive.any():
             raise UserError("every slot is empty after training, so there is nothing to project: train longer, "
                             "or raise --slot-lr.")
         self.prototypes, self.q = nn.Parameter(self.prototypes[alive]), nn.Parameter(hard[..., alive])
+        self.fixed.fill_(True)
         return int((~alive).sum())
 
 

@@ -188,7 +188,7 @@ def save_stack(path, pieces, gap=8):
 # ---- figures ----
 
 def save_grid(path, rows, cell=256, title="", legend=None):
-    """Rows of captioned images, each scaled to `cell` pixels in width, aspect kept.
+    """Rows of captioned images, each scaled to `cell` pixels in width (tall ones to less), aspect kept.
 
     rows: list of lists of (image (3,H,W) uint8, caption), of any lengths; None instead leaves a cell white. A
     caption is cut after two lines. legend: {class id: name}, in palette colours.
@@ -197,7 +197,7 @@ def save_grid(path, rows, cell=256, title="", legend=None):
     width = max(len(row) for row in rows) * (cell + gap) - gap
     pieces = [text_piece(title, width, size=18)]
     for row in rows:
-        filled = [(i * (cell + gap), fit_width(entry[0], cell), text_piece(entry[1], cell))
+        filled = [(i * (cell + gap), fit_cell(entry[0], cell), text_piece(entry[1], cell))
                   for i, entry in enumerate(row) if entry is not None]        # column x, picture, caption
         below = max([picture.height for _, picture, _ in filled], default=0) + 2
         height = below + max([caption.height for _, _, caption in filled], default=0)
@@ -210,11 +210,15 @@ def save_grid(path, rows, cell=256, title="", legend=None):
     save_stack(path, pieces, gap)
 
 
-def fit_width(image, width):
-    """(3,H,W) uint8 -> Pillow image of that width: whole factors repeat the pixels, others interpolate."""
+def fit_cell(image, cell):
+    """(3,H,W) uint8 -> Pillow image `cell` pixels wide, or of height 1.5 cell if it is taller than that.
+
+    Whole factors repeat the pixels, others interpolate.
+    """
     picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
-    how = Image.Resampling.BILINEAR if width % picture.width else Image.Resampling.NEAREST
-    return picture.resize((width, max(1, round(picture.height * width / picture.width))), how)
+    factor = min(cell / picture.width, 1.5 * cell / picture.height)
+    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+    return picture.resize(size, Image.Resampling.NEAREST if factor == int(factor) else Image.Resampling.BILINEAR)
 
 
 def save_matrix(path, matrix, row_names, column_names=None, title="", vmin=-1, vmax=1):

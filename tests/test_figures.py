@@ -158,6 +158,13 @@ def test_grid_keeps_the_aspect_of_an_image_that_is_reduced(tmp_path):
     assert (ys.min(), ys.max(), xs.min(), xs.max()) == (8, 37, 8, 47)     # 30 x 40
 
 
+def test_a_tall_image_is_at_most_one_and_a_half_cells_high(tmp_path):
+    image = torch.full((3, 120, 20), 7, dtype=torch.uint8)
+    save_grid(tmp_path / "grid.png", [[(image, "")]], cell=40)
+    ys, xs = np.nonzero(where_colour(read(tmp_path / "grid.png"), (7, 7, 7)))
+    assert (ys.min(), ys.max(), xs.min(), xs.max()) == (8, 67, 8, 17)     # 60 x 10
+
+
 def test_an_empty_cell_stays_white_and_rows_may_differ_in_length(tmp_path):
     image = torch.full((3, 16, 16), 7, dtype=torch.uint8)
     rows = [[(image, ""), None, (image, "")], [None, (image, "")], [(image, "")]]
