@@ -177,9 +177,9 @@ def check_config(cfg):
                  "slot_lr", "backbone_lr", "lr_step", "lr_gamma", "finetune_lr"):
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0.")
-    for name in ("weight_decay", "workers", "pretrain_epochs", "warmup_epochs", "joint_epochs",
+    for name in ("weight_decay", "add_on_decay", "workers", "pretrain_epochs", "warmup_epochs", "joint_epochs",
                  "finetune_epochs", "w_cluster", "w_orth", "w_l1"):
-        if getattr(cfg, name) < 0:
+        if (getattr(cfg, name) or 0) < 0:                            # --add-on-decay may be None
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative.")
     if cfg.w_separation > 0:
         raise UserError(f"--w-separation {cfg.w_separation}: must not be positive, or the prototypes of other "
@@ -592,8 +592,8 @@ def end_epoch(progress, phase, steps, sums, score, rate, began, parts, out, rank
     """Progress, log.csv, a printed line, last.pt. UserError if a loss is not finite (rank 0 logs its own)."""
     means = {name: float(value) / steps for name, value in sums.items()}
     if not all(map(math.isfinite, means.values())):
-        raise UserError(f"the loss is not finite ({means}) in epoch {progress['epoch'] + 1} of phase {phase}: "
-                        "lower --lr, or use --amp off; --resume goes back to the last good checkpoint.")
+        raise UserError(f"the loss is not finite ({means}) in epoch {progress['epoch'] + 1} of phase {phase}: start"
+                        " again with a lower --lr or --slot-lr, or with --amp off.")
     progress |= dict(epoch=progress["epoch"] + 1, iteration=progress["iteration"] + steps,
                      seconds=time.perf_counter() - began)
     row = dict(phase=phase, epoch=progress["epoch"], lr=rate)
@@ -1029,8 +1029,9 @@ def draw_sharing(classes, held, patches, pictures, folder, page=12):
         figures.save_grid(folder / f"classes-{start // page + 1:02d}.png", rows[start:start + page], cell=120,
                           title="Characteristics of the classes (Fig. 7)")
     graph = (held.int() @ held.int().T).fill_diagonal_(0)            # (C,C)
-    a, b = divmod(int(graph.argmax()), len(classes))
-    draw_pair(a, b, classes, held, patches, pictures, folder / "shared_pair.png")
+    if graph.any():
+        a, b = divmod(int(graph.argmax()), len(classes))
+        draw_pair(a, b, classes, held, patches, pictures, folder / "shared_pair.png")
     m = int(held.sum(0).argmax())
     owners = held[:, m].nonzero().flatten().tolist()
     cells = [(patches[m], f"p{m}")] + [(pictures[c], classes[c]) for c in owners]
@@ -1096,7 +1097,7 @@ def draw_focal(net, data, held, folder, cfg, device, most=1000):
         focal = focal_similarity(d2)[0].cpu()                        # (M,)
         values["focal"].append(focal)
         values["max only"].append(focal_similarity(d2, focal=False)[0].cpu())
-        if k in [j * count // 5 for j in range(5)]:
+        if k in [j * count // 5 for j in range(5)] and held[label].any():
             m = int(focal.masked_fill(~held[label], -1).argmax())    # the strongest of its own class
             map = log_similarity(d2[0, m]).cpu()
             rows.append([(image, data.classes[label]), (figures.heatmap(image, map, opacity=1.0), f"p{m}"),
@@ -1111,8 +1112,8 @@ def draw_focal(net, data, held, folder, cfg, device, most=1000):
 def explain_image(net, image, name, classes, patches, path, cfg, device):
     """Fig. 6 for an image uint8 (3,H,W): PNG at path; returns its numbers. own slots + rest = logit."""
     maps = similarity_maps(net, image, cfg, device)                  # (M,h,w)
-    slots = fixed_slots(net, network_input(image, cfg, device), cfg)[0].double().cpu()           # (C*K,)
-    weight = net.last_layer.weight.double().cpu()                    # (C,C*K)
+    slots = fixed_slots(net, network_input(image, cfg, device), cfg)[0].cpu().double()           # (C*K,)
+    weight = net.last_layer.weight.cpu().double()                    # (C,C*K)
     logits = weight @ slots
     c, per_class = int(logits.argmax()), net.q.shape[1]
     hard, own = net.hard_assignment()[c].cpu(), range(c * per_class, (c + 1) * per_class)        # (K,M)
@@ -1137,23 +1138,32 @@ def explain_image(net, image, name, classes, patches, path, cfg, device):
 # ---- use trained runs ---------------------------------------------------------------------------------------
 
 def load_run(cfg, device):
-    """The projected ProtoPool of the run in cfg.out, its data and its progress; UserError if there is none."""
-    if cfg.classifier != "protopool":
+    """The trained network of the run in cfg.out, its data and its progress; UserError if there is none."""
+    sets, linear = open_sets(cfg), cfg.classifier == "linear"
+    progress = read_progress(cfg, sets)
+    if linear and not cfg.eval_only:
         raise UserError(f"the run in {cfg.out} is a plain classifier, which has no prototypes: train one with "
                         "--classifier protopool.")
-    sets = open_sets(cfg)
-    progress = read_progress(cfg, sets)
-    if PHASES.index(progress["phase"]) < PHASES.index("project"):
-        raise UserError(f"the run in {cfg.out} stopped in its phase {progress['phase']}, before the projection:"
-                        " finish it with --resume.")
-    net = build_pool(build_extractor(cfg.backbone), progress, cfg).to(device, memory_format=torch.channels_last)
-    run.load_checkpoint(Path(cfg.out) / "last.pt", dict(model=net), device)
-    return net.eval(), sets, progress
+    phase, epoch = progress["phase"], progress["epoch"]
+    stopped = epoch >= cfg.joint_epochs or progress["stale"] >= cfg.patience
+    projected = PHASES.index(phase) >= PHASES.index("project")
+    if not (phase == "joint" and stopped if linear else projected and epoch >= cfg.finetune_epochs):
+        raise UserError(f"the run in {cfg.out} stopped in epoch {epoch} of phase {phase}: finish it with --resume.")
+    backbone = build_extractor(cfg.backbone)
+    net = PlainClassifier(backbone, len(progress["classes"])) if linear else build_pool(backbone, progress, cfg)
+    net = net.to(device, memory_format=torch.channels_last)
+    best = linear and cfg.reading == "paper"                         # as train_phase leaves it [D12]
+    run.load_checkpoint(Path(cfg.out) / ("best.pt" if best else "last.pt"), dict(model=net), device)
+    return net.eval().requires_grad_(False), sets, progress
 
 
 def explain(cfg, device):
     """--explain: for every image OUT/explanations/NAME.png (Fig. 6) and NAME.json."""
     paths = datasets.list_images(cfg.explain)
+    names = Counter(path.stem for path in paths)
+    if names and max(names.values()) > 1:
+        raise UserError(f"--explain {cfg.explain} holds several images called {names.most_common(1)[0][0]}: their "
+                        "explanations would have the same name, so rename all but one.")
     net, sets, progress = load_run(cfg, device)
     patches = prototype_patches(net, sets["train"], progress, cfg, device)
     folder = Path(cfg.out) / "explanations"
@@ -1175,6 +1185,8 @@ def compare(cfg, device):
             raise UserError(f"--compare {name!r}: no such class; the run knows {', '.join(classes[:20])}"
                             f"{' ...' if len(classes) > 20 else ''}.")
     a, b = (classes.index(name) for name in cfg.compare)
+    if a == b:
+        raise UserError(f"--compare {cfg.compare[0]!r} twice: give two different classes.")
     pictures = {c: train_set.read(train_set.labels.index(c))[0] for c in (a, b)}
     path = Path(cfg.out) / "figures" / f"pair-{classes[a]}-{classes[b]}.png".replace(" ", "_").replace("/", "_")
     patches = prototype_patches(net, train_set, progress, cfg, device)
@@ -1188,8 +1200,8 @@ def evaluate_ensemble(cfg, device):
     probabilities, and how alike the runs share prototypes (Fig. 9, 13). Writes OUT/ensemble/."""
     folder, chances, held_by = Path(cfg.out) / "ensemble", [], {}
     for out in cfg.ensemble:
-        saved = run.read_json(Path(out) / "config.json", f"--ensemble {out} holds no run (no config.json).")
-        member = replace(Config(**saved), out=out, data=cfg.data or saved["data"], workers=cfg.workers)
+        member = run.read_config(Config, out)
+        member = replace(member, out=out, data=cfg.data or member.data, workers=cfg.workers, eval_only=False)
         net, sets, progress = load_run(member, device)
         if chances and (classes, labels.tolist()) != (progress["classes"], sets["test"].labels):
             raise UserError(f"--ensemble {out}: its data differ from those of {cfg.ensemble[0]}.")

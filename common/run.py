@@ -131,15 +131,18 @@ def make_config(Config, presets, preset="toy", **flags):
     return cfg
 
 
+def read_config(Config, out):
+    """The settings of the run in the folder `out`; UserError if there is none of this script."""
+    path = Path(out) / "config.json"
+    saved = read_json(path, f"{out} holds no run (no config.json): train first, or pass the folder of that run.")
+    if not isinstance(saved, dict) or set(saved) - {f.name for f in fields(Config)}:
+        raise UserError(f"{path} is not a config of this script: pass the folder of a run of this script.")
+    return Config(**saved)
+
+
 def _config_of_run(cfg, given):
     """Settings of the run in cfg.out, with today's runtime flags; given: the flags that were typed."""
-    path = Path(cfg.out) / "config.json"
-    saved = read_json(path, f"{cfg.out} holds no run (no config.json): train first, "
-                            "or pass the --out of that run.")
-    names = {f.name for f in fields(cfg)}
-    if not isinstance(saved, dict) or set(saved) - names:
-        raise UserError(f"{path} is not a config of this script: pass the --out of a run of this script.")
-    kept = replace(cfg, **saved)
+    kept, path = read_config(type(cfg), cfg.out), Path(cfg.out) / "config.json"
     for f in fields(cfg):
         now = getattr(cfg, f.name)
         if f.metadata["uses_run"] or f.name == "out" or f.metadata["runtime"] and f.name in given:
@@ -252,7 +255,8 @@ def start_run(cfg, rank=0):
             raise UserError(f"--out {out} cannot be made ({error.strerror}): "
                             "choose another folder.") from None
         earlier = [p for p in out.iterdir() if p.name in
-                   ("config.json", "log.csv", "metrics.json", "last.pt", "figures", "predictions")]
+                   ("config.json", "log.csv", "metrics.json", "last.pt", "best.pt", "figures", "predictions",
+                    "explanations")]
         if (out / "config.json").exists():
             number = 1
             while (out / f"previous-{number}").exists():
