@@ -24,36 +24,44 @@ g_p(z)   log_similarity()    B,M,h,w    log((d2 + 1) / (d2 + eps)), d2 = |z - p|
 g_p      focal_similarity()  B,M        maximum over cells - mean over cells                   Eq. (1)
 g_k      slot_similarity()   B,C,K      sum_i y_k^i g_pi                                       Sec. 3
 w_h      last_layer.weight   C,C*K      1 from own slots, else 0, until it is fine-tuned       Supp. 8
+p <- z   project_prototypes  M,D        the nearest patch of the classes that hold it          Eq. (3)
 L_orth   orthogonality_loss  scalar     slots of a class take different prototypes             Eq. (2)
 L_clst   cluster_cost        scalar     an own prototype is near                               Supp. 8
 L_sep    separation_cost     scalar     the others are far (its weight is negative)            Supp. 8
+L_l1     in finetune()       scalar     L1 norm of w_h off the own slots, after projection     Supp. 8
 
 Where the print is silent, contradicts itself, or differs from the authors' released code ([D*] marks the
-line). --reading official takes the code's side in D1 to D12; the code produced the published numbers.
+line). The code produced the published numbers: --reading official takes its side in D1 to D10 and D15 and
+projects the last weights [D12]; with --select-on-test it also stops as the code does.
 [D1] The paper mixes the prototypes' similarities by y; the code mixes distances and takes logarithms last.
 [D2] Eq. (1) subtracts the mean similarity; the code the similarity of the mean distance.
 [D3] Supp. 8 prints softmax(q / tau + eta); the code has softmax(2 (q / tau + eta)), with another tau.
 [D4] Eq. (2) is about distributions; the code puts in the logits q, and the sum over all pairs i != j.
 [D5] At test time the paper takes y > 0.5 as 1, so that a slot may stay empty; the code takes y at tau = 1e-4,
-     in effect the largest q. We take the final tau of 0.001 and no noise, in validation too.
+     in effect the largest q. We take the final tau of 0.001 and no noise, in validation and without
+     Gumbel-softmax too (softmax(q) itself would leave most slots empty).
 [D6] Table 6 halves the learning rates every 5 epochs; the code divides them by 10.
 [D7] Table 6 fine-tunes for 15 epochs at 1e-4; the code for 25 at 5e-5, x0.95 every 5, with decay and mix-up.
+     The paper does not say on what: we take the clean images, whose similarities are computed once.
 [D8] Supp. 8 has Xavier normal for all but the last layer; the code draws the add-on layer by Kaiming and the
      prototypes uniformly from [0, 1).
-[D9] Table 5 reads as one chain with vertical flips; the code's data preparation (ProtoPNet's) applies one of
-     the three warps and flips left-right only. Skew "< 45 degrees": a tilt that changes a side by up to a fifth.
+[D9] Table 5 reads as one chain with vertical flips; ProtoPNet's data preparation, which the code uses, applies
+     one of the three warps and flips left-right only. It stores 30 copies an image, hence --passes-per-epoch.
+     Skew "< 45 degrees" is a tilt that changes a side by up to a fifth.
 [D10] Table 6 has 10 epochs of warm-up without decay; the code trains 9, and decays the add-on layer.
 [D11] Table 6 decays the "prototypical pool" too; the code leaves prototypes and q alone, and so do we in both
      readings: a q whose softmax is saturated has no other gradient, and Adam would walk it to 0 in full steps.
-[D12] Early stopping and the choice of the weights use a validation split of the training images; the code uses
-     the test split (--select-on-test). Projected are the best weights; in the code the last.
+[D12] Early stopping looks at a validation split of the training images, at accuracy and then cross-entropy; the
+     code looks at the test split. Projected are the best weights; in the code the last.
 [D13] A sigmoid follows the 1x1 convolution, as in the code and in ProtoPNet; the paper names the convolution.
 [D14] The text starts at tau = 1, the formula at infinity: tau = 1 in epoch 0.
 [D15] Mix-up "50% : 50%" is Beta(0.5, 0.5), as in the code. Both images enter L_clst and L_sep with their
-     shares; official: the first only.
+     shares; in the code the first only.
 [D16] Batch norm stays in eval mode while the backbone is frozen; the code lets its statistics drift.
 [D17] Prototypes in nobody's slot are pruned at the projection; the code overwrites them with zeros.
 [D18] Toy birds have no pretrained backbone: --pretrain-epochs trains it as a plain classifier first.
+[D19] CUB is cut to its bounding boxes, test images too, as in ProtoPNet's preparation. Cars are read whole:
+     neither paper nor code says.
 """
 
 import math
@@ -83,7 +91,7 @@ from common.run import RunConfig, UserError, opt
 @dataclass
 class Config(RunConfig):
     dataset: str = opt("toy_birds", "reader of --data", choices=images.DATASETS)
-    full_images: bool = opt(False, "cub: whole pictures, not cut to their bounding boxes")
+    full_images: bool = opt(False, "cub: whole pictures, not cut to their bounding boxes [D19]")
     val_fraction: float = opt(0.1, "share of every class's training images kept for early stopping")
     select_on_test: bool = opt(False, "stop and choose on the test split, as the authors did; optimistic")
     backbone: str = opt("resnet34", "network before the 1x1 add-on layer", choices=EXTRACTORS)
@@ -104,8 +112,8 @@ class Config(RunConfig):
     w_orth: float = opt(1.0, "weight of L_orth")
     w_l1: float = opt(1e-4, "weight of the L1 norm of the last layer's off-class weights")
     batch_size: int = opt(80, "images an iteration, over all GPUs; halve it if memory runs out, and rates too")
-    passes_per_epoch: int = opt(30, "passes over the training images that make an epoch; the paper stores 30 "
-                                "augmented copies, and schedule, temperature and early stopping count in epochs")
+    passes_per_epoch: int = opt(30, "passes over the training images that make an epoch [D9]: schedule, "
+                                "temperature and early stopping count in epochs")
     pretrain_epochs: int = opt(0, "epochs as a plain classifier before all else [D18]", schedule=True)
     warmup_epochs: int = opt(None, "epochs with a frozen backbone (default 10; official 9)", schedule=True)
     joint_epochs: int = opt(60, "epochs of the joint phase at most; early stopping comes first", schedule=True)
@@ -127,8 +135,8 @@ class Config(RunConfig):
     finetune_mixup: bool = opt(None, "mix-up in fine-tuning too, which makes it run through the whole network "
                                "(default no; official yes)")
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", runtime=True, uses_run=True)
-    explain: str = opt("", "image or folder: explain the predictions of the run in OUT (Fig. 6) and stop",
-                       runtime=True, uses_run=True)
+    explain: str = opt("", "image or folder, cut out as the training images are: explain the predictions of the "
+                       "run in OUT (Fig. 6) and stop", runtime=True, uses_run=True)
     compare: list = opt((), "two class names: draw what they share in the run in OUT (Fig. 1) and stop",
                         runtime=True, uses_run=True)
     ensemble: list = opt((), "run folders: accuracy of the mean of their probabilities, into OUT/ensemble/",
@@ -181,6 +189,8 @@ def check_config(cfg):
                  "finetune_epochs", "w_cluster", "w_orth", "w_l1"):
         if (getattr(cfg, name) or 0) < 0:                            # --add-on-decay may be None
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative.")
+    if cfg.size < 32:
+        raise UserError(f"--size {cfg.size}: must be 32 at least, or the backbones leave no feature map.")
     if cfg.w_separation > 0:
         raise UserError(f"--w-separation {cfg.w_separation}: must not be positive, or the prototypes of other "
                         "classes are drawn near; the paper has -0.08.")
@@ -207,8 +217,8 @@ def temperature(epoch, reading="paper"):
 
 
 def gumbel_noise(q):
-    """Standard Gumbel samples in the shape of q: -log of exponential samples."""
-    return -torch.empty_like(q).exponential_().log()
+    """Standard Gumbel samples in the shape of q: -log of exponential samples (0 would give infinity)."""
+    return -torch.empty_like(q).exponential_().clamp_min(1e-30).log()
 
 
 def assign(q, tau, noise=None, reading="paper"):
@@ -367,23 +377,21 @@ class ProtoPool(Classifier):
         """(B,3,H,W) -> (B,D,h,w), in (0, 1)."""
         return self.add_on_layers(self.backbone(x))
 
-    def sampled_assignment(self, tau):
-        """(C,K,M) for training: Gumbel-softmax, or plain softmax in the ablation of Table 4."""
-        if not self.gumbel:
-            return self.q.softmax(-1)
-        return assign(self.q, tau, gumbel_noise(self.q), self.reading)
+    def soft_assignment(self, tau, noise=None):
+        """(C,K,M) in training: Gumbel-softmax, or plain softmax in the ablation of Table 4."""
+        return assign(self.q, tau, noise, self.reading) if self.gumbel else self.q.softmax(-1)
 
     def hard_assignment(self):
         """(C,K,M) of 0/1 at test time [D5]."""
-        if self.fixed:
-            return self.q
         if self.reading == "official":
-            return F.one_hot(self.q.argmax(-1), self.q.shape[2]).to(self.q.dtype)
-        return harden(assign(self.q, temperature(30)))
+            hard = F.one_hot(self.q.argmax(-1), self.q.shape[2]).to(self.q.dtype)
+        else:
+            hard = harden(assign(self.q, temperature(30)))
+        return torch.where(self.fixed, self.q, hard)
 
     def slots(self, d2, tau=None):
         """(B,M,h,w) -> similarities of all slots (B,C*K), and the assignment that mixed them (C,K,M)."""
-        y = self.hard_assignment() if tau is None else self.sampled_assignment(tau)
+        y = self.hard_assignment() if tau is None else self.soft_assignment(tau, gumbel_noise(self.q))
         return slot_similarity(d2, y, self.reading, self.focal).flatten(1), y
 
     def forward(self, x, tau=None):
@@ -455,7 +463,7 @@ def losses_of(model, x, labels, tau, cfg):
         logits, min_d2, y = model(x, tau)
 
     def mixed(cost):
-        return lam * cost(labels) + (1 - lam) * cost(others)
+        return lam * cost(labels) + (1 - lam) * cost(others) if cfg.mixup else cost(labels)
 
     losses = dict(ce=mixed(lambda target: F.cross_entropy(logits, target)))
     if y is not None:
@@ -463,8 +471,8 @@ def losses_of(model, x, labels, tau, cfg):
         both = (lambda cost: cost(labels)) if official else mixed    # [D15]
         losses["cluster"] = cfg.w_cluster * both(lambda target: cluster_cost(min_d2, target, y))
         losses["separation"] = cfg.w_separation * both(lambda target: separation_cost(min_d2, target, y))
-        x = getattr(model, "module", model).q if official else y     # [D4]
-        losses["orth"] = cfg.w_orth * orthogonality_loss(x, cfg.reading)
+        slots = getattr(model, "module", model).q if official else y                                   # [D4]
+        losses["orth"] = cfg.w_orth * orthogonality_loss(slots, cfg.reading)
     return losses
 
 
@@ -512,6 +520,8 @@ def open_sets(cfg):
     fraction = 0.0 if cfg.select_on_test else cfg.val_fraction
     sets = {split: images.open_images(cfg.dataset, cfg.data, split, cfg.seed, fraction, cfg.full_images)
             for split in splits}
+    if sets["train"].num_classes < 2:
+        raise UserError(f"{cfg.dataset} in {cfg.data} has a single class: a classifier needs two or more.")
     return {"val": sets["test"]} | sets
 
 
@@ -574,15 +584,16 @@ def train_phase(net, phase, sets, progress, cfg, device, rank, world):
             for name, value in train_step(model, optimizer, *next(batches), tau, cfg).items():
                 sums[name] = sums.get(name, 0.0) + value             # stays on the device: no sync per step
         run.share_buffers(net)
-        score, rate = evaluate(net, val_loader, cfg, device), scheduler.get_last_lr()[-1]
+        score, rate = evaluate(net, val_loader, device), scheduler.get_last_lr()[-1]
         scheduler.step()
         if isinstance(net, ProtoPool):
-            progress["slot"].append(assign(net.q[0, 0].detach(), tau, None, cfg.reading).tolist())     # Fig. 5
-        quality = [score["accuracy"], -score["ce"]]
-        if phase == "joint" and quality > progress["best"]:
-            progress |= dict(best=quality, stale=-1)
-            run.save_checkpoint(out / "best.pt", dict(model=net), {})
-        progress["stale"] += phase == "joint"
+            progress["slot"].append(net.soft_assignment(tau)[0, 0].tolist())                           # Fig. 5
+        if phase == "joint":
+            quality = [score["accuracy"], -score["ce"]]
+            progress["stale"] = 0 if quality > progress["best"] else progress["stale"] + 1
+            if progress["stale"] == 0:
+                progress["best"] = quality
+                run.save_checkpoint(out / "best.pt", dict(model=net), {})
         end_epoch(progress, phase, steps, sums, score, rate, began, parts, out, rank)
     if phase == "joint" and progress["epoch"] and cfg.reading == "paper":                              # [D12]
         run.load_checkpoint(out / "best.pt", dict(model=net), device)
@@ -592,8 +603,8 @@ def end_epoch(progress, phase, steps, sums, score, rate, began, parts, out, rank
     """Progress, log.csv, a printed line, last.pt. UserError if a loss is not finite (rank 0 logs its own)."""
     means = {name: float(value) / steps for name, value in sums.items()}
     if not all(map(math.isfinite, means.values())):
-        raise UserError(f"the loss is not finite ({means}) in epoch {progress['epoch'] + 1} of phase {phase}: start"
-                        " again with a lower --lr or --slot-lr, or with --amp off.")
+        raise UserError(f"the loss is not finite ({means}) in epoch {progress['epoch'] + 1} of phase {phase}: "
+                        "start again with a lower --lr or --slot-lr, or with --amp off.")
     progress |= dict(epoch=progress["epoch"] + 1, iteration=progress["iteration"] + steps,
                      seconds=time.perf_counter() - began)
     row = dict(phase=phase, epoch=progress["epoch"], lr=rate)
@@ -629,7 +640,7 @@ def project_prototypes(model, loader, device):
     best = torch.full((len(moved),), math.inf, device=device)
     where = torch.full((len(moved), 3), -1, device=device)           # image, row, column
     seen = 0
-    for x, labels in tqdm(loader, desc="project", leave=False, disable=None):
+    for x, labels in loader:
         z = model.features(x.to(device)).float()                     # (B,D,h,w)
         d2 = squared_distances(z, model.prototypes)                  # (B,M,h,w)
         d2 = d2.masked_fill(~held[labels.to(device)][..., None, None], math.inf)
@@ -645,16 +656,18 @@ def project_prototypes(model, loader, device):
 
 
 def project(net, sets, progress, cfg, device, rank):
-    """Fix the slots, prune, project; what the report needs goes into progress. Every rank does the same."""
+    """Fix the slots, prune, project; what the report needs goes into progress. All ranks end with rank 0's."""
     if PHASES.index(progress["phase"]) >= PHASES.index("project"):
         if progress["phase"] == "project":
             run.load_checkpoint(Path(cfg.out) / "last.pt", dict(model=net), device)
         return
     start, tau = time.perf_counter(), temperature_of("joint", max(progress["epoch"] - 1, 0), cfg)
-    soft = assign(net.q.detach(), tau, None, cfg.reading) if cfg.gumbel else net.q.detach().softmax(-1)
+    soft = net.soft_assignment(tau).detach().cpu()                   # of the weights that are projected
     pruned, before = net.fix_slots(), net.prototypes.detach().cpu().clone()
     sources = project_prototypes(net, clean_loader(sets["train"], cfg, device), device)
-    progress |= dict(phase="project", epoch=0, soft=soft.cpu(), pruned=pruned, prototypes_before=before,
+    if dist.is_initialized():
+        dist.broadcast(net.prototypes.data, 0)                       # near ties may differ between GPUs
+    progress |= dict(phase="project", epoch=0, soft=soft, pruned=pruned, prototypes_before=before,
                      num_prototypes=len(sources), sources=[list(source) for source in sources],
                      seconds=progress["seconds"] + time.perf_counter() - start)
     if rank == 0:
@@ -664,11 +677,9 @@ def project(net, sets, progress, cfg, device, rank):
 
 
 @torch.no_grad()
-def fixed_slots(net, x, cfg):
+def fixed_slots(net, x):
     """(B,3,S,S) -> (B,C*K) similarities of the slots of test time."""
-    with run.autocast(x.device, cfg.amp):
-        z = net.features(x)
-    return net.slots(squared_distances(z, net.prototypes))[0]
+    return net.slots(squared_distances(net.features(x), net.prototypes))[0]
 
 
 def slot_batches(net, data, start, stop, cfg, device, rank, world):
@@ -679,12 +690,12 @@ def slot_batches(net, data, start, stop, cfg, device, rank, world):
     if cfg.finetune_mixup:                                           # [D7]
         for x, labels in training_batches(data, start, stop, cfg, device, rank, world):
             x, others, lam = mix(x, labels)
-            yield fixed_slots(net, x, cfg), labels, others, lam
+            yield fixed_slots(net, x), labels, others, lam
         return
     batches = (to_device(batch, device) for batch in clean_loader(data, cfg, device))
-    slots, labels = map(torch.cat, zip(*[(fixed_slots(net, x, cfg), labels) for x, labels in batches]))
+    slots, labels = map(torch.cat, zip(*[(fixed_slots(net, x), labels) for x, labels in batches]))
     for batch in datasets.BatchesFrom(len(labels), cfg.batch_size, cfg.seed, start, stop, rank, world):
-        index = torch.tensor([i for i, _ in batch], device=device)
+        index = torch.tensor([i for i, _ in batch]).to(device, non_blocking=True)
         yield slots[index], labels[index], labels[index], 1.0
 
 
@@ -719,13 +730,18 @@ def finetune(net, sets, progress, cfg, device, rank, world):
             optimizer.step()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
-        score, rate = evaluate(net, val_loader, cfg, device), scheduler.get_last_lr()[0]
+        score, rate = evaluate(net, val_loader, device), scheduler.get_last_lr()[0]
         scheduler.step()
         end_epoch(progress, "finetune", steps, sums, score, rate, began, parts, out, rank)
 
 
 def train(cfg, device, rank=0, world=1):
-    """All phases of Table 6, then the report. Returns what metrics.json holds (None on other ranks than 0)."""
+    """All phases of Table 6, then the report. Returns what metrics.json holds (None on other ranks than 0).
+
+    progress, in every checkpoint: phase, epoch (finished in this phase), iteration (over all phases), seconds,
+    best ([accuracy, -ce] on val), stale (epochs since), log (rows), slot (Fig. 5), classes, num_prototypes; from
+    the projection on also soft (C,K,M), pruned, prototypes_before (M,D), sources.
+    """
     sets, last = open_sets(cfg), Path(cfg.out) / "last.pt"
     resumes = cfg.resume and last.exists()                           # killed before the first: start again
     progress = read_progress(cfg, sets) if resumes else dict(
@@ -733,7 +749,7 @@ def train(cfg, device, rank=0, world=1):
         classes=sets["train"].classes, num_prototypes=cfg.prototypes)
     torch.manual_seed(cfg.seed)
     backbone = build_extractor(cfg.backbone, "none" if resumes else cfg.weights)
-    plain = PlainClassifier(backbone, sets["train"].num_classes)
+    plain = PlainClassifier(backbone, sets["train"].num_classes)     # net has the same backbone
     net = plain if cfg.classifier == "linear" else build_pool(backbone, progress, cfg)
     run.start_run(cfg, rank)
     for module in (plain, net):
@@ -789,14 +805,13 @@ def announce(net, sets, progress, cfg, device, rank, world):
 # ---- evaluation ---------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def evaluate(net, loader, cfg, device):
+def evaluate(net, loader, device):
     """Top-1 accuracy in percent and mean cross-entropy over the split, all ranks together."""
     net.eval()
     sums = torch.zeros(3, device=device)                             # hits, cross-entropy, images
     for batch in loader:
         x, labels = to_device(batch, device)
-        with run.autocast(device, cfg.amp):
-            logits = net(x)[0].float()
+        logits = net(x)[0]                                           # float32: autocast is for training
         hits, ce = (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([hits, ce, torch.ones_like(labels).sum()])
     if dist.is_initialized():
@@ -805,7 +820,7 @@ def evaluate(net, loader, cfg, device):
     return dict(accuracy=100 * hits / count, ce=ce / count)
 
 
-def test_accuracies(net, progress, loader, cfg, device):
+def test_accuracies(net, progress, loader, device):
     """Table 3: test accuracy before the projection, after it, and at the end with the fine-tuned last layer."""
     prototypes, weight = net.prototypes.detach().clone(), net.last_layer.weight.detach().clone()
     stages = {"accuracy_before_projection": (progress["prototypes_before"], net.own_slots()),
@@ -814,7 +829,7 @@ def test_accuracies(net, progress, loader, cfg, device):
     for name, (p, w) in stages.items():                              # the last stage is the net as it came
         net.prototypes.data.copy_(p)
         net.last_layer.weight.data.copy_(w)
-        result[name] = evaluate(net, loader, cfg, device)["accuracy"]
+        result[name] = evaluate(net, loader, device)["accuracy"]
     return result
 
 
@@ -835,8 +850,8 @@ def report(net, sets, progress, cfg, device, rank, world):
     """The test split, read for the first time; rank 0 writes metrics.json and figures/. Returns the metrics."""
     loader = clean_loader(sets["test"], cfg, device, rank, world)
     pools = isinstance(net, ProtoPool)
-    accuracies = (test_accuracies(net, progress, loader, cfg, device) if pools else
-                  dict(accuracy=evaluate(net, loader, cfg, device)["accuracy"]))
+    accuracies = (test_accuracies(net, progress, loader, device) if pools else
+                  dict(accuracy=evaluate(net, loader, device)["accuracy"]))
     if rank:
         return None
     result = accuracies | dict(
@@ -889,21 +904,27 @@ def activation_box(map, size, percentile=95):
 
 
 @torch.inference_mode()
-def observe(net, data, cfg, device, noise=0.0):
+def observe(net, data, own, cfg, device, noise=0.2):
     """Every image of a split as the prototypes see it, in pixels of the network's input, on the CPU.
 
-    Returns similarities g_p (N,M), activation boxes (N,M,4), part locations (N,P,3): x, y, visible.
+    own (N,M) bool: prototypes of the image's class. Returns similarities g_p (N,M), activation boxes (N,M,4), the
+    boxes of the own prototypes on the noisy image (N,M,4), part locations (N,P,3): x, y, visible.
     """
-    view, generator = images.CleanView(data, cfg.size), torch.Generator().manual_seed(0)
-    similarity, boxes, points = [], [], []
+    size, generator = (cfg.size, cfg.size), torch.Generator().manual_seed(0)
+    similarity, boxes, noisy, points = [], [], [], []
     for i in tqdm(range(len(data)), desc="parts", leave=False, disable=None):
-        x, (_, height, width) = view[i][0], data.read(i)[0].shape
-        x = x + noise * torch.randn(x.shape, generator=generator)
-        d2 = squared_distances(net.features(x[None].to(device)), net.prototypes)                 # (1,M,h,w)
-        similarity.append(focal_similarity(d2, net.focal)[0].cpu())
-        boxes.append(activation_boxes(log_similarity(d2[0]), (cfg.size, cfg.size)).cpu())
-        points.append(data.part_locations(i) * torch.tensor([cfg.size / width, cfg.size / height, 1]))
-    return torch.stack(similarity), torch.stack(boxes), torch.stack(points)
+        image, _ = data.read(i)
+        x = network_input(image, cfg, device)
+        x = torch.cat([x, x + noise * torch.randn(x.shape, generator=generator).to(device)])
+        d2 = squared_distances(net.features(x), net.prototypes)      # (2,M,h,w): clean, noisy
+        similarity.append(focal_similarity(d2[:1], net.focal)[0].cpu())
+        boxes.append(activation_boxes(log_similarity(d2[0]), size).cpu())
+        noisy.append(torch.zeros_like(boxes[-1]))
+        if own[i].any():
+            noisy[-1][own[i]] = activation_boxes(log_similarity(d2[1, own[i].to(device)]), size).cpu()
+        scale = torch.tensor([cfg.size / image.shape[2], cfg.size / image.shape[1], 1])
+        points.append(data.part_locations(i) * scale)
+    return [torch.stack(part) for part in (similarity, boxes, noisy, points)]
 
 
 def truth_metrics(net, data, cfg, device):
@@ -913,11 +934,10 @@ def truth_metrics(net, data, cfg, device):
     the same variant), and how many variants a prototype shows, with purity of at least one half, that two of
     the variant's species hold.
     """
-    similarity, boxes, points = observe(net, data, cfg, device)
-    noisy = metrics.points_in_boxes(observe(net, data, cfg, device, noise=0.2)[1], points)
-    inside = metrics.points_in_boxes(boxes, points)                  # (N,M,P)
     labels, held = torch.tensor(data.labels), sharing(net)[0]        # (N,), (C,M)
-    own, visible = held[labels], points[..., 2] > 0                  # (N,M), (N,P)
+    own = held[labels]                                               # (N,M)
+    similarity, boxes, noisy, points = observe(net, data, own, cfg, device)
+    inside, visible = metrics.points_in_boxes(boxes, points), points[..., 2] > 0                 # (N,M,P), (N,P)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     best, part = metrics.part_shares(inside, similarity).max(1)      # (M,)
     area = (boxes[..., 1] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 2]) / cfg.size ** 2     # (N,M)
@@ -926,7 +946,7 @@ def truth_metrics(net, data, cfg, device):
         purity_by_chance=100 * metrics.part_shares(
             metrics.points_in_boxes(boxes, points[order]), similarity).amax(1).mean().item(),
         consistency=metrics.part_consistency(inside, visible, own),
-        stability=metrics.part_stability(inside, noisy, own),
+        stability=metrics.part_stability(inside, metrics.points_in_boxes(noisy, points), own),
         box_area=100 * area.mean().item(), parts_per_box=inside.sum(2).float().mean().item())
     names = {m: f"{data.part_names[p]} {100 * b:.0f} %"
              for m, (p, b) in enumerate(zip(part.tolist(), best.tolist()))}
@@ -957,14 +977,10 @@ def similarity_maps(net, image, cfg, device):
     return log_similarity(squared_distances(z, net.prototypes))[0].cpu()
 
 
-def cut(image, box):
-    y0, y1, x0, x1 = box
-    return image[:, y0:y1, x0:x1]
-
-
 def patch_of(image, map):
     """The patch of an image uint8 (3,H,W) where a map (h,w) is highest."""
-    return cut(image, activation_box(map, image.shape[1:]))
+    y0, y1, x0, x1 = activation_box(map, image.shape[1:])
+    return image[:, y0:y1, x0:x1]
 
 
 def prototype_patches(net, train_set, progress, cfg, device):
@@ -999,8 +1015,9 @@ def draw_prototypes(net, train_set, progress, held, names, patches, folder, cfg,
     loader = clean_loader(train_set, cfg, device)
     d2 = torch.cat([squared_distances(net.features(x.to(device)), net.prototypes).flatten(2).amin(2).cpu()
                     for x, _ in loader])                             # (N,M)
-    near = d2.topk(min(5, len(d2)), dim=0, largest=False).indices    # (5,M)
     sources = [source[0] for source in progress["sources"]]
+    d2[sources, list(range(len(sources)))] = math.inf                      # the source has columns of its own
+    near = d2.topk(min(5, len(d2) - 1), dim=0, largest=False).indices                            # (5,M)
     maps = {i: similarity_maps(net, train_set.read(i)[0], cfg, device)
             for i in {*sources, *near.flatten().tolist()}}
     rows = []
@@ -1028,7 +1045,7 @@ def draw_sharing(classes, held, patches, pictures, folder, page=12):
     for start in range(0, len(rows), page):
         figures.save_grid(folder / f"classes-{start // page + 1:02d}.png", rows[start:start + page], cell=120,
                           title="Characteristics of the classes (Fig. 7)")
-    graph = (held.int() @ held.int().T).fill_diagonal_(0)            # (C,C)
+    graph = draw_class_graph({"": held}, classes, folder)
     if graph.any():
         a, b = divmod(int(graph.argmax()), len(classes))
         draw_pair(a, b, classes, held, patches, pictures, folder / "shared_pair.png")
@@ -1038,12 +1055,22 @@ def draw_sharing(classes, held, patches, pictures, folder, page=12):
     figures.save_grid(folder / "shared_prototype.png", [cells[k:k + 7] for k in range(0, len(cells), 7)],
                       cell=140, title=f"Prototype p{m} and the {len(owners)} classes that hold it (Fig. 8)")
     draw_counts({"prototypes": held}, folder / "classes_per_prototype.png")
-    figures.save_matrix(folder / "class_graph.png", graph, classes, vmin=0, vmax=max(1, int(graph.max())),
+
+
+def draw_class_graph(held_by, classes, folder):
+    """Fig. 13: prototypes that two classes share, mean over runs: a matrix, returned (C,C), and an edge list."""
+    graphs = torch.stack([(held.float() @ held.float().T).fill_diagonal_(0) for held in held_by.values()])
+    std, mean = torch.std_mean(graphs, 0, correction=0)              # (C,C)
+    figures.save_matrix(folder / "class_graph.png", mean, classes, vmin=0, vmax=max(1.0, mean.max().item()),
                         title="Prototypes that two classes share (Fig. 13)")
-    edges = [dict(class_a=classes[a], class_b=classes[b], shared=int(graph[a, b]),
-                  prototypes=" ".join(f"p{m}" for m in (held[a] & held[b]).nonzero().flatten().tolist()))
-             for a, b in graph.triu(1).nonzero().tolist()]
-    run.write_csv(folder / "class_graph.csv", edges or [dict(class_a="", class_b="", shared=0, prototypes="")])
+    edges = []
+    for a, b in mean.triu(1).nonzero().tolist():
+        common = [(held[a] & held[b]).nonzero().flatten().tolist() for held in held_by.values()]
+        edges.append(dict(class_a=classes[a], class_b=classes[b], shared=mean[a, b].item(), std=std[a, b].item(),
+                          prototypes="; ".join(" ".join(f"p{m}" for m in members) for members in common)))
+    nothing = dict(class_a="", class_b="", shared=0, std=0, prototypes="")
+    run.write_csv(folder / "class_graph.csv", edges or [nothing])
+    return mean
 
 
 def draw_counts(held_by, path):
@@ -1112,7 +1139,7 @@ def draw_focal(net, data, held, folder, cfg, device, most=1000):
 def explain_image(net, image, name, classes, patches, path, cfg, device):
     """Fig. 6 for an image uint8 (3,H,W): PNG at path; returns its numbers. own slots + rest = logit."""
     maps = similarity_maps(net, image, cfg, device)                  # (M,h,w)
-    slots = fixed_slots(net, network_input(image, cfg, device), cfg)[0].cpu().double()           # (C*K,)
+    slots = fixed_slots(net, network_input(image, cfg, device))[0].cpu().double()           # (C*K,)
     weight = net.last_layer.weight.cpu().double()                    # (C,C*K)
     logits = weight @ slots
     c, per_class = int(logits.argmax()), net.q.shape[1]
@@ -1148,7 +1175,8 @@ def load_run(cfg, device):
     stopped = epoch >= cfg.joint_epochs or progress["stale"] >= cfg.patience
     projected = PHASES.index(phase) >= PHASES.index("project")
     if not (phase == "joint" and stopped if linear else projected and epoch >= cfg.finetune_epochs):
-        raise UserError(f"the run in {cfg.out} stopped in epoch {epoch} of phase {phase}: finish it with --resume.")
+        raise UserError(f"the run in {cfg.out} stopped in epoch {epoch} of phase {phase}: finish it with "
+                        "--resume.")
     backbone = build_extractor(cfg.backbone)
     net = PlainClassifier(backbone, len(progress["classes"])) if linear else build_pool(backbone, progress, cfg)
     net = net.to(device, memory_format=torch.channels_last)
@@ -1162,8 +1190,8 @@ def explain(cfg, device):
     paths = datasets.list_images(cfg.explain)
     names = Counter(path.stem for path in paths)
     if names and max(names.values()) > 1:
-        raise UserError(f"--explain {cfg.explain} holds several images called {names.most_common(1)[0][0]}: their "
-                        "explanations would have the same name, so rename all but one.")
+        raise UserError(f"--explain {cfg.explain} holds several images called {names.most_common(1)[0][0]}: "
+                        "their explanations would have the same name, so rename all but one.")
     net, sets, progress = load_run(cfg, device)
     patches = prototype_patches(net, sets["train"], progress, cfg, device)
     folder = Path(cfg.out) / "explanations"
@@ -1214,13 +1242,7 @@ def evaluate_ensemble(cfg, device):
     result = dict(runs=list(cfg.ensemble), accuracies=[100 * h for h in hits[:-1]], accuracy=100 * hits[-1],
                   paper=paper)
     draw_counts(held_by, folder / "classes_per_prototype.png")
-    graphs = [(held.float() @ held.float().T).fill_diagonal_(0) for held in held_by.values()]    # each (C,C)
-    std, mean = torch.std_mean(torch.stack(graphs), 0, correction=0)
-    figures.save_matrix(folder / "class_graph.png", mean, classes, vmin=0, vmax=max(1.0, mean.max().item()),
-                        title=f"Prototypes that two classes share, mean of {len(graphs)} runs (Fig. 13)")
-    edges = [dict(class_a=classes[a], class_b=classes[b], mean=mean[a, b].item(), std=std[a, b].item())
-             for a, b in mean.triu(1).nonzero().tolist()]
-    run.write_csv(folder / "class_graph.csv", edges or [dict(class_a="", class_b="", mean=0, std=0)])
+    draw_class_graph(held_by, classes, folder)
     run.write_json(folder / "metrics.json", result)
     print(f"test accuracy of the runs {', '.join(f'{a:.1f}' for a in result['accuracies'])}; of the mean of "
           f"their probabilities {result['accuracy']:.1f}; see {folder}")

@@ -1,4 +1,5 @@
-"""Segmentation scores from one confusion matrix over a whole split (the protocol of mmsegmentation).
+"""Segmentation scores from one confusion matrix over a whole split (the protocol of mmsegmentation); at the end
+of the file: do the regions that prototypes point at hold the same part of the object?
 
     matrix = ConfusionMatrix(num_classes, device)
     for each batch: matrix.update(labels, logits.argmax(1))   # logits already at the label's own size

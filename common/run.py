@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -196,7 +197,8 @@ def setup(device="auto", seed=0):
         device = f"cuda:{local}"
         torch.backends.cudnn.benchmark = True
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                                timeout=timedelta(hours=6))    # rank 0 draws while the others wait
     torch.manual_seed(seed)                            # seeds CUDA and MPS too
     return torch.device(device), rank, world
 
@@ -329,7 +331,8 @@ def save_checkpoint(path, parts, progress):
     back. All ranks call it; rank 0 writes.
     """
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    rng = [dict(cpu=torch.get_rng_state(), cuda=cuda)]
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    rng = [dict(cpu=torch.get_rng_state(), cuda=cuda, mps=mps)]
     if dist.is_initialized():
         every = [None] * dist.get_world_size()
         dist.all_gather_object(every, rng[0])
@@ -377,6 +380,8 @@ def load_checkpoint(path, parts, device):
     torch.set_rng_state(rng["cpu"].cpu())
     if rng["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng["cuda"].cpu())
+    if rng.get("mps") is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(rng["mps"].cpu())
     return saved["progress"]
 
 
