@@ -1003,7 +1003,7 @@ def draw_figures(net, sets, progress, names, cfg, device):
     for k in range(3):
         i = (2 * k + 1) * len(test_set) // 6                         # spread over the split
         image, label = test_set.read(i)
-        title = f"{test_set.name_of(i)}, a {test_set.classes[label]}"
+        title = f"{test_set.name_of(i)}; label: {test_set.classes[label]}"
         explanations.append(explain_image(net, image, title, train_set.classes, patches,
                                           folder / f"explanation-{k + 1}.png", cfg, device))
     return explanations
@@ -1150,11 +1150,12 @@ def explain_image(net, image, name, classes, patches, path, cfg, device):
     total = sum(term["product"] for term in terms)
     rest, chance = logits[c].item() - total, logits.softmax(0)[c].item()
     rows = [[(image, name), (image, f"prediction: {classes[c]} ({100 * chance:.0f} %)")]]
+    brightest = max([maps[term["prototype"]].max().item() for term in terms], default=1.0)       # one scale for all
     for term in terms:
         m = term["prototype"]
         box = activation_box(maps[m], image.shape[1:])
         rows.append([(patches[m], f"prototype p{m}"), (figures.draw_box(image, box), "looks like this part"),
-                     (figures.heatmap(image, maps[m]),
+                     (figures.heatmap(image, maps[m], vmin=0, vmax=brightest),
                       f"{term['similarity']:.2f} x {term['weight']:.2f} = {term['product']:.2f}")])
     title = f"Why {classes[c]}? own slots {total:.2f} + rest {rest:.2f} = logit {total + rest:.2f}"
     figures.save_grid(path, rows, cell=180, title=title)
