@@ -3,7 +3,6 @@ import csv
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -409,34 +408,7 @@ def test_predict_with_a_broken_image_names_it(toy_run, tmp_path):
     assert done.returncode == 2 and "broken.jpg" in done.stderr and "Traceback" not in done.stderr
 
 
-# ---- README ----
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_every_command_of_the_readme_is_one_the_script_takes():
-    shell = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
-    commands = re.findall(r"cbp_occl\.py((?: +--?[^#`|\n]*)?)", shell)
-    assert len(commands) >= 10
-    for command in commands:
-        argv = shlex.split(command)
-        if "--predict" in argv:                                        # needs the run that it names
-            argv = argv[:argv.index("--predict")]
-        cbp_occl.check_config(run.parse_config(cbp_occl.Config, cbp_occl.PRESETS, argv))
-
-
-def test_the_readmes_python_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block.replace("schedule=0.05", "schedule=0.004"), {})
-    assert (tmp_path / "runs" / "notebook" / "metrics.json").exists()
-
-
-def test_ci_runs_the_readmes_test_command():
-    assert "-m pytest -q" in README and "-m pytest -q" in (ROOT / ".ci" / "run").read_text()
-
+# ---- the header ----
 
 def test_every_departure_and_equation_of_the_header_is_marked_in_the_body():
     source = (ROOT / "cbp_occl.py").read_text(encoding="utf-8")
