@@ -820,7 +820,7 @@ def evaluate(net, loader, device):
     return dict(accuracy=100 * hits / count, ce=ce / count)
 
 
-def test_accuracies(net, progress, loader, device):
+def accuracies_by_stage(net, progress, loader, device):
     """Table 3: test accuracy before the projection, after it, and at the end with the fine-tuned last layer."""
     prototypes, weight = net.prototypes.detach().clone(), net.last_layer.weight.detach().clone()
     stages = {"accuracy_before_projection": (progress["prototypes_before"], net.own_slots()),
@@ -850,7 +850,7 @@ def report(net, sets, progress, cfg, device, rank, world):
     """The test split, read for the first time; rank 0 writes metrics.json and figures/. Returns the metrics."""
     loader = clean_loader(sets["test"], cfg, device, rank, world)
     pools = isinstance(net, ProtoPool)
-    accuracies = (test_accuracies(net, progress, loader, device) if pools else
+    accuracies = (accuracies_by_stage(net, progress, loader, device) if pools else
                   dict(accuracy=evaluate(net, loader, device)["accuracy"]))
     if rank:
         return None
