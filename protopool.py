@@ -51,8 +51,9 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
 [D10] Table 6 has 10 epochs of warm-up without decay; the code trains 9, and decays the add-on layer.
 [D11] Table 6 decays the "prototypical pool" too; the code leaves prototypes and q alone, and so do we in both
      readings: a q whose softmax is saturated has no other gradient, and Adam would walk it to 0 in full steps.
-[D12] Early stopping looks at a validation split of the training images, at accuracy and then cross-entropy; the
-     code looks at the test split. Projected are the best weights; in the code the last.
+[D12] Early stopping looks at the cross-entropy of a validation split of the training images, whose accuracy is
+     too coarse where it is small; the code looks at loss and accuracy of the test split. Projected are the best
+     weights; in the code the last.
 [D13] A sigmoid follows the 1x1 convolution, as in the code and in ProtoPNet; the paper names the convolution.
 [D14] The text starts at tau = 1, the formula at infinity: tau = 1 in epoch 0.
 [D15] Mix-up "50% : 50%" is Beta(0.5, 0.5), as in the code. Both images enter L_clst and L_sep with their
@@ -117,7 +118,7 @@ class Config(RunConfig):
     pretrain_epochs: int = opt(0, "epochs as a plain classifier before all else [D18]", schedule=True)
     warmup_epochs: int = opt(None, "epochs with a frozen backbone (default 10; official 9)", schedule=True)
     joint_epochs: int = opt(60, "epochs of the joint phase at most; early stopping comes first", schedule=True)
-    patience: int = opt(12, "the joint phase stops after so many epochs without a better validation")
+    patience: int = opt(12, "the joint phase stops after so many epochs without a lower validation loss")
     finetune_epochs: int = opt(None, "epochs of the last layer alone (default 15; official 25)", schedule=True)
     lr: float = opt(1.5e-3, "Adam learning rate of add-on layer and prototypes")
     slot_lr: float = opt(1.5e-3, "learning rate of q; the paper's 2,247 steps at tau = 1 move q by 3: raise it "
@@ -555,7 +556,7 @@ def temperature_of(phase, epoch, cfg):
 def train_phase(net, phase, sets, progress, cfg, device, rank, world):
     """pretrain, warmup or joint, with evaluation and checkpoint after every epoch; starts where progress says.
 
-    joint stops after cfg.patience epochs without a better validation, and leaves the best weights in net [D12].
+    joint stops after cfg.patience epochs without a lower loss on val, and leaves the best weights in net [D12].
     """
     if PHASES.index(progress["phase"]) > PHASES.index(phase):
         return
@@ -571,7 +572,7 @@ def train_phase(net, phase, sets, progress, cfg, device, rank, world):
     if progress["phase"] == phase:
         run.load_checkpoint(out / "last.pt", parts, device)
     else:
-        progress |= dict(phase=phase, epoch=0, stale=0, best=[-1.0, 0.0])
+        progress |= dict(phase=phase, epoch=0, stale=0, best=math.inf)
     start = progress["iteration"]
     stop = start + (epochs - progress["epoch"]) * steps
     batches = training_batches(sets["train"], start, stop, cfg, device, rank, world)
@@ -589,10 +590,9 @@ def train_phase(net, phase, sets, progress, cfg, device, rank, world):
         if isinstance(net, ProtoPool):
             progress["slot"].append(net.soft_assignment(tau)[0, 0].tolist())                           # Fig. 5
         if phase == "joint":
-            quality = [score["accuracy"], -score["ce"]]
-            progress["stale"] = 0 if quality > progress["best"] else progress["stale"] + 1
+            progress["stale"] = 0 if score["ce"] < progress["best"] else progress["stale"] + 1
             if progress["stale"] == 0:
-                progress["best"] = quality
+                progress["best"] = score["ce"]
                 run.save_checkpoint(out / "best.pt", dict(model=net), {})
         end_epoch(progress, phase, steps, sums, score, rate, began, parts, out, rank)
     if phase == "joint" and progress["epoch"] and cfg.reading == "paper":                              # [D12]
@@ -739,13 +739,13 @@ def train(cfg, device, rank=0, world=1):
     """All phases of Table 6, then the report. Returns what metrics.json holds (None on other ranks than 0).
 
     progress, in every checkpoint: phase, epoch (finished in this phase), iteration (over all phases), seconds,
-    best ([accuracy, -ce] on val), stale (epochs since), log (rows), slot (Fig. 5), classes, num_prototypes; from
+    best (cross-entropy on val), stale (epochs since), log (rows), slot (Fig. 5), classes, num_prototypes; from
     the projection on also soft (C,K,M), pruned, prototypes_before (M,D), sources.
     """
     sets, last = open_sets(cfg), Path(cfg.out) / "last.pt"
     resumes = cfg.resume and last.exists()                           # killed before the first: start again
     progress = read_progress(cfg, sets) if resumes else dict(
-        phase="start", epoch=0, iteration=0, seconds=0.0, stale=0, best=[-1.0, 0.0], log=[], slot=[],
+        phase="start", epoch=0, iteration=0, seconds=0.0, stale=0, best=math.inf, log=[], slot=[],
         classes=sets["train"].classes, num_prototypes=cfg.prototypes)
     torch.manual_seed(cfg.seed)
     backbone = build_extractor(cfg.backbone, "none" if resumes else cfg.weights)
