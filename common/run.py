@@ -46,8 +46,8 @@ def opt(default, help, choices=None, schedule=False, runtime=False, uses_run=Fal
     compute, not what; may differ when a run is resumed.   uses_run: the option works on the run that --out
     names, so the settings come from that run's config.json.
 
-    A field of type `list` holds strings, one or more after its flag; its default may be (). A default of None
-    is for the Config's own __post_init__ to fill, and only if it is None: replace() calls it again.
+    A field of type `list` holds strings, one or more after its flag; its default may be (). The field class_ is
+    the flag --class. A default of None is for the Config's own __post_init__ to fill, and only if it is None: replace() calls it again.
     """
     about = dict(default=default, help=help, choices=choices, schedule=schedule, runtime=runtime,
                  uses_run=uses_run)
@@ -96,7 +96,7 @@ def _parser(Config, presets, description):
                      nargs="+" if f.type is list else None))
         shown = " ".join(default) if f.type is list else default
         text = f.metadata["help"] + ("" if shown in ("", False, None) else f" (default {shown})")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+        parser.add_argument("--" + f.name.rstrip("_").replace("_", "-"), dest=f.name, default=argparse.SUPPRESS,
                             help=text.replace("%", "%%"), **kind)
     return parser
 

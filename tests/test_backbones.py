@@ -15,8 +15,8 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import backbones
-from common.backbones import (EXTRACTORS, GOES_WITH, MixBlock, MixTransformer, build_extractor, build_network,
-                              load_mit_weights)
+from common.backbones import (DENSE, EXTRACTORS, GOES_WITH, MixBlock, MixTransformer, build_dense,
+                              build_extractor, build_network, load_mit_weights)
 from common.run import UserError
 
 PAIRS = [(backbone, head) for head, names in GOES_WITH.items() for backbone in names]
@@ -651,10 +651,12 @@ def narrow(monkeypatch):
     model = torchvision.models.get_model
     blocks = {"densenet121": (6, 12, 24, 16), "densenet161": (6, 12, 36, 24)}
 
-    def get_model(name, weights=None):
+    def get_model(name, weights=None, **options):
         if name in blocks:
             return torchvision.models.DenseNet(4, blocks[name], num_init_features=8)
-        return model(name, weights=weights, **({} if name == "resnet34" else dict(width_per_group=8)))
+        if name.startswith("resnet") and name != "resnet34":
+            options["width_per_group"] = 8
+        return model(name, weights=weights, **options)
 
     monkeypatch.setattr(torchvision.models, "get_model", get_model)
     return get_model
@@ -737,3 +739,247 @@ def test_imagenet_weights_of_extractors_are_torchvisions(monkeypatch, name):
     with pytest.raises(UserError, match="no connection"), torch.device("meta"):
         build_extractor(name, "imagenet")
     assert len(asked) == 1 and asked[0].startswith(f"https://download.pytorch.org/models/{name}-")
+
+
+# ---- networks for a head of the paper's own ----------------------------------------------------------------
+
+DEEPLAB_SIDES = {161: 21, 241: 31, 257: 33, 321: 41, 385: 49, 512: 65, 513: 65, 683: 86, 1024: 129, 2048: 257}
+
+
+def dense_on_meta(backbone, **options):
+    with torch.device("meta"):
+        return build_dense(backbone, **options)
+
+
+def random_dense(backbone, **options):
+    """A network in evaluation whose weights and running statistics are random, float64."""
+    torch.manual_seed(4)
+    dense = build_dense(backbone, **options).double().eval().requires_grad_(False)
+    randomise(dense)
+    return dense
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "resnet101"])
+def test_dense_resnets_have_deeplabs_feature_map_sizes(backbone):
+    dense = dense_on_meta(backbone)
+    assert (dense.channels, dense.stride) == (2048, 8)
+    sides = list(DEEPLAB_SIDES) if backbone == "resnet50" else [1024, 513]
+    for height, width in zip(sides, sides[1:] + sides[:1]):
+        features = dense(torch.empty(1, 3, height, width, device="meta"))
+        assert features.shape == (1, 2048, DEEPLAB_SIDES[height], DEEPLAB_SIDES[width])
+    dense = dense_on_meta(backbone, output_stride=16)
+    assert (dense.channels, dense.stride) == (2048, 16)
+    assert dense(torch.empty(2, 3, 513, 321, device="meta")).shape == (2, 2048, 33, 21)
+
+
+@pytest.mark.parametrize("output_stride, strides, dilations", [(8, (1, 2, 1, 1), (1, 1, 2, 4)),
+                                                              (16, (1, 2, 2, 1), (1, 1, 1, 2))])
+def test_every_block_of_a_dilated_resnet_layer_is_dilated(output_stride, strides, dilations):
+    dense = dense_on_meta("resnet101", output_stride=output_stride)
+    layers = [dense.layer1, dense.layer2, dense.layer3, dense.layer4]
+    assert [len(layer) for layer in layers] == [3, 4, 23, 3]
+    for layer, stride, dilation in zip(layers, strides, dilations):
+        for i, block in enumerate(layer):
+            conv = block.conv2
+            assert conv.dilation == conv.padding == (dilation, dilation)
+            assert conv.stride == ((stride, stride) if i == 0 else (1, 1))
+            assert block.conv1.stride == block.conv3.stride == (1, 1)
+        assert layer[0].downsample[0].stride == (stride, stride)
+
+
+def deeplab_resnet50(state, x, strides, dilations):
+    """DeepLabv2's ResNet-50 in evaluation from the bare tensors, with the stride in the 3x3 convolution."""
+    def conv(x, name, norm, **options):
+        x = F.conv2d(x, state[name + ".weight"], **options)
+        scale = state[norm + ".weight"] / torch.sqrt(state[norm + ".running_var"] + 1e-5)
+        shift = state[norm + ".bias"] - state[norm + ".running_mean"] * scale
+        return x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+
+    x = conv(x, "conv1", "bn1", stride=2, padding=3).clamp(min=0)
+    x = F.max_pool2d(F.pad(x, (1, 2, 1, 2), value=-math.inf), 3, 2)     # a window more than without ceil_mode
+    for layer, (blocks, stride, dilation) in enumerate(zip((3, 4, 6, 3), strides, dilations), 1):
+        for i in range(blocks):
+            name, step = f"layer{layer}.{i}.", stride if i == 0 else 1
+            y = conv(x, name + "conv1", name + "bn1").clamp(min=0)
+            y = conv(y, name + "conv2", name + "bn2", stride=step, padding=dilation, dilation=dilation)
+            y = conv(y.clamp(min=0), name + "conv3", name + "bn3")
+            if i == 0:
+                x = conv(x, name + "downsample.0", name + "downsample.1", stride=step)
+            x = (x + y).clamp(min=0)
+    return x
+
+
+@pytest.mark.parametrize("output_stride, strides, dilations", [(8, (1, 2, 1, 1), (1, 1, 2, 4)),
+                                                              (16, (1, 2, 2, 1), (1, 1, 1, 2))])
+def test_dense_resnet_equals_a_written_out_computation(narrow, output_stride, strides, dilations):
+    dense = random_dense("resnet50", output_stride=output_stride)
+    images = torch.randn(1, 3, 47, 58, dtype=torch.float64)             # 7 and 8 rows more than 8 * a number
+    features = dense(images)
+    assert features.shape[2:] == ((7, 8) if output_stride == 8 else (4, 4))
+    expected = deeplab_resnet50(dense.state_dict(), images, strides, dilations)
+    torch.testing.assert_close(features, expected)
+    assert features.std() > 0
+
+
+def test_dense_mobilenet_is_the_strided_one_on_a_finer_grid(tmp_path):
+    net = classifier_with_random_statistics("mobilenet_v2")
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    images = torch.randn(1, 3, 97, 70)
+    with torch.no_grad():
+        coarse = net.features[:18](images)                              # stride 32, before the conv to 1280
+        for output_stride, size in ((8, (13, 9)), (16, (7, 5))):
+            dense = build_dense("mobilenet_v2", tmp_path / "w.pth", output_stride).eval()
+            fine, step = dense(images), 32 // output_stride
+            assert (dense.channels, dense.stride) == (320, output_stride) and fine.shape == (1, 320, *size)
+            error = (fine[:, :, ::step, ::step] - coarse).abs().max()
+            assert error < 1e-4 * coarse.abs().max()
+
+
+def test_dense_tiny_at_16_is_the_backbone_and_finer_ones_have_its_values():
+    torch.manual_seed(5)
+    plain = build_network("tiny", "segformer", 3).backbone.eval()
+    initial = {name: value.clone() for name, value in plain.state_dict().items()}
+    images = torch.rand(2, 3, 70, 91)
+    for output_stride, size in ((16, (5, 6)), (8, (9, 12)), (4, (18, 23))):
+        torch.manual_seed(5)
+        dense, step = build_dense("tiny", output_stride=output_stride).eval(), 16 // output_stride
+        assert (dense.channels, dense.stride) == (64, output_stride)
+        state = dense.state_dict()
+        assert list(state) == list(initial)
+        assert all(torch.equal(value, initial[name]) for name, value in state.items())
+        randomise(plain)
+        dense.load_state_dict(plain.state_dict())
+        fine, coarse = dense(images), plain(images)[3]
+        assert fine.shape == (2, 64, *size)
+        torch.testing.assert_close(fine[:, :, ::step, ::step], coarse, rtol=1e-4, atol=1e-4)
+        assert output_stride < 16 or torch.equal(fine, coarse)
+
+
+def test_unet_has_the_size_and_shapes_of_the_paper():
+    unet = dense_on_meta("unet")
+    pairs = ((3, 64), (64, 128), (128, 256), (256, 512), (512, 1024),   # down
+             (128, 64), (256, 128), (512, 256), (1024, 512))            # after each concatenation
+    convs = sum(9 * a * b + 9 * b * b + 2 * 2 * b for a, b in pairs)    # no bias, two BatchNorms
+    ups = sum(4 * 2 * b * b + b for b in (64, 128, 256, 512))
+    assert count(unet) == convs + ups + 64 * 64 + 64 == 31_041_728
+    assert (unet.channels, unet.stride) == (64, 1)
+    seen = {}
+    for name in ("down", "up", "merge"):
+        for i, part in enumerate(getattr(unet, name)):
+            part.register_forward_hook(lambda m, args, out, at=(name, i): seen.update({at: out.shape[1:]}))
+    assert unet(torch.empty(2, 3, 512, 512, device="meta")).shape == (2, 64, 512, 512)
+    for i in range(5):
+        level = (64 * 2 ** i, 512 // 2 ** i, 512 // 2 ** i)
+        assert seen["down", i] == level and (i == 4 or seen["up", i] == seen["merge", i] == level)
+    assert count(dense_on_meta("unet", width=32)) < count(unet) / 3.9
+
+
+def test_unet_keeps_any_size():
+    unet = build_dense("unet", width=2).eval()
+    for size in ((1, 1), (16, 15), (17, 32), (33, 47), (101, 77)):
+        assert unet(torch.rand(1, 3, *size)).shape == (1, 64, *size)
+
+
+def pool_by_two(x):
+    """2x2 maxima; those of an odd last row or column are over what there is."""
+    h, w = x.shape[2:]
+    x = F.pad(x, (0, w % 2, 0, h % 2), value=-math.inf)
+    return torch.stack([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]).amax(0)
+
+
+def test_unet_equals_a_written_out_computation():
+    unet = random_dense("unet", width=2)
+    images = torch.randn(2, 3, 39, 22, dtype=torch.float64)
+    x, skips = images, []
+    for i, convs in enumerate(unet.down):
+        x = unit(unit(pool_by_two(x) if i else x, convs[0]), convs[1])
+        skips.append(x)
+    assert [tuple(skip.shape[1:]) for skip in skips] == [(2, 39, 22), (4, 20, 11), (8, 10, 6), (16, 5, 3),
+                                                         (32, 3, 2)]
+    for up, convs, skip in reversed(list(zip(unet.up, unet.merge, skips))):
+        fine = torch.einsum("bchw,cdij->bdhiwj", x, up.weight).flatten(4, 5).flatten(2, 3)
+        fine = (fine + up.bias.view(-1, 1, 1))[:, :, :skip.shape[2], :skip.shape[3]]
+        x = unit(unit(torch.cat([skip, fine], 1), convs[0]), convs[1])
+    expected = F.conv2d(x, unet.last.weight, unet.last.bias)
+    torch.testing.assert_close(unet(images), expected)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("backbone", [name for name in DENSE if name != "resnet101"])
+def test_gradients_reach_every_parameter_of_a_dense_network(backbone, narrow):
+    torch.manual_seed(0)
+    dense = build_dense(backbone, width=4 if backbone == "unet" else 64).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 48, 56).contiguous(memory_format=torch.channels_last)
+    dense(images).square().mean().backward()
+    for name, p in dense.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("backbone", DENSE)
+def test_a_file_fills_a_dense_network(tmp_path, narrow, backbone):
+    torch.manual_seed(6)
+    width = 4 if backbone == "unet" else 64
+    source = {"unet": lambda: build_dense("unet", width=4), "tiny": backbones.TinyBackbone}.get(
+        backbone, lambda: narrow(backbone))().state_dict()
+    torch.save(source, tmp_path / "w.pth")
+    loaded = build_dense(backbone, tmp_path / "w.pth", width=width).state_dict()
+    assert set(loaded) == {name for name in source
+                           if not name.startswith(("fc.", "classifier.", "features.18."))}
+    assert all(torch.equal(value, source[name]) for name, value in loaded.items())
+
+
+def test_weights_that_a_dense_network_refuses(tmp_path, narrow):
+    path = tmp_path / "w.pth"
+
+    def message(backbone, weights, **options):
+        with pytest.raises(UserError) as error:
+            build_dense(backbone, weights, **options)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no ImageNet weights for unet" in message("unet", "imagenet")
+    assert "no ImageNet weights for tiny" in message("tiny", "imagenet")
+    assert "no such file" in message("resnet101", str(path))
+    unet = build_dense("unet", width=4).state_dict()
+    for backbone, state, words in [
+            ("resnet101", narrow("resnet50").state_dict(), "missing: layer3.6."),
+            ("resnet50", narrow("resnet101").state_dict(), "unexpected: layer3.6."),
+            ("tiny", unet, "missing: stages.0."), ("unet", backbones.TinyBackbone().state_dict(), "missing"),
+            ("unet", build_dense("unet", width=5).state_dict(), "of another shape: down.0."),
+            ("unet", changed(unet, "last.bias", None), "1 missing: last.bias")]:
+        torch.save(state, path)
+        said = message(backbone, path, width=4 if backbone == "unet" else 64)
+        assert str(path) in said and words in said, said
+
+
+@pytest.mark.parametrize("backbone", ["resnet101", "mobilenet_v2"])
+def test_imagenet_weights_of_dense_networks_are_torchvisions(monkeypatch, backbone):
+    asked = []
+
+    def download(url, **options):
+        asked.append(url)
+        raise OSError("no connection")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
+    with pytest.raises(UserError, match="no connection"):
+        dense_on_meta(backbone, weights="imagenet")
+    assert len(asked) == 1 and asked[0].startswith(f"https://download.pytorch.org/models/{backbone}-")
+
+
+@pytest.mark.parametrize("backbone, options, words", [
+    ("vgg16", {}, "vgg16 is not available: choose one of resnet101, resnet50, mobilenet_v2, unet, tiny"),
+    ("resnet101", {"output_stride": 4}, "output stride 4 is not available: resnet101 takes 8 or 16"),
+    ("resnet50", {"output_stride": 32}, "output stride 32 is not available: resnet50 takes 8 or 16"),
+    ("mobilenet_v2", {"output_stride": 4}, "mobilenet_v2 takes 8 or 16"),
+    ("tiny", {"output_stride": 2}, "output stride 2 is not available: tiny takes 4, 8 or 16"),
+    ("unet", {"output_stride": 16}, "output stride 16 is not available: unet takes 1, or 8"),
+    ("unet", {"width": 0}, "width 0 is not available for unet: give 1 or more"),
+    ("tiny", {"width": 32}, "width 32 is not available for tiny: leave it at 64")])
+def test_dense_options_that_do_not_exist_are_one_sentence(backbone, options, words):
+    with pytest.raises(UserError) as error:
+        dense_on_meta(backbone, **options)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unet_may_be_asked_for_its_own_stride():
+    assert dense_on_meta("unet", output_stride=1).stride == dense_on_meta("unet", output_stride=8).stride == 1

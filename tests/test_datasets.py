@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import Cityscapes
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from common import datasets as ds
 from common.run import UserError
@@ -321,6 +323,38 @@ def test_test_view_keeps_the_mask_at_its_own_size(folder):
     assert ds.resize_to_short_side(random_image(10, 100), 32).shape == (3, 13, 128)      # long side <= 4 * 32
 
 
+def test_square_test_view_ignores_the_aspect(folder):
+    data = ds.open_dataset("folder", folder, "val")
+    sample, (image, mask) = ds.TestView(data, 33, square=True)[1], data.read(1)
+    assert sample["image"].shape == (3, 33, 33) and torch.equal(sample["mask"], mask.long())
+    expected = torch.nn.functional.interpolate(image[None].float(), (33, 33), mode="bilinear")[0]
+    assert (ds.denormalise(sample["image"]).float() - expected).abs().max() <= 1         # from 40 x 56 pixels
+    assert "--size 0" in message(ds.TestView, data, 0, square=True)
+
+
+@pytest.mark.parametrize("options, draws", [({}, 11), ({"crop_retries": 2}, 3), ({"crop_retries": 0}, 1)])
+def test_crop_retries_of_the_train_view(tmp_path, options, draws):
+    mask = np.zeros((50, 70))
+    mask[30:, 50:] = 1                                                  # few crops have both classes
+    mask[0] = np.arange(70)                                             # no two places of row 0 are alike
+    save_pair(tmp_path / "images" / "train" / "a.png", tmp_path / "masks" / "train" / "a.png", mask)
+    (tmp_path / "classes.txt").write_text("".join(f"c{i}\n" for i in range(70)))
+    data = ds.open_dataset("folder", tmp_path, "train")
+    view, drawn = ds.TrainView(data, 0, 20, (1.0, 1.0), photometric=False, **options), set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        torch.rand(())                                                  # the scale
+        for k in range(draws):
+            y, x = torch.randint(31, ()).item(), torch.randint(51, ()).item()
+            if rule_holds(mask[y:y + 20, x:x + 20]):
+                break
+        window = mask[y:y + 20, x:x + 20]
+        window = window[:, ::-1] if torch.rand(()).item() < 0.5 else window
+        assert (view[(0, seed)]["mask"].numpy() == window).all()
+        drawn.add(k + 1)
+    assert {1, draws} <= drawn
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(folder, workers):
     view = ds.TrainView(ds.open_dataset("folder", folder, "train"), size=32, crop=24)
@@ -387,12 +421,24 @@ def test_pixel_counts(folder):
 
 def test_names_of_the_classes():
     assert ds.NUM_CLASSES == {"toy_scenes": len(toy_scenes.CLASSES), "ade20k": 150, "cocostuff10k": 171,
-                              "voc": 21, "camvid": 11}
+                              "cocostuff164k": 182, "voc": 21, "cityscapes": 19, "camvid": 11, "em": 2}
     assert all(len(set(names)) == len(names) and all(names) for names in ds.CLASSES.values())
     ade, coco = ds.CLASSES["ade20k"], ds.CLASSES["cocostuff10k"]
     assert ade[0] == "wall" and ade[64] == "coffee table" and ade[149] == "flag"
     assert coco[0] == "person" and coco[79] == "toothbrush" and coco[80] == "banner" and coco[170] == "wood"
     assert ds.CLASSES["voc"][15] == "person" and ds.CLASSES["camvid"][8] == "car"
+
+
+def test_names_of_cocostuff164k_are_those_of_coco():
+    names = ds.CLASSES["cocostuff164k"]
+    coco = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]     # by COCO's id; N/A: not used
+    assert all(coco[i] in (names[i - 1], "N/A") for i in range(1, 91)) and len(names) == 182
+    unused = {11: "street sign", 25: "hat", 28: "shoe", 29: "eye glasses", 44: "plate", 65: "mirror",
+              67: "window", 68: "desk", 70: "door", 82: "blender", 90: "hair brush"}
+    assert {i: name for i, name in enumerate(names) if name not in ds.CLASSES["cocostuff10k"]} == unused
+    assert [i - 1 for i in range(1, 91) if coco[i] == "N/A"] == [i for i in unused if i < 90]
+    stuff = {91: "banner", 123: "grass", 148: "road", 156: "sky-other", 168: "tree", 181: "wood"}
+    assert all(names[i] == name for i, name in stuff.items())
 
 
 @pytest.mark.parametrize("below", ["", "ADEChallengeData2016"])
@@ -417,6 +463,159 @@ def test_cocostuff10k(tmp_path):
     data = ds.open_dataset("cocostuff10k", tmp_path, "test")
     assert data.num_classes == 171 and data.read(0)[1].tolist() == [[255, 0, 170]]
     assert "choose one of train, test" in message(ds.open_dataset, "cocostuff10k", tmp_path, "val")
+
+
+@pytest.mark.parametrize("masks", ["annotations", ""])
+def test_cocostuff164k(tmp_path, masks):
+    for part in ("train2017", "val2017"):
+        save_pair(tmp_path / "images" / part / "000000000139.jpg",
+                  tmp_path / masks / part / "000000000139.png", [[0, 11, 90], [91, 181, 255]])
+        save(tmp_path / masks / part / "000000000139_labelTrainIds.png", np.zeros((2, 3)))     # not read
+    for split in ("train", "val"):
+        data = ds.open_dataset("cocostuff164k", tmp_path, split)
+        assert len(data) == 1 and data.num_classes == 182 and data.name_of(0) == "000000000139"
+        assert data.read(0)[1].tolist() == [[0, 11, 90], [91, 181, 255]]
+    if masks:                                                           # COCO's own folder does no harm
+        save(tmp_path / "val2017" / "000000000139.png", np.full((2, 3), 4))
+        assert ds.open_dataset("cocostuff164k", tmp_path, "val").read(0)[1].tolist()[1] == [91, 181, 255]
+    save(tmp_path / masks / "val2017" / "000000000139.png", [[0, 11, 90], [91, 181, 182]])
+    text = message(data.read, 0)
+    assert "000000000139.png" in text and "[182]" in text
+
+
+def cityscapes_set(root, labels=((7, 8),), cities=("aachen", "ulm")):
+    """Two cities whose images have the same numbers; among the masks lie the other files of the download."""
+    for split, city in itertools.product(("train", "val"), cities):
+        stem = f"{city}_000001_000019"
+        save_pair(root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png",
+                  root / "gtFine" / split / city / f"{stem}_gtFine_labelIds.png", labels)
+        save(root / "gtFine" / split / city / f"{stem}_gtFine_color.png", np.zeros((1, 2, 3)))
+        save(root / "gtFine" / split / city / f"{stem}_gtFine_instanceIds.png", np.zeros((1, 2)))
+        save(root / "leftImg8bit" / split / city / "overview.png", np.zeros((1, 2)))       # not read
+    return root
+
+
+@pytest.mark.parametrize("below", ["", "cityscapes"])
+def test_cityscapes(tmp_path, below):
+    labels = [*range(34), 255]
+    cityscapes_set(tmp_path / below, np.array(labels).reshape(5, 7))
+    data = ds.open_dataset("cityscapes", tmp_path, "val")
+    assert data.num_classes == 19
+    assert [data.name_of(i) for i in range(len(data))] == [f"{city}_000001_000019_leftImg8bit"
+                                                           for city in ("aachen", "ulm")]
+    train_id = {c.id: c.train_id if 0 <= c.train_id < 19 else 255 for c in Cityscapes.classes}
+    image, mask = data.read(1)
+    assert image.shape == (3, 5, 7) and mask.dtype == torch.uint8
+    assert mask.flatten().tolist() == [train_id[i] for i in range(34)] + [255]
+    assert data.classes == [c.name for c in Cityscapes.classes if 0 <= c.train_id < 19]
+    assert "not public" in message(ds.open_dataset, "cityscapes", tmp_path, "test")
+
+
+@pytest.mark.parametrize("value", [34, 254, 256 + 7])
+def test_cityscapes_labels_that_do_not_exist(tmp_path, value):
+    path = cityscapes_set(tmp_path) / "gtFine" / "val" / "ulm" / "ulm_000001_000019_gtFine_labelIds.png"
+    Image.fromarray(np.array([[7, value]], dtype=np.uint16 if value > 255 else np.uint8)).save(path)
+    data = ds.open_dataset("cityscapes", tmp_path, "val")
+    data.read(0)
+    text = message(data.read, 1)
+    assert str(path) in text and f"[{value}]" in text and "cityscapes" in text and "labelIds.png" in text
+
+
+def test_cityscapes_that_is_incomplete(tmp_path):
+    masks = cityscapes_set(tmp_path) / "gtFine"
+    (masks / "val" / "ulm" / "ulm_000001_000019_gtFine_labelIds.png").unlink()
+    text = message(ds.open_dataset, "cityscapes", tmp_path, "val")
+    assert "ulm_000001_000019_leftImg8bit.png" in text and "ulm_000001_000019_gtFine_labelIds.png" in text
+    (masks / "train").rename(masks / "elsewhere")
+    assert "gtFine/train/aachen/ is missing" in message(ds.open_dataset, "cityscapes", tmp_path, "train")
+    (tmp_path / "empty" / "leftImg8bit" / "train").mkdir(parents=True)
+    assert "no folder of a city" in message(ds.open_dataset, "cityscapes", tmp_path / "empty", "train")
+
+
+def em_arrays(count):
+    """Image i is (4,6) of value 3 i; its label is membrane (0) in the first i % 4 rows, else cell (255)."""
+    images = [np.full((4, 6), 3 * i, dtype=np.uint8) for i in range(count)]
+    labels = [np.full((4, 6), 255, dtype=np.uint8) for _ in range(count)]
+    for i, label in enumerate(labels):
+        label[:i % 4] = 0
+    return images, labels
+
+
+def em_pngs(root, count=30):
+    for i, (image, label) in enumerate(zip(*em_arrays(count))):
+        save(root / "image" / f"{i}.png", image)
+        save(root / "label" / f"{i}.png", label)
+    return root
+
+
+def em_stacks(root, images, labels):
+    for name, arrays in (("train-volume.tif", images), ("train-labels.tif", labels)):
+        pages = [Image.fromarray(array) for array in arrays]
+        pages[0].save(root / name, save_all=True, append_images=pages[1:])
+    return root
+
+
+def check_em(root, count=30, val=10):
+    """Both cuts of the root: what is in them, and that train and val are all images, each once."""
+    names = {}
+    for split in ("train-1", "val-1", "train-2", "val-2"):
+        data = ds.open_dataset("em", root, split)
+        names[split] = [int(data.name_of(i)) for i in range(len(data))]
+        assert names[split] == sorted(names[split]) and data.classes == ["membrane", "cell"]
+        for i, number in enumerate(names[split]):
+            image, mask = data.read(i)
+            assert image.shape == (3, 4, 6) and (image == 3 * number).all()
+            assert mask.tolist() == [[int(row >= number % 4)] * 6 for row in range(4)]
+            assert torch.equal(data.read_mask(i), mask)
+        membrane = sum(6 * (number % 4) for number in names[split])
+        assert ds.pixel_counts(data).tolist() == [membrane, 24 * len(data) - membrane]
+    for cut in "12":
+        assert len(names[f"val-{cut}"]) == val
+        assert sorted(names[f"train-{cut}"] + names[f"val-{cut}"]) == list(range(count))
+    assert names["val-1"] != names["val-2"]
+    return names
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+def test_em_as_png_files(tmp_path, below):
+    em_pngs(tmp_path / below)
+    names = check_em(tmp_path)
+    assert names["val-1"] == [4, 6, 8, 12, 17, 18, 19, 20, 23, 25]      # fixed: scores depend on it
+    assert names["val-2"] == [2, 3, 9, 16, 17, 18, 20, 23, 24, 27]
+
+
+def test_em_as_tiff_stacks_is_the_same(tmp_path):
+    (tmp_path / "stacks").mkdir()
+    em_stacks(tmp_path / "stacks", *em_arrays(30))
+    assert check_em(tmp_path / "stacks") == check_em(em_pngs(tmp_path / "pngs"))
+
+
+def test_em_with_another_number_of_images(tmp_path):
+    check_em(em_pngs(tmp_path / "a", 11), count=11, val=3)
+    text = message(ds.open_dataset, "em", em_pngs(tmp_path / "b", 2), "train-1")
+    assert "only 2 of 30" in text
+    assert "train-1, val-1, train-2, val-2" in message(ds.open_dataset, "em", tmp_path, "train")
+
+
+@pytest.mark.parametrize("value", [1, 128, 254])
+def test_em_labels_are_0_and_255_alone(tmp_path, value):
+    for path in em_pngs(tmp_path).glob("label/*.png"):
+        save(path, np.full((4, 6), value))
+    text = message(ds.open_dataset("em", tmp_path, "val-1").read, 0)
+    assert str(tmp_path / "label" / "4.png") in text and f"[{value}]" in text
+    save(tmp_path / "label" / "4.png", np.zeros((4, 6, 3)))
+    assert "colour picture" in message(ds.open_dataset("em", tmp_path, "val-1").read, 0)
+
+
+def test_em_stacks_that_are_incomplete(tmp_path):
+    images, labels = em_arrays(30)
+    em_stacks(tmp_path, images, labels[:29])
+    text = message(ds.open_dataset, "em", tmp_path, "train-1")
+    assert "30 pages" in text and "29" in text and str(tmp_path / "train-labels.tif") in text
+    (tmp_path / "train-labels.tif").write_text("hello")
+    assert "train-labels.tif cannot be read" in message(ds.open_dataset, "em", tmp_path, "train-1")
+    (tmp_path / "train-labels.tif").unlink()
+    assert "train-labels.tif is missing" in message(ds.open_dataset, "em", tmp_path, "train-1")
 
 
 @pytest.mark.parametrize("below", ["", "VOC2012", "VOCdevkit/VOC2012"])
@@ -552,15 +751,16 @@ def test_wrong_names_and_options(tmp_path):
     assert "--batch-size 0" in message(ds.BatchesFrom, 10, 0, 0)
 
 
-@pytest.mark.parametrize("name", ["ade20k", "cocostuff10k", "voc", "camvid", "folder"])
+@pytest.mark.parametrize("name", list(ds.TREES))
 def test_missing_layout_shows_the_tree_the_content_and_the_source(tmp_path, name):
     for i in range(10):
         (tmp_path / f"thing{i}").mkdir()
-    text = message(ds.open_dataset, name, tmp_path, "train")
+    split = ds.SPLITS[name][0]
+    text = message(ds.open_dataset, name, tmp_path, split)
     tree, source = ds.TREES[name]
     assert tree in text and source in text and str(tmp_path) in text
     assert "thing0/" in text and "thing7/" in text and "thing8" not in text and "and 2 more" in text
-    assert "no such folder" in message(ds.open_dataset, name, tmp_path / "gone", "train")
+    assert "no such folder" in message(ds.open_dataset, name, tmp_path / "gone", split)
 
 
 def test_cocostuff10k_as_downloaded(tmp_path):

@@ -1,0 +1,343 @@
+"""Where the parts of objects are: annotations that tell which part of an object a prototype looks at.
+
+    parts = open_parts(data, "/path/to/labels")        # data: from open_dataset; None if there are no parts
+    if parts and parts.has(i):
+        points = parts.keypoints(i)                    # float32 (K,4): class id, part id, x, y
+
+Three kinds, which share these attributes and methods:
+
+part_names       list of Q names; index = part id - 1, part ids are 1..Q
+num_parts        Q
+classes          sorted list of the class ids that have parts
+part_name(c, p)  name of part p of class c; in Panoptic-Parts files an id means another part in each class
+has(i)           bool: image i of `data` has part labels
+keypoints(i)     float32 (K,4): class id, part id, x, y: whole pixels inside the image at its own size; K may
+                 be 0, and is where not has(i)
+part_map(i)      uint8 (H,W) part ids, 0 = no part; None for a keypoint file and where not has(i)
+object_map(i)    uint8 (H,W) a number for each object, 0 = none; None for all but toy_scenes
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.datasets import CLASSES, IGNORE, listing, load_picture
+from common.run import UserError
+from data import toy_scenes
+
+# Names of the parts in the order of their ids. "engine*10": the files number the engines of an image with
+# ten ids in a row, which are all read as this one part.
+HUMAN, VEHICLE = "torso head arm leg", "window wheel light license_plate chassis"
+STREET_VEHICLE = ("front left_side right_side back roof left_mirror right_mirror front_plate back_plate "
+                  "door*10 wheel*10 headlight*10 window*20")
+FACE = "head left_eye right_eye left_ear right_ear"
+PAWS = ("torso neck left_front_leg left_front_paw right_front_leg right_front_paw left_back_leg "
+        "left_back_paw right_back_leg right_back_paw tail")
+LEGS = ("torso neck left_front_upper_leg left_front_lower_leg right_front_upper_leg right_front_lower_leg "
+        "left_back_upper_leg left_back_lower_leg right_back_upper_leg right_back_lower_leg tail")
+PANOPTIC_PARTS = {                           # data set: {semantic id in the files: (class name, part names)}
+    "cityscapes": {24: ("person", HUMAN), 25: ("rider", HUMAN), 26: ("car", VEHICLE), 27: ("truck", VEHICLE),
+                   28: ("bus", VEHICLE)},
+    "voc": {CLASSES["voc"].index(name): (name, names) for name, names in {
+        "aeroplane": "body stern left_wing right_wing tail engine*10 wheel*10",
+        "bicycle": "front_wheel back_wheel saddle handlebar chainwheel headlight",
+        "bird": "head left_eye right_eye beak torso neck left_wing right_wing left_leg left_foot right_leg "
+                "right_foot tail",
+        "bottle": "cap body",
+        "bus": STREET_VEHICLE,
+        "car": STREET_VEHICLE,
+        "cat": f"{FACE} nose {PAWS}",
+        "cow": f"{FACE} muzzle left_horn right_horn {LEGS}",
+        "dog": f"{FACE} nose {PAWS} muzzle",
+        "horse": f"{FACE} muzzle left_front_hoof right_front_hoof left_back_hoof right_back_hoof {LEGS}",
+        "motorbike": "front_wheel back_wheel handlebar saddle headlight*10",
+        "person": f"{FACE} left_eyebrow right_eyebrow nose mouth hair torso neck left_lower_arm "
+                  "left_upper_arm left_hand right_lower_arm right_upper_arm right_hand left_lower_leg "
+                  "left_upper_leg left_foot right_lower_leg right_upper_leg right_foot",
+        "pottedplant": "pot plant",
+        "sheep": f"{FACE} muzzle left_horn right_horn {LEGS}",
+        "train": "head head_front head_left_side head_right_side head_back head_roof headlight*10 coach*10 "
+                 "coach_front*10 coach_left_side*10 coach_right_side*10 coach_back*10 coach_roof*10",
+        "tvmonitor": "screen frame",
+    }.items()},
+}
+FILES = {"cityscapes": ("gtFinePanopticParts", "_gtFinePanopticParts.tif"), "voc": ("labels", ".tif")}
+
+
+# ---- from part maps to keypoints -------------------------------------------------------------------------
+
+def lowest_of_group(count, a, b):
+    """Groups of the numbers 0..count-1 in which a[k] and b[k] belong together -> int64 (count,): for each
+    number the lowest of its group. a, b: int (M,)."""
+    root = np.arange(count)
+    while len(a):                                        # pairs of different roots; O(log count) rounds
+        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))         # each points at its lowest neighbour
+        while not np.array_equal(root, root[root]):      # paths become half as long each time
+            root = root[root]
+        a, b = root[a], root[b]
+        apart = a != b
+        a, b = a[apart], b[apart]
+    return root
+
+
+def connected_components(ids):
+    """Areas of equal value: int (H,W) -> int64 (H,W), 0 where ids is 0, else 1, 2, ... by first pixel.
+
+    Pixels of equal value that touch, at a side or a corner, get the same number. Works on runs, stretches of
+    equal pixels within a row: two of neighbouring rows touch if neither begins behind the other's end.
+    """
+    width = ids.shape[1] + 1
+    flat = np.pad(ids, ((0, 0), (0, 1))).ravel()         # a 0 behind every row: no run reaches the next
+    starts = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
+    lengths = np.diff(starts, append=flat.size)
+    filled = np.flatnonzero(flat[starts])                # the runs that are not 0
+    start, end, value = starts[filled], (starts + lengths)[filled], flat[starts[filled]]            # (R,)
+    first = np.searchsorted(end, start + width)          # runs first..last-1 of the row below touch
+    last = np.searchsorted(start, end + width, side="right")
+    upper = np.repeat(np.arange(len(start)), last - first)                                          # (M,)
+    lower = np.arange(len(upper)) + np.repeat(last - np.cumsum(last - first), last - first)
+    same = value[upper] == value[lower]
+    root = lowest_of_group(len(start), upper[same], lower[same])
+    number = np.zeros(len(starts), np.int64)
+    number[filled] = np.cumsum(root == np.arange(len(root)))[root]
+    return np.repeat(number, lengths).reshape(-1, width)[:, :-1]
+
+
+def part_centroids(part_map, class_map):
+    """One keypoint for each connected piece of a part: float32 (K,4): class id, part id, x, y, by ids.
+
+    part_map, class_map: uint8 (H,W); part 0 and class 255 are nothing. A piece is what touches at sides or
+    corners with the same class and part. x, y: mean of its pixels, rounded; this need not be one of them.
+    """
+    parts, classes = np.asarray(part_map), np.asarray(class_map)
+    ids = np.where((parts > 0) & (classes != IGNORE), classes.astype(np.int32) * 256 + parts, 0)
+    pieces = connected_components(ids).ravel()
+    pixels = np.flatnonzero(pieces)
+    piece = pieces[pixels] - 1                           # 0..K-1
+    y, x = np.divmod(pixels, ids.shape[1])
+    area = np.bincount(piece)
+    key = np.zeros(len(area), np.int32)
+    key[piece] = ids.ravel()[pixels]                     # equal at all pixels of a piece
+    rows = np.stack([key // 256, key % 256, np.rint(np.bincount(piece, x) / area),
+                     np.rint(np.bincount(piece, y) / area)], axis=1)
+    return rows[np.argsort(key, kind="stable")].astype(np.float32)
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+def panoptic_files(data, path):
+    """The label file of each image, None for an image without one; UserError if all have none."""
+    inner, tail = FILES[data.name]
+    folder = path / inner if (path / inner).is_dir() else path
+    stems = [data.name_of(i).removesuffix("_leftImg8bit") for i in range(len(data))]
+    found, wanted = {}, set(stems)
+    for file in sorted(folder.rglob(f"*{tail}")):
+        stem = file.name.removesuffix(tail)
+        if stem in found and stem in wanted:
+            raise UserError(f"--parts {path} holds both {found[stem]} and {file}: keep one of them, or pass "
+                            "the folder of one.")
+        found[stem] = file
+    if not wanted & set(found):
+        example = f", such as {next(iter(found.values()))}" if found else ""
+        raise UserError(f"--parts {path}: no label file of the {len(data)} images of {data.name} "
+                        f"{data.split}: looked for files such as {stems[0]}{tail} below {folder}, which has "
+                        f"{len(found)} files *{tail}{example}; found there: {listing(folder)}; see "
+                        "data/README.md.")
+    return [found.get(stem) for stem in stems]
+
+
+def decode_panoptic(ids):
+    """Ids of the Panoptic-Parts format -> semantic ids, part ids (0 = none); all int32 (H,W).
+
+    An id has 7 digits, semantic (2), instance (3), part (2), or lacks the last 2 or 5 of them.
+    """
+    full = np.where(ids < 100, ids * 100_000, np.where(ids < 100_000, ids * 100, ids))
+    return full // 100_000, full % 100
+
+
+def read_panoptic(path):
+    """Label file -> semantic ids, part ids (0 = none), int32 (H,W). UserError: damaged file, other ids."""
+    picture = load_picture(path)
+    if picture.mode != "I":
+        raise UserError(f"{path} is no Panoptic-Parts label file, which has one 32-bit integer a pixel "
+                        f"(this one has mode {picture.mode}): get the original .tif files.")
+    ids = np.array(picture)
+    bad = np.unique(ids[(ids < 0) | (ids >= 100) & (ids < 1000) | (ids >= 10_000_000)]).tolist()
+    if bad:
+        raise UserError(f"{path} has the pixel values {str(bad[:5])[1:-1]}, which are no ids of the "
+                        "Panoptic-Parts format (0..99, 1000..9999999): get the original .tif files.")
+    return decode_panoptic(ids)
+
+
+def read_keypoint_file(path):
+    """-> {category name: keypoint names}, {image stem: [(category name, points (K,3): x, y, visible)]}.
+
+    Every image that the file lists is there, also one without an annotation. UserError for a damaged file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        categories = {entry["id"]: (str(entry["name"]), [str(name) for name in entry["keypoints"]])
+                      for entry in content["categories"]}
+        stem_of = {str(number): Path(name).stem for number, name in content["images"].items()}
+        noted = {stem: [] for stem in stem_of.values()}
+        for annotation in content["annotations"]:
+            category, names = categories[annotation["category_id"]]
+            points = np.array(annotation["keypoints"], dtype=float)
+            if points.shape != (len(names), 3):
+                raise ValueError(f"{category} has {len(names)} keypoints, but an annotation of image "
+                                 f"{annotation['image_id']} has the shape {points.shape}")
+            noted[stem_of[str(annotation["image_id"])]].append((category, points))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as a keypoint file ({type(error).__name__}: {error}): it is "
+                        "damaged, or not of the format that data/README.md shows.") from None
+    return dict(categories.values()), noted
+
+
+# ---- the three kinds -------------------------------------------------------------------------------------
+
+class ToyParts:
+    """Parts of toy_scenes, from the generator; every image has them."""
+
+    def __init__(self, data):
+        self.data, self.part_names = data, toy_scenes.PARTS[1:]
+        self.num_parts = len(self.part_names)
+        self.classes = sorted(toy_scenes.CLASSES.index(name) for name in toy_scenes.OBJECTS)
+        self.drawn = None, None                          # the last scene and its number
+
+    def has(self, i):
+        return True
+
+    def part_name(self, c, p):
+        return self.part_names[p - 1]
+
+    def scene(self, i):
+        if self.drawn[0] != i:
+            index = toy_scenes.scene_index(self.data.split, i)
+            self.drawn = i, toy_scenes.make_scene(self.data.seed, index)
+        return self.drawn[1]
+
+    def keypoints(self, i):
+        return torch.from_numpy(part_centroids(self.scene(i)["parts"], self.scene(i)["mask"]))
+
+    def part_map(self, i):
+        return torch.from_numpy(self.scene(i)["parts"])
+
+    def object_map(self, i):
+        return torch.from_numpy(self.scene(i)["objects"])
+
+
+class PanopticParts:
+    """Label files of Cityscapes-Panoptic-Parts or PASCAL-Panoptic-Parts below the folder `path`.
+
+    A pixel's class is that of data.read_mask; its part counts only where the label file names this class. An
+    id that is no part of the pixel's class counts as no part.
+    """
+
+    def __init__(self, data, path):
+        table = PANOPTIC_PARTS[data.name]
+        self.data = data
+        self.class_of = np.full(100, IGNORE, np.uint8)   # semantic id -> class id
+        self.part_of = np.zeros((100, 100), np.uint8)    # semantic id, part id in the files -> part id
+        self.names = {}                                  # class id -> names of its parts
+        for semantic, (name, parts) in table.items():
+            counts = [int(part.partition("*")[2] or 1) for part in parts.split()]
+            ids = np.repeat(np.arange(len(counts)) + 1, counts)
+            self.part_of[semantic, 1:len(ids) + 1] = ids
+            self.class_of[semantic] = data.classes.index(name)
+            self.names[data.classes.index(name)] = [part.partition("*")[0] for part in parts.split()]
+        self.classes, self.num_parts = sorted(self.names), int(self.part_of.max())
+        self.part_names = [f"part {p}" for p in range(1, self.num_parts + 1)]
+        self.files = panoptic_files(data, path)          # a path or None for each image
+
+    def has(self, i):
+        return self.files[i] is not None
+
+    def part_name(self, c, p):
+        return self.names[c][p - 1]
+
+    def read(self, i):
+        """Part ids and class ids of image i, both uint8 (H,W) arrays."""
+        semantic, part = read_panoptic(self.files[i])
+        mask = self.data.read_mask(i).numpy()
+        if semantic.shape != mask.shape:
+            (h, w), (mask_h, mask_w) = semantic.shape, mask.shape
+            raise UserError(f"{self.files[i]} is {w} x {h} pixels, but the mask {self.data.paths[i][1]} of "
+                            f"this image is {mask_w} x {mask_h}: both must have the same size, so get the "
+                            "label files that belong to these images.")
+        return self.part_of[semantic, part] * (self.class_of[semantic] == mask), mask
+
+    def keypoints(self, i):
+        return torch.from_numpy(part_centroids(*self.read(i))) if self.has(i) else torch.zeros(0, 4)
+
+    def part_map(self, i):
+        return torch.from_numpy(self.read(i)[0]) if self.has(i) else None
+
+    def object_map(self, i):
+        return None
+
+
+class KeypointParts:
+    """Keypoints in the JSON format of Animal-Pose; a category is the class of `data` with the same name."""
+
+    def __init__(self, data, path):
+        categories, noted = read_keypoint_file(path)
+        known = {c: names for c, names in categories.items() if c in data.classes}
+        if not known:
+            raise UserError(f"{path}: no category ({', '.join(categories) or 'none there'}) is a class of "
+                            f"{data.name}: name them like its classes ({', '.join(data.classes)}).")
+        if not any(data.name_of(i) in noted for i in range(len(data))):
+            raise UserError(f"{path} lists none of the {len(data)} images of {data.name} {data.split}: "
+                            f"looked for names such as {data.name_of(0)}, but it has "
+                            f"{', '.join(list(noted)[:3]) or 'none'}; pass the file of these images.")
+        self.data, self.noted = data, noted
+        self.part_names = list(dict.fromkeys(name for names in known.values() for name in names))
+        self.num_parts = len(self.part_names)
+        self.classes = sorted(data.classes.index(name) for name in known)
+        self.ids = {name: [self.part_names.index(n) + 1 for n in names] for name, names in known.items()}
+
+    def has(self, i):
+        return self.data.name_of(i) in self.noted
+
+    def part_name(self, c, p):
+        return self.part_names[p - 1]
+
+    def keypoints(self, i):
+        noted = self.noted.get(self.data.name_of(i), ())
+        rows = np.array([(self.data.classes.index(category), part, x, y)
+                         for category, points in noted if category in self.ids
+                         for part, (x, y, visible) in zip(self.ids[category], points) if visible > 0])
+        rows = rows.reshape(-1, 4).round().astype(np.float32)
+        height, width = self.data.read_mask(i).shape
+        inside = (rows[:, 2:] >= 0) & (rows[:, 2:] < (width, height))                               # (K,2)
+        return torch.from_numpy(rows[inside.all(1)])
+
+    def part_map(self, i):
+        return None
+
+    def object_map(self, i):
+        return None
+
+
+def open_parts(data, path=""):
+    """Parts of the images of a SegmentationSet, as described on top; None where there are none and no path.
+
+    path: a folder of Panoptic-Parts label files (cityscapes, voc), or a keypoint file that ends in .json
+    (voc). toy_scenes take none. UserError says what is missing or wrong, and with which file.
+    """
+    if not path:
+        return ToyParts(data) if data.name == "toy_scenes" else None
+    if data.name not in PANOPTIC_PARTS:
+        raise UserError(f"--parts is for cityscapes and voc, not for {data.name}: leave it out.")
+    path = Path(path).expanduser()
+    keypoint_file = path.suffix.lower() == ".json"
+    if not path.exists():
+        raise UserError(f"--parts {path} does not exist: pass a folder of Panoptic-Parts label files, or "
+                        "for voc a keypoint file (.json); see data/README.md.")
+    if keypoint_file and data.name != "voc":
+        raise UserError(f"--parts {path}: a keypoint file is for voc only; for {data.name} pass the folder "
+                        f"{FILES[data.name][0]}.")
+    if not keypoint_file and not path.is_dir():
+        raise UserError(f"--parts {path} is a file: pass the folder that holds the .tif label files, or "
+                        "for voc a keypoint file that ends in .json.")
+    return KeypointParts(data, path) if keypoint_file else PanopticParts(data, path)
