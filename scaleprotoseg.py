@@ -48,7 +48,8 @@ Where we do something else, or had to choose ([D*] marks the line):
 [D10] Where the backbone is frozen batch norm is in eval mode, also for networks that train theirs (U-Net, tiny).
 [D11] The plain network is trained as the prototype models are (Adam, same steps, no CRF); Table 6's DeepLabv2 has SGD
      and equals the published number with a CRF.
-[D12] Sec. 11 leaves open how IoUs are averaged: per pair, a mean over the images that hold the class.
+[D12] Sec. 11 leaves open how IoUs are averaged: per pair, a mean over the images that hold the class, here in at
+     least 10 cells of the grid on which the maps meet: of fewer cells any two maps pick the same.
 [D13] Toy scenes have no pretrained backbone: tiny is trained from scratch in the joint step.
 """
 
@@ -858,6 +859,7 @@ def prepare(cfg, sets, device, rank):
         run.load_checkpoint(last, dict(model=net), torch.device("cpu"))
     elif state:
         net.load_state_dict(state)
+        progress |= dict(step="group_warmup", iteration=0)           # stage 1 is done
     run.start_run(cfg, rank)
     torch.manual_seed(cfg.seed + 1 + rank)
     return net.to(device, memory_format=torch.channels_last), progress
@@ -997,14 +999,15 @@ def part_scores(net, data, parts, cfg, device):
         sample, keypoints = view[i], parts.keypoints(i).to(device)   # (K,4)
         x, mask = sample["image"][None].to(device), sample["mask"].to(device)
         noise = 0.2 * torch.randn(x.shape, generator=generator).to(device)
-        both = [F.interpolate(net.similarity(image), mask.shape, mode="nearest")[0] for image in (x, x + noise)]
+        both = [net.similarity(image) for image in (x, x + noise)]
         for c in parts.classes:
             own = ((net.prototype_class == c) & used).nonzero()[:, 0]
             points = keypoints[keypoints[:, 0] == c, 1:]
             if not len(own) or not len(points) or not (mask == c).any():
                 continue
+            maps = [F.interpolate(s[:, own], mask.shape, mode="nearest")[0] for s in both]
             for k, q in enumerate(quantiles):
-                (clean, exists), (noisy, _) = (part_presence(s[own], mask == c, points, parts.num_parts, q) for s in both)
+                (clean, exists), (noisy, _) = (part_presence(s, mask == c, points, parts.num_parts, q) for s in maps)
                 hits[k, own] += clean
                 stable[k] += (clean == noisy).all(1).sum().cpu()
             seen[own] += exists
@@ -1183,7 +1186,7 @@ def images_per_second(net, data, cfg, device):
 # ---- evaluation: quasi-equivariant prototypes (Sec. 11) ------------------------------------------------------
 
 @torch.no_grad()
-def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5):
+def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_cells=10):
     """Eq. (10): prototypes of two scales that light up alike when the image is scaled to make up for their rates.
 
     With r(s) = rate s / rate 1, prototype i of scale s sees the image shrunk by r(s'), prototype j of s' > s sees it
@@ -1203,7 +1206,7 @@ def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5):
                 larger = maps[s]                                     # of the image shrunk by r(s): for scale t
                 smaller = upsample(maps[t][None], larger.shape[1:])[0]                    # by r(t): for scale s
                 labels = nearest_label(mask, larger.shape[1:])[0]
-                for c in labels.unique().tolist():
+                for c in [c for c in labels.unique().tolist() if (labels == c).sum() >= least_cells]:
                     own = net.prototype_class == c
                     i, j = ((own & (net.prototype_scale == k)).nonzero()[:, 0] for k in (s, t))
                     if len(i) and len(j):

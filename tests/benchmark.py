@@ -4,7 +4,8 @@
 
 Both steps see the same batch and take turns, so that a machine whose speed drifts slows both; the ratio is
 the median of the ratios of neighbours. A step is forward, losses, backward and optimizer. Peak memory: on
-CUDA of one step of each kind; on a CPU of the whole process.
+CUDA of one step of each kind; on a CPU of the whole process. Below, functions against the loops over images,
+classes, scales and pairs that their equations suggest, forward and backward.
 """
 import argparse
 import statistics
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import run  # noqa: E402
@@ -65,8 +67,115 @@ def protopool_steps(device, batch_size):
     return "protopool", "ResNet-34, 224x224", steps
 
 
+def scaleprotoseg_steps(device, batch_size):
+    """ResNet-101 at 513 x 513, 19 classes, joint step: the plain DeepLabv2, and 228 prototypes with all losses.
+
+    Limit of the ratio: 1.15.
+    """
+    import scaleprotoseg
+    num_classes, steps = 19, []
+    labels = torch.randint(num_classes, (batch_size, 9, 9)).repeat_interleave(57, 1).repeat_interleave(57, 2).to(device)
+    for method in ("deeplab", "scaleprotoseg"):
+        cfg = run.make_config(scaleprotoseg.Config, scaleprotoseg.PRESETS, "cityscapes", out="unused",
+                              batch_size=batch_size, method=method)
+        x = torch.randn(batch_size, 3, cfg.crop, cfg.crop).to(device, memory_format=torch.channels_last)
+        prototype_class, prototype_scale = scaleprotoseg.first_prototypes(cfg, num_classes)
+        net = scaleprotoseg.build_model(cfg, dict(step="joint", classes=range(num_classes),
+                                                  prototype_class=prototype_class, prototype_scale=prototype_scale))
+        net = net.to(device, memory_format=torch.channels_last).train()
+        optimizer, scheduler = scaleprotoseg.build_optimizer(net, "joint", cfg, device)
+        steps.append(lambda net=net, optimizer=optimizer, scheduler=scheduler, cfg=cfg, x=x:
+                     scaleprotoseg.train_step(net, net, optimizer, scheduler, x, labels, "joint", cfg))
+    return "scaleprotoseg", "ResNet-101, 513x513", steps
+
+
 # script: its steps, images a batch on a CPU and on a GPU
-BENCHMARKS = {"cbp_occl": (cbp_occl_steps, 2, 16), "protopool": (protopool_steps, 8, 80)}
+BENCHMARKS = {"cbp_occl": (cbp_occl_steps, 2, 16), "protopool": (protopool_steps, 8, 80),
+              "scaleprotoseg": (scaleprotoseg_steps, 1, 10)}
+
+
+def looped_diversity(d2, labels, prototype_class, prototype_scale):
+    """scaleprotoseg.diversity_loss, term by term."""
+    terms = []
+    for b in range(len(d2)):
+        for c in labels[b].unique().tolist():
+            for s in prototype_scale.unique().tolist():
+                own = ((prototype_class == c) & (prototype_scale == s)).nonzero()[:, 0].tolist()
+                log_p = [F.log_softmax(d2[b, p][labels[b] == c], 0) for p in own]
+                for i in range(len(own)):
+                    for j in range(i + 1, len(own)):
+                        both = (F.kl_div(log_p[i], log_p[j], reduction="sum", log_target=True)
+                                + F.kl_div(log_p[j], log_p[i], reduction="sum", log_target=True))
+                        terms.append((-both / 2).exp())
+    return torch.stack(terms).mean()
+
+
+def looped_groups(similarity, weights, members):
+    """scaleprotoseg.group_activations, class by class."""
+    return torch.cat([torch.einsum("bnhw,gn->bghw", similarity[:, own], w).exp()
+                      for w, own in zip(weights, members)], 1)
+
+
+def diversity_case(num_classes, in_image, device):
+    """(loop, ours): batch 2, 65 x 65 cells, 4 scales with 3 prototypes a class. Equal up to rounding."""
+    import scaleprotoseg
+    prototype_class = torch.arange(num_classes).repeat_interleave(3).repeat(4).to(device)
+    prototype_scale = torch.arange(4).repeat_interleave(3 * num_classes).to(device)
+    d2 = (8 * torch.rand(2, len(prototype_class), 65, 65)).to(device).requires_grad_(True)
+    labels = torch.stack([torch.randperm(num_classes)[:in_image][torch.randint(in_image, (65, 65))]
+                          for _ in range(2)]).to(device)
+    table = scaleprotoseg.pair_table(prototype_class, prototype_scale)
+
+    def loop():
+        return looped_diversity(d2, labels, prototype_class, prototype_scale)
+
+    def ours():
+        return scaleprotoseg.diversity_loss(d2, labels, prototype_class, prototype_scale, table)
+    return loop, ours, [d2]
+
+
+def group_case(num_classes, needs_grad, device):
+    """(loop, ours): batch 2, 65 x 65 cells, 12 prototypes and 3 groups a class. In training only the weights learn."""
+    import scaleprotoseg
+    members = scaleprotoseg.table_of(torch.arange(num_classes).repeat_interleave(3).repeat(4), num_classes).to(device)
+    similarity = (3 * torch.rand(2, 12 * num_classes, 65, 65)).to(device).requires_grad_(needs_grad)
+    weights = scaleprotoseg.project_simplex(torch.rand(num_classes, 3, 12)).to(device).requires_grad_(True)
+
+    def loop():
+        return looped_groups(similarity, weights, members).mean()
+
+    def ours():
+        return scaleprotoseg.group_activations(similarity, weights, members).mean()
+    return loop, ours, [weights] + [similarity] * needs_grad
+
+
+# function: its two versions. Limits: 15 and 80 times as fast; groups no slower
+FUNCTIONS = {
+    "diversity_loss, 19 classes, 12 in an image": lambda device: diversity_case(19, 12, device),
+    "diversity_loss, 150 classes, 10 in an image": lambda device: diversity_case(150, 10, device),
+    "group_activations, 19 classes": lambda device: group_case(19, False, device),
+    "group_activations, 150 classes": lambda device: group_case(150, False, device),
+    "group_activations, 19 classes, gradient of similarities too": lambda device: group_case(19, True, device),
+    "group_activations, 150 classes, gradient of similarities too": lambda device: group_case(150, True, device),
+}
+
+
+def both_ways(compute, leaves):
+    """One call: forward, backward; returns the value and the gradients."""
+    value = compute()
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def benchmark_functions(device, repeats):
+    print("\n| function, forward and backward | loop, ms | ours, ms | times as fast |\n|---|---|---|---|")
+    for name, build in FUNCTIONS.items():
+        loop, ours, leaves = build(device)
+        for a, b in zip(both_ways(loop, leaves), both_ways(ours, leaves)):             # also the warm-up
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+        pairs = [(seconds(lambda: both_ways(loop, leaves), device), seconds(lambda: both_ways(ours, leaves), device))
+                 for _ in range(repeats)]
+        a, b = (statistics.median(times) for times in zip(*pairs))
+        print(f"| {name} | {1e3 * a:.1f} | {1e3 * b:.1f} | {statistics.median(a / b for a, b in pairs):.1f} |")
 
 
 def seconds(step, device):
@@ -109,7 +218,9 @@ def main():
             a, b = (statistics.median(times) for times in zip(*pairs))
             ratio = statistics.median(ours_s / ordinary_s for ordinary_s, ours_s in pairs)
             print(f"| {title} | {model} | {batch_size} | {a:.4g} | {b:.4g} | {ratio:.3f} | {batch_size / b:.3g} | "
-                  + ", ".join("?" if m is None else f"{m:.2f}" for m in memory) + " |")
+                  + ", ".join("?" if m is None else f"{m:.2f}" for m in memory) + " |", flush=True)
+    if args.only in (None, "scaleprotoseg"):
+        benchmark_functions(device, args.steps)
 
 
 if __name__ == "__main__":
