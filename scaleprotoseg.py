@@ -29,30 +29,33 @@ L_ent       entropy_loss       scalar    few prototypes in a group              
 alpha       threshold          scalar    smaller group weights are dropped after training      Sec. 9, Table 7
 p_th, IoU_th  equivariance     -         same prototype at two scales?                         Sec. 11, Eq. (10)
 
-Steps: warmup -> joint -> project -> finetune (stage 1), group_warmup -> group_joint (stage 2). An "iteration" is
+Phases: warmup -> joint -> project -> finetune (stage 1), group_warmup -> group_joint (stage 2). An "iteration" is
 an optimizer step on the whole batch (10 images).
 
 Where we do something else, or had to choose ([D*] marks the line):
 [D1] ResNet-101 has the stride of a block on its 3x3 convolution (torchvision), not on its first 1x1 (Caffe).
 [D2] The diversity loss takes the class's own pixels. The code of ProtoSeg is off by one there (class c's pixels
      train class c+1), so a ProtoSeg trained here is not the one of the printed tables.
-[D3] Weight decay acts on convolutions only (released code); Sec. 6 does not say on what.
+[D3] Weight decay acts on backbone and ASPP only (released code); Sec. 6 does not say on what.
 [D4] A class without a pixel in the projection images cannot be projected: its prototypes are dropped and the run
      says so. The released code moves them all to one corner of the first image.
 [D5] A class without prototypes has no groups; its logit comes from the other classes' groups alone.
-[D6] EM: entropy weight 0.25 as printed in Sec. 7; the released config has 0.05.
+[D6] EM: entropy weight 0.25 as printed in Sec. 7; the released config has 0.05. The two cuts are ours (seeds 1 and 2).
 [D7] ProtoSeg's pruning leaves void pixels out on all data sets (the code forgets to on three of them).
-[D8] Consistency and stability binarise above a quantile over the pixels of the class. The code's quantile is
-     missing from the release. Component centroids are rounded; the background's is no keypoint (in the code it is).
+[D8] Consistency and stability binarise above a quantile over the pixels of the class; 0.7, 0.8, 0.9 are our choice,
+     the paper's list and the code's quantile are not released. Component centroids are rounded; the background's
+     is no keypoint (in the code it is). Images in which a class shows no keypoint are left out of stability.
 [D9] Validation sees whole images; the released code crops and scales them at random. The last weights are kept.
 [D10] Where the backbone is frozen batch norm is in eval mode, also for networks that train theirs (U-Net, tiny).
-[D11] The plain network is trained as the prototype models are (Adam, same steps, no CRF); Table 6's DeepLabv2 has SGD
-     and equals the published number with a CRF.
+[D11] The plain network is trained as the prototype models are (Adam, same phases, no CRF); Table 6's DeepLabv2 has
+     SGD and equals the published number with a CRF.
 [D12] Sec. 11 leaves open how IoUs are averaged: per pair, a mean over the images that hold the class, here in at
      least 10 cells of the grid on which the maps meet: of fewer cells any two maps pick the same.
-[D13] Toy scenes have no pretrained backbone: tiny is trained from scratch in the joint step.
+[D13] Toy scenes have no pretrained backbone: tiny is trained from scratch in the joint phase.
+[D14] Projection and analyses run in float32, training and evaluation on CUDA in bfloat16 up to the ASPP maps.
 """
 
+import contextlib
 import math
 import os
 import time
@@ -66,8 +69,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import default_collate
-from torchvision.transforms.v2.functional import to_pil_image
+from torch.utils.data import Subset, default_collate
+from torchvision.transforms.v2.functional import resize, to_pil_image
 from tqdm import tqdm
 
 from common import datasets, figures, run
@@ -124,10 +127,11 @@ class Config(RunConfig):
     w_l1: float = opt(1e-4, "lambda_L1, of the last layer's off-class weights, in fine-tuning")
     w_l1_group: float = opt(1e-3, "the same in stage 2")
     w_entropy: float = opt(0.05, "lambda_ent, weight of the entropy loss: higher = sparser groups")
-    threshold: float = opt(0.05, "alpha: smaller group weights are dropped after training")
-    quantiles: list = opt(("0.7", "0.8", "0.9"), "binarisations that consistency and stability are averaged over")
-    equivariance: bool = opt(True, "look for quasi-equivariant prototypes at the end (Sec. 11): one more pass over "
-                             "the projection images at every scale", runtime=True)
+    threshold: float = opt(0.05, "alpha: smaller group weights are dropped after training", runtime=True)
+    quantiles: list = opt(("0.7", "0.8", "0.9"), "binarisations that consistency and stability are averaged over [D8]",
+                          runtime=True)
+    equivariance: int = opt(3000, "projection images, evenly spaced, in which quasi-equivariant prototypes are looked "
+                            "for at the end (Sec. 11); 0 = not at all", runtime=True)
     eval_every: int = opt(5000, "iterations between evaluations, one row of log.csv each", schedule=True)
     save_every: int = opt(1000, "iterations between checkpoints: what --resume can lose", runtime=True)
     stage1: str = opt("", "run folder: take over its stage 1 and train only the groups anew", runtime=True)
@@ -147,12 +151,12 @@ class Config(RunConfig):
 
 
 MULTISCALE = dict(input_scales=["0.5", "0.75"], crop=321)            # Sec. 6: {0.5, 0.75, 1}
-LARGE = dict(w_l1=1e-5, w_l1_group=1e-4, w_entropy=0.25)             # many classes
+LARGE = dict(w_l1=1e-5, w_l1_group=1e-4, w_entropy=0.25, protoseg_prototypes=12)       # many classes
 PRESETS = {                                                          # Sec. 6 to 8; iterations of stage 2: Sec. 6
     "toy": dict(dataset="toy_scenes", test_split="test", backbone="tiny", weights="none", frozen_bn=False,
                 output_stride=4, rates=["1", "2", "3", "4"], depth=16, crop=96, batch_size=16, warmup=50, joint=600,
                 finetune=100, group_warmup=50, group_joint=300, lr=5e-3, backbone_lr=5e-3, finetune_lr=1e-3,
-                group_lr=0.02, w_entropy=0.1, eval_every=200, save_every=200, workers=0),                  # ours
+                group_lr=0.02, w_entropy=0.1, eval_every=200, save_every=200, workers=0),           # ours [D13]
     "camvid": dict(dataset="camvid", test_split="test", backbone="mobilenet_v2", crop=321, batch_size=8, warmup=200,
                    joint=4000, finetune=200, group_warmup=200, group_joint=1000, lr=1e-3, backbone_lr=1e-4,
                    finetune_lr=1e-3, group_lr=1e-3, eval_every=500, save_every=200),                      # ours
@@ -164,18 +168,23 @@ PRESETS = {                                                          # Sec. 6 to
                          lr=1e-3, backbone_lr=1e-4, finetune_lr=1e-3, group_lr=1e-3, eval_every=500,
                          save_every=200),                                                                 # ours
     "ade20k": LARGE | dict(dataset="ade20k", crop=512, test_size=512, scale_max=2.0, warmup=6000, joint=60000,
-                           finetune=4000, protoseg_prototypes=12),
+                           finetune=4000),
     "cocostuff": LARGE | MULTISCALE | dict(dataset="cocostuff164k", warmup=6000, joint=100000, finetune=4000),
     "em": dict(dataset="em", train_split="train-1", val_split="val-1", test_split="val-1", backbone="unet",
                weights="none", frozen_bn=False, crop=512, batch_size=2, warmup=0, joint=10000, finetune=10000,
                group_warmup=0, group_joint=10000, lr=1e-4, backbone_lr=1e-4, group_lr=5e-5, w_l1_group=1e-4,
                w_entropy=0.25, eval_every=2000),                                                          # [D6]
 }
-STEPS = {                                                            # what a method goes through
+PHASES = {                                                           # what a method goes through
     "scaleprotoseg": ("warmup", "joint", "project", "finetune", "group_warmup", "group_joint"),
     "protoseg": ("warmup", "joint", "project", "finetune"),
     "deeplab": ("warmup", "joint"),
 }
+
+
+# progress, a dict in every checkpoint: phase, iteration (done in it), offset (iterations of the phases before),
+# seconds, log (rows), sums (of losses since the last row), classes, prototype_class and prototype_scale (lists);
+# from the projection on also sources (a Source for each prototype) and counts (what was dropped and why).
 
 
 def check_config(cfg):
@@ -185,11 +194,13 @@ def check_config(cfg):
         if getattr(cfg, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0.")
     for name in ("micro_batch", "test_size", "warmup", "joint", "finetune", "group_warmup", "group_joint", "workers",
-                 "weight_decay", "w_diversity", "w_l1", "w_l1_group", "w_entropy"):
+                 "weight_decay", "w_diversity", "w_l1", "w_l1_group", "w_entropy", "equivariance"):
         if getattr(cfg, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative.")
     if cfg.scale_max < cfg.scale_min:
         raise UserError(f"--scale-max {cfg.scale_max} is below --scale-min {cfg.scale_min}: swap them.")
+    if cfg.test_square and not cfg.test_size:
+        raise UserError("--test-square needs the side of the square: add --test-size.")
     if not 0 <= cfg.threshold < 1:
         raise UserError(f"--threshold {cfg.threshold}: weights lie between 0 and 1, and so must it (below 1).")
     if numbers(cfg, "rates") != sorted(set(numbers(cfg, "rates"))) or min(numbers(cfg, "rates")) < 1:
@@ -251,7 +262,7 @@ def nearest_label(labels, size):
 
 # ---- losses of stage 1 (Sec. 6) ------------------------------------------------------------------------------
 
-def table_of(key, num_keys):
+def members_by_key(key, num_keys):
     """key (P,) int64 -> (num_keys,N): the p that have this key, rising, then -1. N: most p of one key, at least 1."""
     count, order = torch.bincount(key, minlength=num_keys), key.argsort(stable=True)
     place = torch.arange(len(key), device=key.device) - (count.cumsum(0) - count)[key[order]]
@@ -263,7 +274,7 @@ def table_of(key, num_keys):
 def pair_table(prototype_class, prototype_scale):
     """(C,S,K): prototypes of each class and scale, -1 where there are fewer than K."""
     num_classes, num_scales = int(prototype_class.max()) + 1, int(prototype_scale.max()) + 1
-    return table_of(prototype_class * num_scales + prototype_scale, num_classes * num_scales).unflatten(
+    return members_by_key(prototype_class * num_scales + prototype_scale, num_classes * num_scales).unflatten(
         0, (num_classes, num_scales))
 
 
@@ -271,7 +282,7 @@ def diversity_loss(d2, labels, prototype_class, prototype_scale, table=None):
     """L_J: mean of exp(-J) over images b, classes c in them, scales s and pairs i < j of c's prototypes of scale s.
 
     J = (KL(p_i|p_j) + KL(p_j|p_i)) / 2 with p_i = softmax of the squared distances of prototype i over the pixels
-    of class c in image b: 1 if both light up alike, 0 if elsewhere. d2 (B,P,h,w), labels (B,h,w), 255 ignored,
+    of class c in image b [D2]: 1 if both light up alike, 0 if elsewhere. d2 (B,P,h,w), labels (B,h,w), 255 ignored,
     prototype_class and prototype_scale (P,) int64 -> scalar. A class with a single pixel is left out; no term at
     all gives 0 and zero gradient. table: pair_table, which a training step passes in, as making it waits for the
     GPU. No loop: pixels are sorted into segments (b, c), and the normalisers cancel in
@@ -330,7 +341,7 @@ def group_activations(similarity, weights, members):
     at -1 counts nothing; a class without members has activation 1.
     """
     C, G, N = weights.shape
-    with torch.autocast(similarity.device.type, enabled=False):      # the exponential doubles every error
+    with torch.autocast(similarity.device.type, enabled=False):      # an error of 0.01 in the exponent is 1 %
         weights, s = weights.float() * (members >= 0)[:, None], similarity.float().flatten(2)   # (C,G,N), (B,P,h*w)
         if C * s.shape[1] <= 8192:                                   # one product is quicker than many small ones
             rows = weights.new_zeros(C * G, s.shape[1]).scatter_add(
@@ -365,14 +376,13 @@ class Groups(nn.Module):
 
     def __init__(self, prototype_class, num_classes, num_groups):
         super().__init__()
-        self.register_buffer("members", table_of(prototype_class, num_classes))           # (C,N)
+        self.register_buffer("members", members_by_key(prototype_class, num_classes))           # (C,N)
         there = (self.members >= 0)[:, None]                         # (C,1,N)
         bound = there.sum(2, keepdim=True).clamp(min=1).rsqrt()      # nn.Linear's: 1 / sqrt(members)
-        draw = torch.rand(num_classes, num_groups, self.members.shape[1], device=prototype_class.device)
+        draw = torch.rand(num_classes, num_groups, self.members.shape[1])
         self.weights = nn.Parameter((2 * draw - 1) * bound)          # w_{g,c}
-        self.last_layer = nn.Linear(num_classes * num_groups, num_classes, bias=False, device=prototype_class.device)
-        self.register_buffer("class_of_group", torch.arange(num_classes, device=prototype_class.device)
-                             .repeat_interleave(num_groups))         # (C*G,)
+        self.last_layer = nn.Linear(num_classes * num_groups, num_classes, bias=False)                  # w_h_group
+        self.register_buffer("class_of_group", torch.arange(num_classes).repeat_interleave(num_groups)) # (C*G,)
         self.last_layer.weight.data.copy_(initial_head(self.class_of_group, num_classes))
         self.project()
 
@@ -439,16 +449,22 @@ class DeepLab(nn.Module):
                   for s in self.input_scales]
         largest = full
         for other in others:
-            largest = torch.maximum(largest, F.interpolate(other, full.shape[2:], mode="bilinear", align_corners=False))
+            other = F.interpolate(other, full.shape[2:], mode="bilinear", align_corners=False)
+            largest = torch.maximum(largest, other)
         return [full, *others, largest] if self.training else [largest]
 
     def forward(self, x):
         return [(maps, None) for maps in self.maps(x)]
 
     @torch.no_grad()
+    def final_logits(self, x, cfg):
+        """(B,3,H,W) -> (B,C,h,w) float32 in eval mode, as the network predicts."""
+        with run.autocast(x.device, cfg.amp):
+            return self(x)[-1][0].float()
+
     def readouts(self, x, cfg):
-        """{name: logits (B,C,h,w)} of everything that is evaluated now."""
-        return {"plain": self(x)[-1][0]}
+        """{name in metrics.json: logits} of all stages that are reported."""
+        return {"plain": self.final_logits(x, cfg)}
 
 
 class ScaleProtoSeg(DeepLab):
@@ -469,9 +485,11 @@ class ScaleProtoSeg(DeepLab):
         """(B,S*D,h,w) before the sigmoid -> d2 (B,P,h,w) float32."""
         return prototype_distances(maps.float().sigmoid(), self.prototypes, self.prototype_scale)
 
-    def similarity(self, x):
+    def similarity(self, x, amp="off"):
         """Images (B,3,H,W) -> g_proto (B,P,h,w) in eval mode."""
-        return log_similarity(self.distances(self.maps(x)[-1]))
+        with run.autocast(x.device, amp):
+            maps = self.maps(x)[-1]
+        return log_similarity(self.distances(maps))
 
     def logits(self, similarity, alpha=0.0):
         """(B,P,h,w) -> (B,C,h,w), by the groups if there are any."""
@@ -486,18 +504,19 @@ class ScaleProtoSeg(DeepLab):
             return [(self.logits(log_similarity(d)), d) for d in d2]
 
     @torch.no_grad()
+    def final_logits(self, x, cfg):
+        return self.logits(self.similarity(x, cfg.amp), cfg.threshold)
+
+    @torch.no_grad()
     def readouts(self, x, cfg):
-        """projected: with the last layer as it was at first; finetuned; groups; thresholded."""
-        with run.autocast(x.device, cfg.amp):
-            maps = self.maps(x)[-1]
-        with torch.autocast(x.device.type, enabled=False):
-            similarity = log_similarity(self.distances(maps))
-            head = initial_head(self.prototype_class, len(self.last_layer.weight))
-            logits = {"projected": on_maps(head, similarity),
-                      "finetuned": on_maps(self.last_layer.weight, similarity)}
-            if self.groups is not None:
-                logits |= {"groups": self.groups(similarity),
-                           "thresholded": self.groups(similarity, cfg.threshold)}
+        """Stage 1 with the last layer as it was at first, and fine-tuned; stage 2 before and after the threshold."""
+        similarity = self.similarity(x, cfg.amp)
+        head = initial_head(self.prototype_class, len(self.last_layer.weight))
+        logits = {"stage1_projected": on_maps(head, similarity),
+                  "stage1_finetuned": on_maps(self.last_layer.weight, similarity)}
+        if self.groups is not None:
+            logits |= {"stage2": self.groups(similarity),
+                       "stage2_thresholded": self.groups(similarity, cfg.threshold)}
         return logits
 
     @torch.no_grad()
@@ -505,12 +524,14 @@ class ScaleProtoSeg(DeepLab):
         """Only the prototypes index (int64) stay, in this order."""
         self.prototypes = nn.Parameter(self.prototypes[index])
         self.prototype_class, self.prototype_scale = self.prototype_class[index], self.prototype_scale[index]
-        weight = self.last_layer.weight[:, index]
-        self.last_layer = nn.Linear(len(index), len(weight), bias=False, device=weight.device)
-        self.last_layer.weight.data.copy_(weight)
+        self.last_layer.weight = nn.Parameter(self.last_layer.weight[:, index])
+        self.last_layer.in_features = len(index)
 
-    def start_groups(self, num_groups):
-        self.groups = Groups(self.prototype_class, len(self.last_layer.weight), num_groups)
+    def start_groups(self, num_groups, seed=0):
+        """New groups, drawn on the CPU by the seed alone."""
+        torch.manual_seed(seed)
+        groups = Groups(self.prototype_class.cpu(), len(self.last_layer.weight), num_groups)
+        self.groups = groups.to(self.prototypes.device)
 
 
 def first_prototypes(cfg, num_classes):
@@ -530,15 +551,15 @@ def build_model(cfg, progress, weights="none"):
         return DeepLab(backbone, num_classes, rates, True, scales, cfg.frozen_bn)         # [D11]
     net = ScaleProtoSeg(backbone, cfg.depth, rates, cfg.method == "protoseg", scales, cfg.frozen_bn,
                         progress["prototype_class"], progress["prototype_scale"], num_classes)
-    if progress["step"].startswith("group"):
+    if progress["phase"].startswith("group"):
         net.start_groups(cfg.groups)
     return net
 
 
 # ---- a training step -----------------------------------------------------------------------------------------
 
-def losses_of(model, net, x, labels, step, cfg):
-    """The weighted terms of the loss of a step for x (B,3,H,W), labels (B,H,W): dict of scalars to be summed.
+def losses_of(model, net, x, labels, phase, cfg):
+    """The weighted terms of the loss of a phase for x (B,3,H,W), labels (B,H,W): dict of scalars to be summed.
 
     Every size of the input is compared with labels at its own grid; the terms are means over the sizes. Labels
     shrink, logits do not grow.
@@ -550,60 +571,63 @@ def losses_of(model, net, x, labels, step, cfg):
         small, share = nearest_label(labels, logits.shape[2:]), 1 / len(outputs)
         total = F.cross_entropy(logits.float(), small, ignore_index=255, reduction="sum")
         losses["ce"] += share * total / (small != 255).sum().clamp(min=1)                 # 0 if all is void
-        if d2 is not None and step in ("warmup", "joint") and cfg.w_diversity:            # later d2 is fixed
+        if d2 is not None and phase in ("warmup", "joint") and cfg.w_diversity:            # later d2 is fixed
             loss = diversity_loss(d2, small, net.prototype_class, net.prototype_scale, net.pairs)
             losses["diversity"] = losses.get("diversity", 0.0) + share * cfg.w_diversity * loss
-    if step == "finetune":
+    if phase == "finetune":
         losses["l1"] = cfg.w_l1 * off_class_l1(net.last_layer.weight, net.prototype_class)
-    if step.startswith("group"):
+    if phase.startswith("group"):
         losses["l1"] = cfg.w_l1_group * off_class_l1(net.groups.last_layer.weight, net.groups.class_of_group)
         losses["entropy"] = cfg.w_entropy * entropy_loss(net.groups.weights, net.groups.members)
     return losses
 
 
-def train_step(model, net, optimizer, scheduler, x, labels, step, cfg):
+def train_step(model, net, optimizer, scheduler, x, labels, phase, cfg):
     """One iteration; returns the terms of the loss, detached, on the device. model: net, or DDP around it.
 
     The batch goes through in parts of --micro-batch images, whose gradients add up.
     """
     sums, size = {}, cfg.micro_batch or len(x)
+    parts = list(zip(x.split(size), labels.split(size)))
     optimizer.zero_grad(set_to_none=True)
-    for part, target in zip(x.split(size), labels.split(size)):
-        losses = losses_of(model, net, part, target, step, cfg)
-        (sum(losses.values()) * (len(part) / len(x))).backward()
+    for k, (part, target) in enumerate(parts, 1):
+        with contextlib.nullcontext() if model is net or k == len(parts) else model.no_sync():          # DDP: once
+            losses = losses_of(model, net, part, target, phase, cfg)
+            (sum(losses.values()) * (len(part) / len(x))).backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach() * (len(part) / len(x))
     optimizer.step()
     scheduler.step()
-    if step.startswith("group"):
+    if phase.startswith("group"):
         net.groups.project()
     return sums
 
 
-def build_optimizer(net, step, cfg, device):
-    """A fresh Adam for the step over what it trains (Sec. 6), and its schedule; nothing else gets a gradient."""
+def build_optimizer(net, phase, cfg, device):
+    """A fresh Adam for the phase over what it trains (Sec. 6), and its schedule; nothing else gets a gradient."""
     net.requires_grad_(False)
-    bn = {id(p) for m in net.backbone.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()}
+    norms = (nn.BatchNorm2d, nn.SyncBatchNorm)                       # the second under torchrun
+    bn = {id(p) for m in net.backbone.modules() if isinstance(m, norms) for p in m.parameters()}
     backbone = [p for p in net.backbone.parameters() if not (cfg.frozen_bn and id(p) in bn)]
     aspp = dict(params=list(net.aspp.parameters()), lr=cfg.lr, weight_decay=cfg.weight_decay)           # [D3]
     prototypes = [dict(params=[net.prototypes], lr=cfg.lr)] if isinstance(net, ScaleProtoSeg) else []
-    if step == "warmup":
+    if phase == "warmup":
         groups = [aspp, *prototypes]
-    elif step == "joint":
+    elif phase == "joint":
         groups = [dict(params=backbone, lr=cfg.backbone_lr, weight_decay=cfg.weight_decay), aspp, *prototypes]
-    elif step == "finetune":
+    elif phase == "finetune":
         groups = [dict(params=[net.last_layer.weight], lr=cfg.finetune_lr)]
-    elif step == "group_warmup":
+    elif phase == "group_warmup":
         groups = [dict(params=[net.groups.weights], lr=cfg.group_lr)]
     else:
         groups = [dict(params=[net.groups.weights, net.groups.last_layer.weight], lr=cfg.group_lr)]
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_(True)
-    net.frozen = step != "joint"
+    net.frozen = phase != "joint"
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
-    power = 0.9 if step.endswith("joint") else 0.0                   # 0: constant
-    return optimizer, run.poly_schedule(optimizer, max(getattr(cfg, step), 1), power)
+    power = 0.9 if phase.endswith("joint") else 0.0                   # 0: constant
+    return optimizer, run.poly_schedule(optimizer, max(getattr(cfg, phase), 1), power)
 
 
 # ---- projection, duplicates, pruning (released code) ---------------------------------------------------------
@@ -630,7 +654,8 @@ def project_prototypes(net, loader, device):
     best = torch.full((P,), math.inf, device=device)
     where = torch.full((P, 3), -1, device=device)                    # image, row, column
     for batch in tqdm(loader, desc="project", leave=False, disable=None):
-        z = net.maps(batch["image"].to(device, memory_format=torch.channels_last))[-1].float().sigmoid()   # (1,S*D,h,w)
+        x = batch["image"].to(device, memory_format=torch.channels_last)
+        z = net.maps(x)[-1].float().sigmoid()                        # (1,S*D,h,w)
         d2 = prototype_distances(z, net.prototypes, net.prototype_scale)[0]               # (P,h,w)
         labels = nearest_label(batch["mask"].to(device), d2.shape[1:])                    # (1,h,w)
         d2 = d2.masked_fill(labels != net.prototype_class[:, None, None], math.inf)
@@ -649,10 +674,11 @@ def project_prototypes(net, loader, device):
 def remove_duplicates(prototypes, prototype_class, prototype_scale):
     """Indices (int64, rising) that are left when of equal vectors of one class and scale only the first stays."""
     keys = torch.stack([prototype_class, prototype_scale], 1).to(prototypes.dtype)        # exact below 2^24
-    _, kind = torch.cat([keys, prototypes.detach()], 1).unique(dim=0, return_inverse=True)
-    index = torch.arange(len(kind), device=kind.device)
+    rows = torch.cat([keys, prototypes.detach()], 1).cpu()
+    _, kind = rows.unique(dim=0, return_inverse=True)
+    index = torch.arange(len(kind))
     first = torch.full_like(index[:int(kind.max()) + 1], len(kind)).scatter_reduce(0, kind, index, "amin")
-    return first.sort().values
+    return first.sort().values.to(prototypes.device)
 
 
 @torch.no_grad()
@@ -670,7 +696,7 @@ def prune_prototypes(net, loader, device, neighbours=6, least=3):
         void = nearest_label(mask, d2.shape[1:]) == 255              # (1,h,w)
         nearest, cell = d2.masked_fill(void, math.inf).flatten(1).min(1)                  # (P,)
         other = int(net.prototype_class.max()) + 1                   # void, and classes without prototypes
-        inside = F.one_hot(mask[0].clamp(max=other), other + 1).permute(2, 0, 1).float()
+        inside = torch.zeros(other + 1, *mask.shape[1:], device=device).scatter_(0, mask.clamp(max=other), 1)
         inside = F.adaptive_max_pool2d(inside, d2.shape[1:]).flatten(1)                   # (C+1,h*w)
         present = inside[net.prototype_class, cell].bool()
         distance.append(nearest)
@@ -692,7 +718,8 @@ def open_sets(cfg):
     """{"train", "project", "val", "test"}: SegmentationSets."""
     splits = dict(train=cfg.train_split, project=cfg.project_split or cfg.train_split, val=cfg.val_split,
                   test=cfg.test_split)
-    return {use: datasets.open_dataset(cfg.dataset, cfg.data, split) for use, split in splits.items()}
+    opened = {split: datasets.open_dataset(cfg.dataset, cfg.data, split) for split in dict.fromkeys(splits.values())}
+    return {use: opened[split] for use, split in splits.items()}
 
 
 def test_loader(data, cfg, device, rank=0, world=1):
@@ -706,31 +733,32 @@ def native_loader(data, cfg, device):
     return datasets.eval_loader(datasets.TestView(data, 0), cfg.workers, device)
 
 
-def train_part(net, step, sets, progress, cfg, device, rank, world):
-    """One step of STEPS with its log and checkpoints; starts where progress says, or does nothing if it is done."""
-    steps, out, total = STEPS[cfg.method], Path(cfg.out), getattr(cfg, step)
-    if steps.index(progress["step"]) > steps.index(step):
+def train_phase(net, phase, sets, progress, cfg, device, rank, world):
+    """One phase of PHASES with its log and checkpoints; starts where progress says, or does nothing if it is done."""
+    phases, out, total = PHASES[cfg.method], Path(cfg.out), getattr(cfg, phase)
+    if phases.index(progress["phase"]) > phases.index(phase):
         return
-    optimizer, scheduler = build_optimizer(net, step, cfg, device)
+    optimizer, scheduler = build_optimizer(net, phase, cfg, device)
     model, parts = run.distribute(net, device, world), dict(model=net, optimizer=optimizer, scheduler=scheduler)
-    if progress["step"] == step and progress["iteration"]:
+    if progress["phase"] == phase and progress["iteration"]:
         run.load_checkpoint(out / "last.pt", parts, device)
     else:
-        progress |= dict(step=step, iteration=0, sums={})
+        progress |= dict(phase=phase, iteration=0, sums={})
     start, offset, sums = progress["iteration"], progress["offset"], progress["sums"]
     view = training_view(sets["train"], cfg)
-    loader = datasets.train_loader(view, cfg.batch_size, cfg.seed, offset + start, offset + total, cfg.workers, device,
-                                   rank, world)
+    loader = datasets.train_loader(view, cfg.batch_size, cfg.seed, offset + start, offset + total, cfg.workers,
+                                   device, rank, world)
     began = time.perf_counter() - progress["seconds"]
     model.train()
-    bar = tqdm(loader, total=total, initial=start, desc=step, leave=False, disable=True if rank else None)
+    torch.backends.cudnn.benchmark = True                            # here alone: whole images differ in size
+    bar = tqdm(loader, total=total, initial=start, desc=phase, leave=False, disable=True if rank else None)
     for iteration, batch in enumerate(bar, start + 1):
-        for name, value in train_step(model, net, optimizer, scheduler, *to_device(batch, device), step, cfg).items():
+        for name, value in train_step(model, net, optimizer, scheduler, *to_device(batch, device), phase, cfg).items():
             sums[name] = sums.get(name, 0.0) + value                 # stays on the device: no sync per step
         saves = iteration % cfg.save_every == 0 or iteration == total
         evaluates = iteration % cfg.eval_every == 0 or iteration == total
         if saves or evaluates:
-            means = mean_losses(sums, (iteration - 1) % cfg.eval_every + 1, step, iteration)
+            means = mean_losses(sums, (iteration - 1) % cfg.eval_every + 1, phase, iteration)
         if evaluates:
             sums.clear()
             log_row(net, sets["val"], progress, means, iteration, scheduler.get_last_lr()[0],
@@ -739,34 +767,36 @@ def train_part(net, step, sets, progress, cfg, device, rank, world):
             run.share_buffers(net)
             progress |= dict(iteration=iteration, seconds=time.perf_counter() - began)
             run.save_checkpoint(out / "last.pt", parts, progress)
+    torch.backends.cudnn.benchmark = False
     progress |= dict(offset=offset + total, iteration=0, sums={})
 
 
-def mean_losses(sums, steps, step, iteration):
+def mean_losses(sums, steps, phase, iteration):
     """{name: sum on the device} -> {name: mean as a float} (rank 0 logs its own). UserError if one is not finite."""
     means = {name: float(value) / steps for name, value in sums.items()}
     if not all(map(math.isfinite, means.values())):
-        raise UserError(f"the loss is not finite ({means}) by iteration {iteration} of {step}: lower --lr, or use "
+        raise UserError(f"the loss is not finite ({means}) by iteration {iteration} of {phase}: lower --lr, or use "
                         "--amp off; --resume goes back to the last good checkpoint.")
     return means
 
 
 def log_row(net, val_set, progress, means, iteration, lr, seconds, cfg, device, rank, world):
-    """Evaluate on val, print, one more row of log.csv. The mIoU is that of the network's last stage so far."""
+    """Evaluate the network as it stands on val [D9], print, one more row of log.csv."""
     run.share_buffers(net)
-    scores = evaluate(net, test_loader(val_set, cfg, device, rank, world), val_set.num_classes, cfg, device, rank)
-    name, score = list(scores.items())[-1]
-    if progress["step"] in ("warmup", "joint") and "projected" in scores:
-        score = scores["projected"]                                  # the last layer is not trained yet: the same
-    row = dict(step=progress["step"], iteration=iteration, lr=lr)
+    torch.backends.cudnn.benchmark = False
+    loader = test_loader(val_set, cfg, device, rank, world)
+    score = evaluate(net, loader, val_set.num_classes, cfg, device, rank, stages=False)["final"]
+    row = dict(phase=progress["phase"], iteration=iteration, lr=lr)
     row |= {key: means.get(key, "") for key in ("ce", "diversity", "l1", "entropy")}
     row |= dict(val_miou=score["miou"], val_pixel_acc=score["pixel_acc"], seconds=seconds)
     progress["log"].append(row)
     if rank == 0:
         run.write_csv(Path(cfg.out) / "log.csv", progress["log"])
-        tqdm.write(f"{progress['step']} {iteration}: " + ", ".join(f"{k} {v:.3f}" for k, v in means.items())
-                   + f", {cfg.val_split} mIoU {score['miou']:.1f}, {run.duration(seconds)}")
+        texts = [f"{name} {value:.3f}" for name, value in means.items()]
+        texts += [f"{cfg.val_split} mIoU {score['miou']:.1f}", run.duration(seconds)]
+        tqdm.write(f"{progress['phase']} {iteration}: {', '.join(texts)}")
     net.train()
+    torch.backends.cudnn.benchmark = True
 
 
 def project(net, sets, progress, cfg, device, rank, world):
@@ -774,10 +804,10 @@ def project(net, sets, progress, cfg, device, rank, world):
 
     What the report needs goes into progress. All ranks do the same and end with rank 0's prototypes.
     """
-    steps, out, start = STEPS[cfg.method], Path(cfg.out), time.perf_counter()
-    if steps.index(progress["step"]) > steps.index("project"):
+    phases, out, start = PHASES[cfg.method], Path(cfg.out), time.perf_counter()
+    if phases.index(progress["phase"]) > phases.index("project"):
         return
-    if progress["step"] == "project":
+    if progress["phase"] == "project":
         run.load_checkpoint(out / "last.pt", dict(model=net), device)
         return
     net.requires_grad_(False)
@@ -785,24 +815,27 @@ def project(net, sets, progress, cfg, device, rank, world):
     sources, total = project_prototypes(net, loader, device), len(net.prototypes)
     if dist.is_initialized():
         dist.broadcast(net.prototypes.data, 0)                       # near ties may differ between GPUs
-    found = torch.tensor([source.image >= 0 for source in sources], device=device)
-    absent = sorted(set(net.prototype_class[~found].tolist()))
-    if not found.any():
+    moved = torch.tensor([source.image >= 0 for source in sources], device=device)
+    absent = sorted(set(net.prototype_class[~moved].tolist()))
+    if not moved.any():
         raise UserError(f"no pixel of the {cfg.project_split or cfg.train_split} split is labelled at the stride of "
                         "the network, so no prototype can be projected: check the masks.")
     distinct = remove_duplicates(net.prototypes, net.prototype_class, net.prototype_scale)
-    index = distinct[found[distinct]]
+    index = distinct[moved[distinct]]
     net.keep(index)
     counts = dict(prototypes_at_first=total, absent_classes=[progress["classes"][c] for c in absent],
-                  of_absent_classes=int((~found).sum()), duplicates=int(found.sum()) - len(index), pruned=0)
+                  of_absent_classes=int((~moved).sum()), duplicates=int(moved.sum()) - len(index), pruned=0)
     if cfg.method == "protoseg":
-        kept = prune_prototypes(net, loader, device)
+        kept = prune_prototypes(net, loader, device).to(torch.uint8)
+        if dist.is_initialized():
+            dist.broadcast(kept, 0)
+        kept = kept.bool()
         if not kept.any():
             raise UserError("ProtoSeg's pruning left no prototype: train longer (--schedule, --joint).")
         counts["pruned"] = int((~kept).sum())
         net.keep(kept.nonzero()[:, 0])
         index = index[kept]
-    progress |= dict(step="project", iteration=0, counts=counts, sources=[list(sources[p]) for p in index.tolist()],
+    progress |= dict(phase="project", iteration=0, counts=counts, sources=[list(sources[p]) for p in index.tolist()],
                      prototype_class=net.prototype_class.tolist(), prototype_scale=net.prototype_scale.tolist(),
                      seconds=progress["seconds"] + time.perf_counter() - start)
     if rank == 0:
@@ -813,14 +846,6 @@ def project(net, sets, progress, cfg, device, rank, world):
     run.save_checkpoint(out / "last.pt", dict(model=net), progress)
 
 
-def start_stage_2(net, progress, cfg, device):
-    """New groups, drawn by the seed alone, so that they do not depend on how stage 1 came here."""
-    if net.groups is None:
-        torch.manual_seed(cfg.seed + 2)
-        net.start_groups(cfg.groups)
-        net.to(device)
-
-
 def training_view(data, cfg):
     return datasets.TrainView(data, 0, cfg.crop, (cfg.scale_min, cfg.scale_max), photometric=False, crop_retries=0)
 
@@ -828,7 +853,8 @@ def training_view(data, cfg):
 def stage1_of(cfg, classes):
     """--stage1: (model's state, progress) at the end of another run's stage 1. UserError if it does not fit."""
     other = run.read_config(Config, cfg.stage1)
-    for name in ("method", "dataset", "backbone", "unet_width", "rates", "depth", "input_scales", "frozen_bn"):
+    for name in ("method", "dataset", "backbone", "output_stride", "unet_width", "rates", "depth", "input_scales",
+                 "frozen_bn"):
         if getattr(other, name) != getattr(cfg, name):
             raise UserError(f"--stage1 {cfg.stage1} was trained with --{name.replace('_', '-')} "
                             f"{getattr(other, name)}, not {getattr(cfg, name)}: use that run's settings.")
@@ -839,14 +865,10 @@ def stage1_of(cfg, classes):
 
 
 def prepare(cfg, sets, device, rank):
-    """(net, progress): new, from --stage1, or resumed. Makes the run folder once the model stands.
-
-    progress, in every checkpoint: step, iteration (done in it), offset (iterations of the steps before), seconds,
-    log, sums, classes, prototype_class, prototype_scale; after the projection also sources and counts.
-    """
+    """(net, progress): new, from --stage1, or resumed. Makes the run folder once the model stands."""
     last, classes = Path(cfg.out) / "last.pt", list(sets["train"].classes)
     prototype_class, prototype_scale = first_prototypes(cfg, len(classes))
-    progress = dict(step="warmup", iteration=0, offset=0, seconds=0.0, log=[], sums={}, classes=classes,
+    progress = dict(phase="warmup", iteration=0, offset=0, seconds=0.0, log=[], sums={}, classes=classes,
                     prototype_class=prototype_class, prototype_scale=prototype_scale)
     resumes, state = cfg.resume and last.exists(), None              # killed before the first: start again
     if resumes:
@@ -859,7 +881,7 @@ def prepare(cfg, sets, device, rank):
         run.load_checkpoint(last, dict(model=net), torch.device("cpu"))
     elif state:
         net.load_state_dict(state)
-        progress |= dict(step="group_warmup", iteration=0)           # stage 1 is done
+        progress |= dict(phase="group_warmup", iteration=0)           # stage 1 is done
     run.start_run(cfg, rank)
     torch.manual_seed(cfg.seed + 1 + rank)
     return net.to(device, memory_format=torch.channels_last), progress
@@ -869,7 +891,7 @@ def read_progress(cfg, classes=None):
     """The progress in OUT/last.pt. UserError: none, of another script, or of other classes than these."""
     path = Path(cfg.out) / "last.pt"
     progress = run.read_checkpoint(path)["progress"]
-    if not {"step", "classes", "offset"} <= set(progress):
+    if not {"phase", "classes", "offset"} <= set(progress):
         raise UserError(f"{path} is not a checkpoint of this script: pass the --out of one of its runs.")
     if classes is not None and progress["classes"] != list(classes):
         raise UserError(f"the run in {cfg.out} knows {len(progress['classes'])} classes and {cfg.dataset} in "
@@ -883,52 +905,56 @@ def train(cfg, device, rank=0, world=1):
     open_parts(sets["test"], cfg.parts)                              # a wrong --parts is told now
     net, progress = prepare(cfg, sets, device, rank)
     announce(net, sets, progress, cfg, device, rank, world)
-    for step in STEPS[cfg.method]:
-        if step == "project":
+    for phase in PHASES[cfg.method]:
+        if phase == "project":
             project(net, sets, progress, cfg, device, rank, world)
             continue
-        if step.startswith("group"):
-            start_stage_2(net, progress, cfg, device)
-        train_part(net, step, sets, progress, cfg, device, rank, world)
-        if step == "finetune" and progress["step"] == step:
+        if phase.startswith("group") and net.groups is None:
+            net.start_groups(cfg.groups, cfg.seed)
+        train_phase(net, phase, sets, progress, cfg, device, rank, world)
+        if phase == "finetune" and progress["phase"] == phase:
             run.save_checkpoint(out / "stage1.pt", dict(model=net), progress)
     return report(net, cfg, sets, progress, device, rank, world)
 
 
 def announce(net, sets, progress, cfg, device, rank, world):
-    """Iterations, expected time and peak memory, measured on one iteration of the joint step; changes nothing."""
-    steps = [step for step in STEPS[cfg.method] if step != "project"]
-    left = sum(getattr(cfg, step) for step in steps) - progress["offset"] - progress["iteration"]
-    if left <= 0 or progress["step"] not in ("warmup", "joint"):
+    """Expected time and peak memory, measured on one iteration of the joint phase; changes nothing.
+
+    Iterations in which nothing but a last layer or groups learn count as a forward pass.
+    """
+    left = cfg.warmup + cfg.joint - progress["offset"] - progress["iteration"]
+    if left <= 0 or progress["phase"] not in ("warmup", "joint"):
         return
+    later = sum(getattr(cfg, phase) for phase in PHASES[cfg.method][3:])
+    images = later * cfg.batch_size + (left + later) // cfg.eval_every * len(sets["val"]) + len(sets["test"])
     optimizer, scheduler = build_optimizer(net, "joint", cfg, device)
     parts, view = dict(model=net, optimizer=optimizer, scheduler=scheduler), training_view(sets["train"], cfg)
     net.train()
+    torch.backends.cudnn.benchmark = True
     run.announce(lambda batch: train_step(net, net, optimizer, scheduler, *to_device(batch, device), "joint", cfg),
                  lambda: default_collate([view[(i % len(view), i)] for i in range(cfg.batch_size // world)]),
-                 parts, left, left // cfg.eval_every * len(sets["val"]) + len(sets["test"]), cfg, device, rank, world)
+                 parts, left, images, cfg, device, rank, world)
 
 
 # ---- evaluation: IoU -----------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def evaluate(net, loader, num_classes, cfg, device, rank=0):
-    """{readout: rates in percent (common/metrics.py)} over the split, summed over ranks; one pass for all readouts.
+def evaluate(net, loader, num_classes, cfg, device, rank=0, stages=True):
+    """{stage: rates in percent (common/metrics.py)} over the split, summed over ranks; one pass for all stages.
 
-    Logits are resized to the label bilinearly, then argmax; void pixels do not count.
+    stages=False: only "final", the network as it predicts. Logits are resized to the label bilinearly, then argmax;
+    void pixels do not count.
     """
     net.eval()
-    tuned = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False                           # every image may have another size
     matrices = {}
     for batch in tqdm(loader, desc="evaluate", leave=False, disable=True if rank else None):
         x, labels = to_device(batch, device)
-        for name, logits in net.readouts(x, cfg).items():
+        logits = net.readouts(x, cfg) if stages else {"final": net.final_logits(x, cfg)}
+        for name, maps in logits.items():
             matrix = matrices.setdefault(name, ConfusionMatrix(num_classes, device))
-            matrix.update(labels, upsample(logits, labels.shape[1:]).argmax(1))
+            matrix.update(labels, upsample(maps, labels.shape[1:]).argmax(1))
     for matrix in matrices.values():
         matrix.all_reduce()
-    torch.backends.cudnn.benchmark = tuned
     return {name: matrix.summary() for name, matrix in matrices.items()}
 
 
@@ -955,7 +981,7 @@ def part_presence(similarity, class_mask, keypoints, num_parts, quantile=0.8, ov
     similarity (P,H,W) of P prototypes of a class at the image's size, class_mask (H,W) bool, keypoints (K,3): part
     id 1..Q, x, y -> present (P,Q) bool: some keypoint of the part lies on an active pixel; exists (Q,) bool: the
     image has a keypoint of it. Active: above the quantile and inside the class. The quantile of a map runs over
-    the pixels of the class ("class", ours) or over the whole map multiplied by the mask ("image") [D8].
+    the pixels of the class ("class", ours) or, to compare, over the whole map multiplied by the mask ("image") [D8].
     """
     pixels = similarity[:, class_mask] if over == "class" else (similarity * class_mask).flatten(1)       # (P,n)
     part, x, y = keypoints.long().unbind(1)
@@ -1051,46 +1077,40 @@ def part_purity(net, data, parts, cfg, device, most=10):
         return {}
     similarity, part = torch.stack(similarity), torch.stack(part)    # (images,P)
     value, top = similarity.topk(min(most, len(part)), dim=0)
-    there = F.one_hot(part.gather(0, top), area.shape[1]) * (value >= 0)[..., None]       # (most,P,Q+1)
-    share = there.sum(0).amax(1) / (value >= 0).sum(0).clamp(min=1)  # (P,)
-    chance = (area.amax(1) / area.sum(1).clamp(min=1))[net.prototype_class.cpu()]
+    shown = F.one_hot(part.gather(0, top), area.shape[1]) * (value >= 0)[..., None]       # (most,P,Q+1); 0 is no part
+    share = shown.sum(0)[:, 1:].amax(1) / (value >= 0).sum(0).clamp(min=1)                # (P,)
+    chance = (area[:, 1:].amax(1) / area.sum(1).clamp(min=1))[net.prototype_class.cpu()]
     counted = used.cpu() & torch.isin(net.prototype_class.cpu(), torch.tensor(parts.classes)) & (value[0] >= 0)
     if not counted.any():
         return {}
     return dict(purity=100 * share[counted].mean().item(), purity_by_chance=100 * chance[counted].mean().item())
 
 
-def scale_shares(net, similarity, c):
+def scale_shares(net, similarity, c, alpha=0.0):
     """How much each scale adds to the logit of class c through its own groups: (P,h,w) -> (S,h,w).
 
     A group's product h_g G_g is split in proportion to its members' parts of the exponent, w_m g_proto(m).
     """
     groups, num_groups = net.groups, net.groups.weights.shape[1]
-    members = groups.members[c]                                      # (N,)
-    there = members >= 0
-    parts = groups.weights[c][:, there, None, None] * similarity[members[there]]          # (G,n,h,w)
+    real = groups.members[c] >= 0                                    # (N,)
+    members = groups.members[c][real]                                # (n,)
+    parts = threshold_groups(groups.weights[c][:, real], alpha)[..., None, None] * similarity[members]  # (G,n,h,w)
     exponent = parts.sum(1, keepdim=True)
     own = slice(c * num_groups, (c + 1) * num_groups)
     products = groups.last_layer.weight[c, own, None, None] * exponent[:, 0].exp()        # (G,h,w)
     share = (products[:, None] * parts / exponent.clamp_min(1e-9)).sum(0)                 # (n,h,w)
-    scales = len(net.aspp)
-    return share.new_zeros(scales, *share.shape[1:]).index_add(0, net.prototype_scale[members[there]], share)
-
-
-def ranks(values):
-    """Ranks of the numbers (n,), equal ones share their mean rank."""
-    values = values.double()
-    below = (values[:, None] > values).sum(1).double()
-    equal = (values[:, None] == values).sum(1).double()
-    return below + (equal - 1) / 2
+    return share.new_zeros(len(net.aspp), *share.shape[1:]).index_add(0, net.prototype_scale[members], share)
 
 
 def rank_correlation(a, b):
-    """Spearman's: correlation of the ranks of a and b (n,); None if one of them does not vary."""
-    a, b = ranks(a), ranks(b)
-    if len(a) < 3 or a.std() == 0 or b.std() == 0:
+    """Spearman's: correlation of the ranks of a and b (n,), equal values share a rank; None if one does not vary."""
+    ranks = []
+    for values in (a, b):
+        _, place, count = values.unique(return_inverse=True, return_counts=True)
+        ranks.append((count.cumsum(0) - (count - 1) / 2)[place])
+    if len(a) < 3 or min(rank.std() for rank in ranks) == 0:
         return None
-    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 @torch.no_grad()
@@ -1110,13 +1130,13 @@ def size_and_scale(net, data, parts, cfg, device):
         sample = view[i]
         mask, objects = sample["mask"], objects.long()
         similarity = net.similarity(sample["image"][None].to(device))
-        prediction = upsample(net.logits(similarity), mask.shape).argmax(1)[0].cpu()
+        prediction = upsample(net.logits(similarity, cfg.threshold), mask.shape).argmax(1)[0].cpu()
         for number in objects.unique().tolist():
             inside = objects == number
             c = int(mask[inside][0])
             if number == 0 or (prediction[inside] == c).float().mean() < 0.5 or net.groups.members[c, 0] < 0:
                 continue
-            shares = upsample(scale_shares(net, similarity[0], c)[None], mask.shape, "bilinear")[0].cpu()
+            shares = upsample(scale_shares(net, similarity[0], c, cfg.threshold)[None], mask.shape)[0].cpu()
             rows.append((c, int(inside.sum()), int(shares[:, inside].sum(1).argmax())))
     if not rows:
         return {}
@@ -1136,11 +1156,13 @@ def sparsity(net, cfg):
     used, P, D = used_prototypes(net, cfg.threshold), *net.prototypes.shape
     if net.groups is None:
         weight = net.last_layer.weight
-        return dict(prototypes=P, mean_abs_weight=float(weight.detach().abs().mean()), extra_parameters=P * D + weight.numel())
+        return dict(prototypes=P, mean_abs_weight=float(weight.detach().abs().mean()),
+                    extra_parameters=P * D + weight.numel())
     weights, head = threshold_groups(net.groups.weights, cfg.threshold), net.groups.last_layer.weight
     alive = (net.groups.members >= 0).any(1)                         # classes with groups
     per_group = (weights > 0).sum(2)[alive].float()
-    return dict(prototypes=int(used.sum()), group_average=float(per_group.mean()), mean_abs_weight=float(head.detach().abs().mean()),
+    return dict(prototypes=int(used.sum()), group_average=float(per_group.mean()),
+                mean_abs_weight=float(head.detach().abs().mean()),
                 extra_parameters=int(used.sum()) * D + int((weights > 0).sum()) + head.numel())
 
 
@@ -1179,8 +1201,10 @@ def images_per_second(net, data, cfg, device):
     sample = datasets.TestView(data, cfg.test_size, cfg.test_square)[0]
     x = sample["image"][None].to(device, memory_format=torch.channels_last)
     net.eval()
-    last = (lambda: upsample(list(net.readouts(x, cfg).values())[-1], sample["mask"].shape).argmax(1))
-    return 1 / run.measured_speed(last, {}, device, repeats=11)
+
+    def label():
+        return upsample(net.final_logits(x, cfg), sample["mask"].shape).argmax(1)
+    return 1 / run.measured_speed(label, {}, device, repeats=11)
 
 
 # ---- evaluation: quasi-equivariant prototypes (Sec. 11) ------------------------------------------------------
@@ -1197,10 +1221,12 @@ def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_
     rates, P = numbers(cfg, "rates"), len(net.prototypes)
     factors = [rate / rates[0] for rate in rates]
     iou, seen = torch.zeros(len(quantiles), P, P, device=device), torch.zeros(P, P, device=device)
-    for batch in tqdm(native_loader(data, cfg, device), desc="equivariance", leave=False, disable=None):
+    count = min(cfg.equivariance, len(data))
+    chosen = Subset(datasets.TestView(data, 0), [k * len(data) // count for k in range(count)])
+    loader = datasets.eval_loader(chosen, cfg.workers, device)
+    for batch in tqdm(loader, desc="equivariance", leave=False, disable=None):
         x, mask = to_device(batch, device)
-        small = [x if f == 1 else F.interpolate(x, scale_factor=1 / f, mode="bilinear", antialias=True) for f in factors]
-        maps = [net.similarity(image)[0] for image in small]         # (P,h,w) for each size of the image
+        maps = [net.similarity(shrunk(x, f))[0] for f in factors]    # (P,h,w) for each size of the image
         for s in range(len(rates)):
             for t in range(s + 1, len(rates)):
                 larger = maps[s]                                     # of the image shrunk by r(s): for scale t
@@ -1219,6 +1245,10 @@ def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_
     return {f"{q:g}": equivariance_ratios(net, iou[k], least) for k, q in enumerate(quantiles)}
 
 
+def shrunk(x, factor):
+    return x if factor == 1 else F.interpolate(x, scale_factor=1 / factor, mode="bilinear", antialias=True)
+
+
 def pairwise_iou(a, b):
     """IoU of every row of a (n,k) bool with every row of b (m,k) bool -> (n,m)."""
     a, b = a.float(), b.float()
@@ -1233,14 +1263,12 @@ def equivariance_ratios(net, iou, least):
     for i, j, _ in pairs:
         a, b = group[i], group[j]
         group = [min(a, b) if g in (a, b) else g for g in group]
-    found = {group[i] for pair in pairs for i in pair[:2]}
-    classes = {int(net.prototype_class[i]) for i, _, _ in pairs}
-    kept, with_prototypes = len(found), net.prototype_class.unique().numel()
-    in_pairs = {i for pair in pairs for i in pair[:2]}
-    total = with_prototypes * (net.groups.weights.shape[1] if net.groups is not None else 1)
-    return dict(groups=kept, groups_to_learned_groups=100 * kept / total,
-                prototypes_in_groups=100 * len(in_pairs) / len(iou),
-                classes_with_groups=100 * len(classes) / with_prototypes, pairs=pairs)
+    paired = {p for pair in pairs for p in pair[:2]}
+    num_groups, classes = len({group[p] for p in paired}), {int(net.prototype_class[p]) for p in paired}
+    known = net.prototype_class.unique().numel()                     # classes with prototypes
+    return dict(groups=num_groups, groups_to_learned_groups=100 * num_groups / (known * net.groups.weights.shape[1]),
+                prototypes_in_groups=100 * len(paired) / len(iou), classes_with_groups=100 * len(classes) / known,
+                pairs=sorted(pairs, key=lambda pair: -pair[2]))
 
 
 # ---- report --------------------------------------------------------------------------------------------------
@@ -1255,17 +1283,16 @@ def report(net, cfg, sets, progress, device, rank, world):
     if all(rate is None for rate in final["iou"]):
         raise UserError(f"no pixel of the {cfg.test_split} split is labelled, so there is nothing to score: check "
                         "its masks, or choose another --test-split.")
-    names = {"projected": "stage1_projected", "finetuned": "stage1_finetuned", "groups": "stage2",
-             "thresholded": "stage2_thresholded", "plain": "plain"}
     metrics = {key: final[key] for key in ("miou", "macc", "pixel_acc")}
     metrics |= dict(iou=dict(zip(data.classes, final["iou"])), absent=[data.classes[c] for c in final["absent"]])
-    metrics |= {names[name]: dict(miou=score["miou"], pixel_acc=score["pixel_acc"],
-                                  iou=dict(zip(data.classes, score["iou"]))) for name, score in scores.items()}
+    for stage, score in scores.items():
+        iou = dict(zip(data.classes, score["iou"]))
+        metrics[stage] = dict(miou=score["miou"], pixel_acc=score["pixel_acc"], iou=iou)
     if cfg.method != "deeplab":
         metrics |= progress["counts"] | sparsity(net, cfg) | analyse(net, cfg, sets, device)
     metrics |= dict(images_per_second=images_per_second(net, data, cfg, device), split=cfg.test_split,
                     preset=cfg.preset, method=cfg.method, seed=cfg.seed, threshold=cfg.threshold,
-                    iterations={step: getattr(cfg, step) for step in STEPS[cfg.method] if step != "project"},
+                    iterations={phase: getattr(cfg, phase) for phase in PHASES[cfg.method] if phase != "project"},
                     seconds=round(progress["seconds"], 1), device=device.type, processes=world,
                     parameters=sum(p.numel() for p in net.parameters()))
     run.write_json(out / "metrics.json", metrics)
@@ -1295,22 +1322,51 @@ def analyse(net, cfg, sets, device):
 
 # ---- figures -------------------------------------------------------------------------------------------------
 
-FIGURE_CLASSES = 20                                                  # so many classes get figures of their own
-LOG_MAX = math.log(1e4)                                              # highest similarity and log group activation
+FIGURE_CLASSES, WIDTH = 20, 400                                      # classes with figures; pixels of a picture
 
 
-def read_sample(data, i, square=0):
-    """Image uint8 (3,H,W), label (H,W) and network input (1,3,H,W) of one picture in its own size."""
-    image, mask = data.read(i)
-    return image, mask.long(), datasets.normalise(image)[None]
+class Drawing(NamedTuple):
+    """What the figures of a run need. sources: the images that prototypes were projected to."""
+    net: nn.Module
+    cfg: Config
+    progress: dict
+    test: datasets.SegmentationSet
+    sources: datasets.SegmentationSet
+    device: torch.device
 
 
-def exemplars(data, most=FIGURE_CLASSES):
-    """{class id: number of the test image that shows most of it}, for the `most` classes with the most pixels."""
-    counts = torch.stack([torch.bincount(data.read_mask(i).flatten(), minlength=256)[:data.num_classes]
-                          for i in range(len(data))])                # (images,C)
-    order = counts.sum(0).argsort(descending=True, stable=True)[:most].tolist()
-    return {c: int(counts[:, c].argmax()) for c in sorted(order) if counts[:, c].any()}
+class Tile(NamedTuple):
+    """Pictures of a projected prototype, uint8 (3,h,w)."""
+    patch: torch.Tensor                                              # what it was projected to, the cell framed
+    boxed: torch.Tensor                                              # the whole image, a frame around the patch
+    heat: torch.Tensor                                               # its activation on this image
+    caption: str                                                     # "p12, car, rate 6"
+
+
+def shrink(image):
+    """uint8 (3,H,W), at most WIDTH wide: a figure shows no more, and heat maps of large images are slow."""
+    return image if image.shape[2] <= WIDTH else resize(image, [round(WIDTH * image.shape[1] / image.shape[2]), WIDTH])
+
+
+def framed(image, box):
+    """shrink() of the image with a frame that is still seen: at least 3 % of the width on a side."""
+    least, frame = 3 * image.shape[2] // 100, []
+    for low, high in (box[:2], box[2:]):
+        middle, half = (low + high) / 2, max(high - low, least) / 2
+        frame += [middle - half, middle + half]
+    return shrink(figures.draw_box(image, frame, width=max(2, image.shape[2] // 120)))
+
+
+def heat(image, values, vmax=None):
+    """Heat map from 0 to vmax, or to the values' 99th percentile: one cell of 9.2 would leave the rest black."""
+    values = values.cpu()
+    return figures.heatmap(shrink(image), values, vmin=0,
+                           vmax=float(row_quantile(values.flatten()[None], 0.99)) if vmax is None else vmax)
+
+
+def cell_block(cell, grid, size):
+    """y0, y1, x0, x1 in pixels of an image (H,W) of a cell (row, column) in a grid (h,w), ends exclusive."""
+    return [edge for k in (0, 1) for edge in (cell[k] * size[k] // grid[k], -(-(cell[k] + 1) * size[k] // grid[k]))]
 
 
 def region_box(similarity, cell, mask, margin=5):
@@ -1319,44 +1375,68 @@ def region_box(similarity, cell, mask, margin=5):
     The connected region above the map's 95th percentile inside the mask that touches the cell, and `margin` pixels
     (released code).
     """
-    (H, W), (h, w), (row, column) = mask.shape, similarity.shape, cell
-    values = upsample(similarity[None, None], (H, W), "bicubic")[0, 0].cpu() * mask.cpu()
+    H, W = mask.shape
+    values = upsample(similarity[None, None], (H, W), "bicubic")[0, 0].cpu() * mask
     active = values > row_quantile(values.flatten()[None], 0.95)[0]
-    block = slice(row * H // h, -(-(row + 1) * H // h)), slice(column * W // w, -(-(column + 1) * W // w))
-    active[block] = True
+    y0, y1, x0, x1 = cell_block(cell, similarity.shape, (H, W))
+    active[y0:y1, x0:x1] = True
     regions = torch.from_numpy(connected_components(active.to(torch.uint8).numpy()))
-    y, x = (regions == regions[block][0, 0]).nonzero().T
+    y, x = (regions == regions[y0, x0]).nonzero().T
     return (max(int(y.min()) - margin, 0), min(int(y.max()) + 1 + margin, H),
             max(int(x.min()) - margin, 0), min(int(x.max()) + 1 + margin, W))
 
 
-class Tile(NamedTuple):
-    """Pictures of a projected prototype, all uint8 (3,h,w)."""
-    patch: torch.Tensor                                              # what it was projected to
-    boxed: torch.Tensor                                              # the image, with a frame around the patch
-    heat: torch.Tensor                                               # its activation on this image
-    caption: str                                                     # "p12, car, rate 6"
+def read_sample(data, i):
+    """Image uint8 (3,H,W), label (H,W) and network input (1,3,H,W) of one picture in its own size."""
+    image, mask = data.read(i)
+    return image, mask.long(), datasets.normalise(image)[None]
+
+
+def network_input(image, cfg, device):
+    """uint8 (3,H,W) -> (1,3,h,w) as tested."""
+    fit = datasets.resize_to_square if cfg.test_square else datasets.resize_to_short_side
+    return datasets.normalise(fit(image, cfg.test_size))[None].to(device)
+
+
+def predict_labels(net, image, cfg, device):
+    """uint8 (3,H,W) -> class ids (H,W) uint8 on the CPU."""
+    logits = net.final_logits(network_input(image, cfg, device), cfg)
+    return upsample(logits, image.shape[1:]).argmax(1)[0].to(torch.uint8).cpu()
+
+
+def exemplars(data, most=FIGURE_CLASSES):
+    """{class id: number of the image that shows most of it}, for the `most` classes with the most pixels."""
+    counts = torch.stack([torch.bincount(data.read_mask(i).flatten(), minlength=256)[:data.num_classes]
+                          for i in range(len(data))])                # (images,C)
+    order = counts.sum(0).argsort(descending=True, stable=True)[:most].tolist()
+    return {c: int(counts[:, c].argmax()) for c in sorted(order) if counts[:, c].any()}
+
+
+def class_file(d, c):
+    return d.progress["classes"][c].replace(" ", "-").replace("/", "-")
+
+
+def caption_of(d, p):
+    scale = f", rate {d.cfg.rates[int(d.net.prototype_scale[p])]}" if d.cfg.method == "scaleprotoseg" else ""
+    return f"p{p}, {d.progress['classes'][int(d.net.prototype_class[p])]}{scale}"
 
 
 @torch.no_grad()
-def prototype_tiles(net, which, progress, data, cfg, device):
-    """{p: Tile} for the prototypes `which`; data: the images that they were projected to."""
+def prototype_tiles(d, which):
+    """{p: Tile} for the prototypes `which`."""
     by_image, tiles = {}, {}
     for p in which:
-        by_image.setdefault(progress["sources"][p][0], []).append(p)
+        by_image.setdefault(d.progress["sources"][p][0], []).append(p)
     for i, members in by_image.items():
-        image, mask, x = read_sample(data, i)
-        similarity = net.similarity(x.to(device))[0].cpu()
+        image, mask, x = read_sample(d.sources, i)
+        similarity = d.net.similarity(x.to(d.device))[0].cpu()
         for p in members:
-            box = region_box(similarity[p], progress["sources"][p][1:3], mask == int(net.prototype_class[p]))
-            tiles[p] = Tile(image[:, box[0]:box[1], box[2]:box[3]], figures.draw_box(image, box),
-                            figures.heatmap(image, similarity[p], vmin=0), caption_of(net, p, progress, cfg))
+            cell = d.progress["sources"][p][1:3]
+            y0, y1, x0, x1 = box = region_box(similarity[p], cell, mask == int(d.net.prototype_class[p]))
+            marked = figures.draw_box(image, cell_block(cell, similarity.shape[1:], mask.shape), width=1)
+            tiles[p] = Tile(shrink(marked[:, y0:y1, x0:x1]), framed(image, box), heat(image, similarity[p]),
+                            caption_of(d, p))
     return tiles
-
-
-def caption_of(net, p, progress, cfg):
-    scale = f", rate {cfg.rates[int(net.prototype_scale[p])]}" if cfg.method == "scaleprotoseg" else ""
-    return f"p{p}, {progress['classes'][int(net.prototype_class[p])]}{scale}"
 
 
 def members_of(net, c, g, alpha):
@@ -1368,196 +1448,193 @@ def members_of(net, c, g, alpha):
 def draw_figures(net, cfg, sets, progress, metrics, device):
     """All figures of a run; the README says what each shows."""
     net.eval()
-    folder, shown = Path(cfg.out) / "figures", exemplars(sets["test"])
-    draw_examples(net, cfg, sets["test"], folder, device)
+    d, folder = Drawing(net, cfg, progress, sets["test"], sets["project"], device), Path(cfg.out) / "figures"
+    draw_examples(d, folder)
     if cfg.method == "deeplab":
         return
-    which = [p for p, c in enumerate(net.prototype_class.tolist()) if c in shown]
-    tiles = prototype_tiles(net, which, progress, sets["project"], cfg, device)
-    draw_prototypes(net, cfg, progress, shown, tiles, folder)
-    draw_nearest_patches(net, cfg, sets["test"], shown, tiles, folder, device)
-    draw_nearest_prototypes(net, cfg, sets, progress, tiles, folder, device)
+    shown = exemplars(d.test)
+    tiles = prototype_tiles(d, [p for p, c in enumerate(net.prototype_class.tolist()) if c in shown])
+    draw_prototypes(d, shown, tiles, folder)
+    draw_nearest_patches(d, shown, tiles, folder)
+    draw_nearest_prototypes(d, tiles, folder)
     if net.groups is not None:
         for c, i in shown.items():
-            draw_groups(net, cfg, sets["test"], c, i, progress, tiles, folder, device)
+            draw_groups(d, c, i, tiles, folder)
     if "equivariance" in metrics:
-        draw_equivariance(net, cfg, sets["project"], metrics["equivariance"], progress, tiles, folder, device)
+        draw_equivariance(d, metrics["equivariance"], tiles, folder)
 
 
-@torch.no_grad()
-def predict_labels(net, x, size, cfg):
-    """Network input (1,3,h,w) -> class ids (H,W) uint8 on the CPU, by the last readout."""
-    logits = list(net.readouts(x, cfg).values())[-1]
-    return upsample(logits, size).argmax(1)[0].to(torch.uint8).cpu()
+def label_cells(d, image, name, label, prediction):
+    """A row: image, label, prediction; and the classes to be named below."""
+    cells = [(shrink(image), name), (shrink(figures.overlay(image, label)), "label"),
+             (shrink(figures.overlay(image, prediction)), "prediction")]
+    return cells, {*label.unique().tolist(), *prediction.unique().tolist()} - {255}
 
 
-def network_input(image, cfg, device):
-    """uint8 (3,H,W) -> (1,3,h,w) as tested."""
-    size = cfg.test_size
-    if cfg.test_square:
-        resized = datasets.resize_to_square(image, size)
-    else:
-        resized = datasets.resize_to_short_side(image, size)
-    return datasets.normalise(resized)[None].to(device)
+def legend_of(d, present):
+    return {c: d.progress["classes"][c] for c in sorted(present)}
 
 
-def draw_examples(net, cfg, data, folder, device):
+def draw_examples(d, folder):
     """examples.png: images, labels, predictions."""
     rows, present = [], set()
-    for i in sorted({round(k * (len(data) - 1) / 3) for k in range(4)}):
-        image, label = data.read(i)
-        prediction = predict_labels(net, network_input(image, cfg, device), label.shape, cfg)
-        present |= {*label.unique().tolist(), *prediction.unique().tolist()} - {255}
-        rows.append([(image, data.name_of(i)), (figures.overlay(image, label), "label"),
-                     (figures.overlay(image, prediction), "prediction")])
-    figures.save_grid(folder / "examples.png", rows, title=f"{cfg.test_split} images",
-                      legend={c: data.classes[c] for c in sorted(present)})
+    for i in sorted({round(k * (len(d.test) - 1) / 3) for k in range(4)}):
+        image, label = d.test.read(i)
+        cells, ids = label_cells(d, image, d.test.name_of(i), label, predict_labels(d.net, image, d.cfg, d.device))
+        rows.append(cells)
+        present |= ids
+    figures.save_grid(folder / "examples.png", rows, title=f"{d.cfg.test_split} images", legend=legend_of(d, present))
 
 
-def draw_prototypes(net, cfg, progress, shown, tiles, folder):
+def draw_prototypes(d, shown, tiles, folder):
     """prototypes-CLASS.png: a row for each scale; every prototype in its source image, and its activation there."""
-    used = used_prototypes(net, cfg.threshold).tolist()
+    used = used_prototypes(d.net, d.cfg.threshold).tolist()
     for c in shown:
-        own = [p for p in tiles if int(net.prototype_class[p]) == c]
         rows = []
-        for s in range(len(cfg.rates)):
+        for s in range(len(d.cfg.rates)):
             row = []
-            for p in own:
-                if int(net.prototype_scale[p]) == s:
+            for p in sorted(tiles):
+                if (int(d.net.prototype_class[p]), int(d.net.prototype_scale[p])) == (c, s):
                     row += [(tiles[p].boxed, tiles[p].caption + ("" if used[p] else " (in no group)")),
                             (tiles[p].heat, "activation")]
             rows += [row[k:k + 6] for k in range(0, len(row), 6)]
         if rows:
-            figures.save_grid(folder / f"prototypes-{file_name(progress, c)}.png", rows, cell=170,
-                              title=f"Prototypes of {progress['classes'][c]}: the training image that each is a "
+            figures.save_grid(folder / f"prototypes-{class_file(d, c)}.png", rows, cell=170,
+                              title=f"Prototypes of {d.progress['classes'][c]}: the training image that each is a "
                               "patch of, and its activation there")
 
 
-def file_name(progress, c):
-    return progress["classes"][c].replace(" ", "-").replace("/", "-")
-
-
 @torch.no_grad()
-def draw_groups(net, cfg, data, c, i, progress, tiles, folder, device):
+def draw_groups(d, c, i, tiles, folder):
     """groups-CLASS.png (Fig. 11 to 13, 26): every group on the test image i, its members, weights, activations."""
-    image, mask, x = read_sample(data, i)
-    similarity = net.similarity(x.to(device))[0]
-    label = figures.overlay(image, torch.where(mask == c, mask, 255))
-    prediction = predict_labels(net, network_input(image, cfg, device), mask.shape, cfg)
-    prediction = figures.overlay(image, torch.where(prediction == c, prediction, 255))
-    rows = [[(image, data.name_of(i)), (label, f"label {data.classes[c]}"), (prediction, "prediction")]]
-    rows += group_rows(net, cfg, c, image, similarity, tiles)
-    figures.save_grid(folder / f"groups-{file_name(progress, c)}.png", rows, cell=160,
-                      title=f"The groups of {data.classes[c]}: activation (logarithm) and members, weight x similarity at "
-                      "their strongest cell")
+    image, mask = d.test.read(i)
+    similarity, name = d.net.similarity(network_input(image, d.cfg, d.device))[0], d.test.classes[c]
+    only = [torch.where(ids == c, ids, 255) for ids in (mask, predict_labels(d.net, image, d.cfg, d.device))]
+    cells, _ = label_cells(d, image, d.test.name_of(i), *only)
+    rows = [cells, *group_rows(d, [c], image, similarity, tiles)]
+    figures.save_grid(folder / f"groups-{class_file(d, c)}.png", rows, cell=160,
+                      title=f"The groups of {name}: activation (logarithm), and the heaviest members: patch, "
+                      "weight x similarity at their strongest cell")
 
 
-def group_rows(net, cfg, c, image, similarity, tiles, most=3):
-    """Rows for save_grid: a group's activation on an image, then its `most` heaviest members: patch, activation."""
-    num_groups, rows = net.groups.weights.shape[1], []
-    activation = net.groups.activations(similarity[None], cfg.threshold)[0].log()         # (C*G,h,w)
-    for g in range(num_groups):
+def group_rows(d, classes, image, similarity, tiles, most=3, cell=None):
+    """Rows for save_grid: activation of a group on an image, then its `most` heaviest members: patch, activation.
+
+    All group maps have one colour scale, and all members' maps one. cell: say the numbers there, not the highest.
+    """
+    groups, num_groups = d.net.groups, d.net.groups.weights.shape[1]
+    activation = groups.activations(similarity[None], d.cfg.threshold)[0]                 # (C*G,h,w)
+    which = [(c, g, members_of(d.net, c, g, d.cfg.threshold)) for c in classes for g in range(num_groups)]
+    top = float(activation[torch.isin(groups.class_of_group.cpu(), torch.tensor(classes))].max().log())
+    top_member = max([float(similarity[p].max()) for _, _, members in which for p, _ in members[:most]], default=1.0)
+    rows, most_text = [], "at most " if cell is None else ""
+    for c, g, members in which:
         f = c * num_groups + g
-        weight = float(net.groups.last_layer.weight[c, f])
-        row = [(figures.heatmap(image, activation[f], vmin=0), f"group {g + 1}, {weight:.2f} of the logit")]
-        for p, w in members_of(net, c, g, cfg.threshold)[:most]:
-            row += [(tiles[p].patch, f"{tiles[p].caption}: {w:.2f}"),
-                    (figures.heatmap(image, similarity[p], vmin=0), f"{w:.2f} x {similarity[p].max():.1f}")]
+        weight, name = float(groups.last_layer.weight[c, f]), f"{d.progress['classes'][c]}, group {g + 1}"
+        value = float(activation[f].max() if cell is None else activation[(f, *cell)])
+        row = [(heat(image, activation[f].log(), top),
+                f"{name}: {weight:.2f} x {most_text}{value:.1f} = {weight * value:.2f}")]
+        for p, w in members[:most]:
+            value = float(similarity[p].max() if cell is None else similarity[(p, *cell)])
+            row += [(tiles[p].patch, tiles[p].caption),
+                    (heat(image, similarity[p], top_member), f"weight {w:.2f} x {most_text}{value:.2f}")]
+        if len(members) > most:
+            row[-1] = (row[-1][0], f"{row[-1][1]}; {len(members) - most} more members")
         rows.append(row)
     return rows
 
 
+def prototype_rows(d, which, image, similarity, tiles, cell=None):
+    """The same for ProtoSeg, which has no groups: a row for each prototype."""
+    top, rows = max([float(similarity[p].max()) for p in which], default=1.0), []
+    for p in which:
+        c = int(d.net.prototype_class[p])
+        value = float(similarity[p].max() if cell is None else similarity[(p, *cell)])
+        weight = float(d.net.last_layer.weight[c, p])
+        rows.append([(tiles[p].boxed, tiles[p].caption), (heat(image, similarity[p], top),
+                     f"{weight:.2f} x {'at most ' if cell is None else ''}{value:.2f} = {weight * value:.2f}")])
+    return rows
+
+
 @torch.no_grad()
-def draw_nearest_patches(net, cfg, data, shown, tiles, folder, device, most=3):
+def draw_nearest_patches(d, shown, tiles, folder, most=3):
     """nearest_patches.png (Fig. 14 to 19): a prototype of each class, and its nearest patches in test images."""
-    used, chosen = used_prototypes(net, cfg.threshold).tolist(), {}
+    used, chosen = used_prototypes(d.net, d.cfg.threshold).tolist(), []
     for c in shown:                                                  # the heaviest in the groups, or the first
-        own = [p for p in tiles if int(net.prototype_class[p]) == c and used[p]]
-        if own and net.groups is not None:
-            weight = Counter()
-            for g in range(net.groups.weights.shape[1]):
-                weight.update(dict(members_of(net, c, g, cfg.threshold)))
-            own = [weight.most_common(1)[0][0]]
-        if own:
-            chosen[c] = own[0]
-    index, best = list(chosen.values()), []
-    for i in tqdm(range(len(data)), desc="nearest patches", leave=False, disable=None):
-        best.append(net.similarity(read_sample(data, i)[2].to(device))[0, index].flatten(1).amax(1).cpu())
-    top = torch.stack(best).topk(min(most, len(best)), dim=0).indices                     # (most,classes)
-    rows = []
-    for k, p in enumerate(index):
+        weight = Counter({p: 0.0 for p in sorted(tiles) if int(d.net.prototype_class[p]) == c and used[p]})
+        for g in range(d.net.groups.weights.shape[1] if d.net.groups is not None else 0):
+            weight.update(dict(members_of(d.net, c, g, d.cfg.threshold)))
+        chosen += [p for p, _ in weight.most_common(1)]
+    best = [d.net.similarity(read_sample(d.test, i)[2].to(d.device))[0, chosen].flatten(1).amax(1).cpu()
+            for i in tqdm(range(len(d.test)), desc="nearest patches", leave=False, disable=None)]
+    top, rows = torch.stack(best).topk(min(most, len(best)), dim=0).indices, []           # (most,classes)
+    for k, p in enumerate(chosen):
         row = [(tiles[p].boxed, tiles[p].caption), (tiles[p].heat, "activation")]
         for i in top[:, k].tolist():
-            image, mask, x = read_sample(data, i)
-            s = net.similarity(x.to(device))[0, p].cpu()
+            image, mask, x = read_sample(d.test, i)
+            s = d.net.similarity(x.to(d.device))[0, p].cpu()
             cell = divmod(int(s.argmax()), s.shape[1])
-            box = region_box(s, cell, torch.ones_like(mask, dtype=torch.bool))
-            inside = mask[box[0]:box[1], box[2]:box[3]].flatten()
-            found = int(inside[inside != 255].mode().values) if (inside != 255).any() else None
-            row += [(figures.draw_box(image, box), "void" if found is None else f"on {data.classes[found]}"),
-                    (figures.heatmap(image, s, vmin=0), f"up to {s.max():.1f}")]
+            label = int(nearest_label(mask[None], s.shape)[(0, *cell)])
+            row += [(framed(image, region_box(s, cell, torch.ones_like(mask, dtype=torch.bool))),
+                     "void" if label == 255 else f"on {d.test.classes[label]}"),
+                    (heat(image, s), f"up to {s.max():.1f}")]
         rows.append(row)
-    figures.save_grid(folder / "nearest_patches.png", rows, cell=130,
-                      title=f"Prototypes and their nearest patches in {cfg.test_split} images (Fig. 14 to 19)")
+    if rows:
+        figures.save_grid(folder / "nearest_patches.png", rows, cell=130,
+                          title=f"Prototypes and their nearest patches in {d.cfg.test_split} images (Fig. 14 to 19)")
 
 
 @torch.no_grad()
-def draw_nearest_prototypes(net, cfg, sets, progress, tiles, folder, device, images=2, patches=3):
+def draw_nearest_prototypes(d, tiles, folder, images=2, patches=3):
     """nearest_prototypes-N.png (Fig. 20 to 25): random patches of an image and the prototypes nearest to each."""
-    generator, data = torch.Generator().manual_seed(cfg.seed), sets["test"]
-    used = used_prototypes(net, cfg.threshold)
+    generator, used = torch.Generator().manual_seed(d.cfg.seed), used_prototypes(d.net, d.cfg.threshold)
     for n in range(images):
-        i = int(torch.randint(len(data), (), generator=generator))
-        image, mask, x = read_sample(data, i)
-        similarity = net.similarity(x.to(device))[0]                 # (P,h,w)
-        h, w = similarity.shape[1:]
+        i = int(torch.randint(len(d.test), (), generator=generator))
+        image, mask, x = read_sample(d.test, i)
+        similarity = d.net.similarity(x.to(d.device))[0]             # (P,h,w)
+        labels = nearest_label(mask[None], similarity.shape[1:])[0]
         rows, everywhere = [], torch.ones_like(mask, dtype=torch.bool)
         for _ in range(patches):
-            row, column = (int(torch.randint(side, (), generator=generator)) for side in (h, w))
-            order = similarity[:, row, column].masked_fill(~used, -1).topk(min(3, len(used))).indices.tolist()
-            lost = [p for p in order if p not in tiles]              # of a class without figures of its own
-            tiles = tiles | prototype_tiles(net, lost, progress, sets["project"], cfg, device)
-            block = (row * mask.shape[0] // h, -(-(row + 1) * mask.shape[0] // h),
-                     column * mask.shape[1] // w, -(-(column + 1) * mask.shape[1] // w))
-            label = int(mask[(block[0] + block[1]) // 2, (block[2] + block[3]) // 2])
-            cells = [(figures.draw_box(image, block), "void" if label == 255 else data.classes[label])]
+            cell = [int(torch.randint(side, (), generator=generator)) for side in labels.shape]
+            here = similarity[:, cell[0], cell[1]].masked_fill(~used, -1)
+            order = here.topk(min(3, len(used))).indices.tolist()
+            tiles = tiles | prototype_tiles(d, [p for p in order if p not in tiles])      # of classes without figures
+            label = int(labels[cell[0], cell[1]])
+            row = [(framed(image, cell_block(cell, labels.shape, mask.shape)),
+                    "void" if label == 255 else d.test.classes[label])]
             for p in order:
-                s = similarity[p].cpu()
-                cells += [(tiles[p].boxed, tiles[p].caption),
-                          (figures.draw_box(figures.heatmap(image, s, vmin=0), region_box(s, (row, column), everywhere)),
-                           f"similarity {s[row, column]:.1f}")]
-            rows.append(cells)
+                box = region_box(similarity[p].cpu(), cell, everywhere)
+                row += [(tiles[p].boxed, tiles[p].caption), (framed(image, box), f"similarity {here[p]:.1f}")]
+            rows.append(row)
         figures.save_grid(folder / f"nearest_prototypes-{n + 1}.png", rows, cell=150,
-                          title=f"Random patches of {data.name_of(i)} and the prototypes nearest to them (Fig. 20 to 25)")
+                          title=f"Random patches of {d.test.name_of(i)}, the prototypes nearest to them, and the "
+                          "region around the patch that each of these lights up (Fig. 20 to 25)")
 
 
 @torch.no_grad()
-def draw_equivariance(net, cfg, data, found, progress, tiles, folder, device, most=8):
+def draw_equivariance(d, found, tiles, folder, most=8):
     """equivariance.png (Fig. 7): the ratios. equivariant_pairs.png (Fig. 8 to 10): pairs, each on its own size."""
     ratios = ("groups_to_learned_groups", "prototypes_in_groups", "classes_with_groups")
-    figures.save_bars(folder / "equivariance.png", {f"p_th = {q}": [r[name] for name in ratios] for q, r in found.items()},
-                      ["groups / learned groups", "prototypes in a group", "classes with a group"],
-                      title="Quasi-equivariant prototypes (Fig. 7)")
-    pairs = sorted(found[min(found)]["pairs"], key=lambda pair: -pair[2])
-    best = list({int(net.prototype_class[i]): (i, j, iou) for i, j, iou in reversed(pairs)}.values())[::-1][:most]
-    factors, rows = [rate / numbers(cfg, "rates")[0] for rate in numbers(cfg, "rates")], []
-    tiles = tiles | prototype_tiles(net, [p for pair in best for p in pair[:2] if p not in tiles], progress, data, cfg,
-                                    device)
-    for i, j, iou in best:
-        image, mask, x = read_sample(data, progress["sources"][j][0])                     # an image of the class
-        inside, row = mask == int(net.prototype_class[i]), []
+    series = {f"p_th = {q}": [r[name] for name in ratios] for q, r in found.items()}
+    figures.save_bars(folder / "equivariance.png", series, ["groups / learned groups", "prototypes in a group",
+                      "classes with a group"], title="Quasi-equivariant prototypes (Fig. 7)")
+    best, quantile = {}, min(found)
+    for i, j, iou in found[quantile]["pairs"]:                       # the best of each class
+        best.setdefault(int(d.net.prototype_class[i]), (i, j, iou))
+    rates, rows = numbers(d.cfg, "rates"), []
+    for c, (i, j, iou) in list(best.items())[:most]:
+        image, mask, x = read_sample(d.sources, d.progress["sources"][j][0])              # an image of the class
+        tiles, row = tiles | prototype_tiles(d, [p for p in (i, j) if p not in tiles]), []
         for p, other in ((i, j), (j, i)):
-            factor = factors[int(net.prototype_scale[other])]        # the image is shrunk by the other's ratio
-            small = x if factor == 1 else F.interpolate(x, scale_factor=1 / factor, mode="bilinear", antialias=True)
-            s = upsample(net.similarity(small.to(device))[:, [p]], mask.shape)[0, 0].cpu()
-            bright = inside & (s >= row_quantile(s[inside][None], float(min(found)))[0])
+            factor = rates[int(d.net.prototype_scale[other])] / rates[0]                  # the other's ratio
+            s = upsample(d.net.similarity(shrunk(x, factor).to(d.device))[:, [p]], mask.shape)[0, 0].cpu()
+            bright = (mask == c) & (s >= row_quantile(s[mask == c][None], float(quantile)))
             row += [(tiles[p].boxed, tiles[p].caption),
-                    (figures.overlay(image, torch.where(bright, 3, 255)), f"image shrunk by {factor:g}")]
-        row[-1] = (row[-1][0], f"{row[-1][1]}; IoU {iou:.2f}")
+                    (shrink(torch.where(bright, image, image // 3)), f"image shrunk by {factor:g}, IoU {iou:.2f}")]
         rows.append(row)
     if rows:
         figures.save_grid(folder / "equivariant_pairs.png", rows, cell=180, title="Quasi-equivariant pairs: either "
-                          "prototype, and its most active part of the class (Fig. 8 to 10)")
+                          "prototype, and its most active part of the class (bright) (Fig. 8 to 10)")
 
 
 # ---- why? explanations of a trained run ----------------------------------------------------------------------
@@ -1566,94 +1643,82 @@ def draw_equivariance(net, cfg, data, found, progress, tiles, folder, device, mo
 def explain_cell(net, similarity, c, cell, alpha=0.0):
     """Why does a cell (row, column) have its logit of class c? similarity (P,h,w) -> dict of plain numbers.
 
-    logit = sum of the contributions of own + others, exactly as the network computes it. Of a group: contribution
-    = weight x activation, activation = exp(sum over members of weight x similarity). ProtoSeg: own prototypes
-    in place of groups, contribution = weight x similarity.
+    logit = sum of the contributions of own + constant + others, exactly as the network computes it. Of an own group:
+    contribution = weight x activation, activation = exp(sum over members of weight x similarity). The groups of other
+    classes have activation 1 where they see nothing: constant = the sum of their weights, others = the sum of
+    weight x (activation - 1), against = the three that lower the logit most. ProtoSeg: prototypes in place of
+    groups, similarities in place of activations; constant = 0.
     """
     s = similarity[:, cell[0], cell[1]]                              # (P,)
     if net.groups is None:
-        terms, own = net.last_layer.weight[c] * s, net.prototype_class == c
-        order = (terms * own).argsort(descending=True).tolist()
-        parts = [dict(prototype=p, weight=float(net.last_layer.weight[c, p]), similarity=float(s[p]),
-                      contribution=float(terms[p])) for p in order if own[p]]
+        weight, value, nothing, owner = net.last_layer.weight[c], s, torch.zeros_like(s), net.prototype_class
     else:
-        activation = net.groups.activations(s[None, :, None, None], alpha)[0, :, 0, 0]    # (C*G,)
-        weight, num_groups = net.groups.last_layer.weight[c], net.groups.weights.shape[1]
-        terms, own = weight * activation, net.groups.class_of_group == c
-        parts = [dict(group=g, weight=float(weight[f]), activation=float(activation[f]), contribution=float(terms[f]),
-                      members=[dict(prototype=p, scale=int(net.prototype_scale[p]), weight=w, similarity=float(s[p]))
-                               for p, w in members_of(net, c, g, alpha)])
-                 for g, f in enumerate(range(c * num_groups, (c + 1) * num_groups))]
-    return dict(logit=float(terms.sum()), own=parts, others=float(terms[~own].sum()))
+        groups = net.groups
+        weight, owner = groups.last_layer.weight[c], groups.class_of_group
+        value = groups.activations(s[None, :, None, None], alpha)[0, :, 0, 0]             # (C*G,)
+        nothing = (groups.members >= 0).any(1)[owner].to(value.dtype)                     # 1, or 0 without members
+    own, num_own = owner == c, 0 if net.groups is None else net.groups.weights.shape[1]
+    terms, others = weight * value, weight * (value - nothing)
+    parts = [dict(weight=float(weight[f]), activation=float(value[f]), contribution=float(terms[f]),
+                  **(dict(group=f - c * num_own, members=[
+                      dict(prototype=p, scale=int(net.prototype_scale[p]), weight=w, similarity=float(s[p]))
+                      for p, w in members_of(net, c, f - c * num_own, alpha)]) if num_own else dict(prototype=f)))
+             for f in own.nonzero()[:, 0].tolist()]
+    lowest = others.masked_fill(own, math.inf).argsort()[:3].tolist()
+    return dict(logit=float(terms.sum()), own=parts, constant=float((weight * nothing)[~own].sum()),
+                others=float(others[~own].sum()),
+                against=[{"class": int(owner[f]), "contribution": float(others[f])} for f in lowest
+                         if others[f] < 0])
 
 
 @torch.no_grad()
 def explain(cfg, device):
     """--explain IMAGE: OUT/explanations/NAME-CLASS.png and .json. Returns the numbers."""
-    net, progress, project_set = load_run(cfg, device)
-    classes, path = progress["classes"], Path(cfg.explain)
-    image = datasets.read_image(path)
-    x = network_input(image, cfg, device)
-    similarity = net.similarity(x)[0]                                # (P,h,w)
-    logits = net.logits(similarity[None], cfg.threshold)[0]          # (C,h,w)
+    d, path = load_run(cfg, device), Path(cfg.explain)
+    classes, image = d.progress["classes"], datasets.read_image(path)
+    similarity = d.net.similarity(network_input(image, cfg, device))[0]                   # (P,h,w)
+    logits = d.net.logits(similarity[None], cfg.threshold)[0]        # (C,h,w)
     (H, W), (h, w) = image.shape[1:], logits.shape[1:]
     c = class_id(cfg.class_, classes, "--class") if cfg.class_ else None
     if cfg.pixel:
-        px, py = numbers(cfg, "pixel")
-        if not (0 <= px < W and 0 <= py < H):
-            raise UserError(f"--pixel {px} {py} lies outside {path}, which is {W} x {H}: give x and y inside it.")
-        cell = py * h // H, px * w // W
+        x, y = numbers(cfg, "pixel")
+        if not (0 <= x < W and 0 <= y < H):
+            raise UserError(f"--pixel {x} {y} lies outside {path}, which is {W} x {H}: give x and y inside it.")
+        cell = y * h // H, x * w // W
         c = int(logits[:, cell[0], cell[1]].argmax()) if c is None else c
     else:
         c = int(torch.bincount(logits.argmax(0).flatten()).argmax()) if c is None else c
         cell = divmod(int(logits[c].argmax()), w)
-    found = explain_cell(net, similarity, c, cell, cfg.threshold)
-    found |= {"class": classes[c], "predicted": classes[int(logits[:, cell[0], cell[1]].argmax())],
-              "x": (2 * cell[1] + 1) * W // (2 * w), "y": (2 * cell[0] + 1) * H // (2 * h)}
-    target = Path(cfg.out) / "explanations" / f"{path.stem}-{file_name(progress, c)}"
-    draw_explanation(net, image, similarity, cell, c, found, progress, project_set, target.with_suffix(".png"), cfg, device)
-    run.write_json(target.with_suffix(".json"), found)
+    y0, y1, x0, x1 = block = cell_block(cell, (h, w), (H, W))
+    found = {"class": classes[c], "predicted": classes[int(logits[:, cell[0], cell[1]].argmax())],
+             "x": (x0 + x1) // 2, "y": (y0 + y1) // 2} | explain_cell(d.net, similarity, c, cell, cfg.threshold)
+    for part in found["against"]:
+        part["class"] = classes[part["class"]]
+    target = Path(cfg.out) / "explanations" / f"{path.stem}-{class_file(d, c)}"
+    prediction = predict_labels(d.net, image, cfg, device)
+    cells = [(framed(image, block), "the pixel"), (shrink(figures.overlay(image, prediction)), "prediction"),
+             (figures.heatmap(shrink(image), logits[c]), f"logit of {classes[c]}")]
+    if d.net.groups is None:
+        which = [part["prototype"] for part in sorted(found["own"], key=lambda part: -part["contribution"])[:6]]
+        rows = prototype_rows(d, which, image, similarity, prototype_tiles(d, which), cell)
+    else:
+        which = {member["prototype"] for part in found["own"] for member in part["members"][:3]}
+        rows = group_rows(d, [c], image, similarity, prototype_tiles(d, sorted(which)), cell=cell)
+    figures.save_grid(f"{target}.png", [cells, *rows], cell=170, title=explanation_text(found),
+                      legend=legend_of(d, prediction.unique().tolist()))
+    run.write_json(f"{target}.json", found)
     print(f"{explanation_text(found)}; see {target}.png")
     return found
 
 
 def explanation_text(found):
-    terms = [f"group {part['group'] + 1} {part['contribution']:.2f}" if "group" in part else
-             f"p{part['prototype']} {part['contribution']:.2f}" for part in found["own"]]
-    more = f" + {len(terms) - 6} more" if len(terms) > 6 else ""
+    terms = [(f"group {part['group'] + 1}" if "group" in part else f"p{part['prototype']}", part["contribution"])
+             for part in found["own"]]
+    against = ", ".join(f"{part['class']} {part['contribution']:.2f}" for part in found["against"])
     return (f"{found['class']} at x {found['x']}, y {found['y']} (predicted: {found['predicted']}): logit "
-            f"{found['logit']:.2f} = {' + '.join(terms[:6])}{more} + other classes {found['others']:.2f}")
-
-
-def draw_explanation(net, image, similarity, cell, c, found, progress, data, path, cfg, device):
-    """The pixel, the prediction, and for each group its activation and heaviest members: patch, activation here."""
-    (H, W), (h, w) = image.shape[1:], similarity.shape[1:]
-    block = (cell[0] * H // h, -(-(cell[0] + 1) * H // h), cell[1] * W // w, -(-(cell[1] + 1) * W // w))
-    prediction = predict_labels(net, network_input(image, cfg, device), (H, W), cfg)
-    logit = net.logits(similarity[None], cfg.threshold)[0, c]
-    rows = [[(figures.draw_box(image, block), "the pixel"), (figures.overlay(image, prediction), "prediction"),
-             (figures.heatmap(image, logit), f"logit of {found['class']}")]]
-    if net.groups is None:
-        top = found["own"][:6]
-        tiles = prototype_tiles(net, [part["prototype"] for part in top], progress, data, cfg, device)
-        rows += [[(tiles[part["prototype"]].boxed, tiles[part["prototype"]].caption),
-                  (figures.heatmap(image, similarity[part["prototype"]], vmin=0),
-                   f"{part['weight']:.2f} x {part['similarity']:.2f} = {part['contribution']:.2f}")] for part in top]
-    else:
-        activation = net.groups.activations(similarity[None], cfg.threshold)[0].log()
-        which = {m["prototype"] for part in found["own"] for m in part["members"][:3]}
-        tiles = prototype_tiles(net, sorted(which), progress, data, cfg, device)
-        for part in found["own"]:
-            f = c * net.groups.weights.shape[1] + part["group"]
-            row = [(figures.heatmap(image, activation[f], vmin=0), f"group {part['group'] + 1}: {part['weight']:.3f} x "
-                    f"{part['activation']:.1f} = {part['contribution']:.2f}")]
-            for m in part["members"][:3]:
-                p = m["prototype"]
-                row += [(tiles[p].patch, tiles[p].caption),
-                        (figures.heatmap(image, similarity[p], vmin=0), f"exp({m['weight']:.2f} x {m['similarity']:.2f})")]
-            rows.append(row)
-    present = {int(k): progress["classes"][int(k)] for k in prediction.unique()}
-    figures.save_grid(path, rows, cell=170, title=explanation_text(found), legend=present)
+            f"{found['logit']:.2f} = " + " + ".join(f"{value:.2f} ({name})" for name, value in terms)
+            + f" + {found['constant']:.2f} (constant) + {found['others']:.2f} (other classes"
+            + (f", most of all {against})" if against else ")"))
 
 
 def class_id(name, classes, option):
@@ -1664,87 +1729,86 @@ def class_id(name, classes, option):
 
 @torch.no_grad()
 def failures(cfg, device, most=3):
-    """--failure CLASS (Sec. 17): OUT/failures/CLASS-N.png for the test images with the most pixels of the class that
-    are predicted as something else, among those with an IoU of the class below --failure-iou. Returns the list."""
-    net, progress, project_set = load_run(cfg, device)
-    data = datasets.open_dataset(cfg.dataset, cfg.data, cfg.test_split)
-    c, found = class_id(cfg.failure, progress["classes"], "--failure"), []
-    for i in tqdm(range(len(data)), desc="failures", leave=False, disable=None):
-        if not (data.read_mask(i) == c).any():
+    """--failure CLASS (Sec. 17): OUT/failures/CLASS-N.png for the test images with the most wrong pixels of the class,
+    missed or invented, among those with an IoU of the class below --failure-iou. Returns the list."""
+    d, found = load_run(cfg, device), []
+    c = class_id(cfg.failure, d.progress["classes"], "--failure")
+    for i in tqdm(range(len(d.test)), desc="failures", leave=False, disable=None):
+        if not (d.test.read_mask(i) == c).any():
             continue
-        image, mask = data.read(i)
-        prediction = predict_labels(net, network_input(image, cfg, device), mask.shape, cfg)
+        image, mask = d.test.read(i)
+        prediction = predict_labels(d.net, image, cfg, device)
         own, said = mask == c, (prediction == c) & (mask != 255)
         iou = float((own & said).sum() / (own | said).sum())
         if iou < cfg.failure_iou:
-            wrong = torch.bincount(prediction[own & ~said].long(), minlength=data.num_classes)
-            found.append(dict(image=i, name=data.name_of(i), iou=iou, missed=int(wrong.sum()),
+            wrong = torch.bincount(torch.cat([prediction[own & ~said], mask[said & ~own]]).long(),
+                                   minlength=d.test.num_classes)
+            found.append(dict(image=i, name=d.test.name_of(i), iou=iou, wrong=int(wrong.sum()),
                               confused_with=int(wrong.argmax())))
-    found = sorted(found, key=lambda row: -row["missed"])
+    found = sorted(found, key=lambda row: -row["wrong"])
     if not found:
-        print(f"no {cfg.test_split} image with {cfg.failure} has an IoU below {cfg.failure_iou:g}: raise --failure-iou.")
+        print(f"no {cfg.test_split} image with {cfg.failure} has an IoU below {cfg.failure_iou:g}: raise it.")
     for n, row in enumerate(found[:most], 1):
-        path = Path(cfg.out) / "failures" / f"{file_name(progress, c)}-{n}.png"
-        draw_failure(net, cfg, data, c, row, progress, project_set, path, device)
-        print(f"{row['name']}: IoU {100 * row['iou']:.0f} %, taken for {data.classes[row['confused_with']]}; see {path}")
+        path = Path(cfg.out) / "failures" / f"{class_file(d, c)}-{n}.png"
+        draw_failure(d, c, row, path)
+        print(f"{row['name']}: IoU {100 * row['iou']:.0f} %, confused with {d.test.classes[row['confused_with']]}; "
+              f"see {path}")
     return found
 
 
-def draw_failure(net, cfg, data, c, row, progress, project_set, path, device):
+def draw_failure(d, c, row, path):
     """Fig. 27 to 35: label and prediction, then the groups (ProtoSeg: prototypes) of both classes on the image."""
-    image, mask = data.read(row["image"])
-    prediction = predict_labels(net, network_input(image, cfg, device), mask.shape, cfg)
-    present = sorted({*mask.unique().tolist(), *prediction.unique().tolist()} - {255})
-    rows = [[(image, row["name"]), (figures.overlay(image, mask), "label"), (figures.overlay(image, prediction), "prediction")]]
-    similarity = net.similarity(network_input(image, cfg, device))[0]
-    for k in (c, row["confused_with"]):
-        own = (net.prototype_class == k).nonzero()[:, 0].tolist()
-        tiles = prototype_tiles(net, own, progress, project_set, cfg, device)
-        if net.groups is not None:
-            rows += [[(picture, f"{data.classes[k]}, {text}" if n == 0 else text) for n, (picture, text) in enumerate(cells)]
-                     for cells in group_rows(net, cfg, k, image, similarity, tiles, most=2)]
-        else:
-            strongest = sorted(own, key=lambda p: -float(similarity[p].max()))[:3]
-            rows.append([cell for p in strongest for cell in (
-                (tiles[p].boxed, tiles[p].caption),
-                (figures.heatmap(image, similarity[p], vmin=0, vmax=LOG_MAX), f"up to {similarity[p].max():.1f}"))])
-    figures.save_grid(path, rows, cell=170, legend={k: data.classes[k] for k in present},
-                      title=f"{data.classes[c]}: IoU {100 * row['iou']:.0f} %, most often taken for "
-                      f"{data.classes[row['confused_with']]} (Sec. 17)")
+    image, mask = d.test.read(row["image"])
+    cells, present = label_cells(d, image, row["name"], mask, predict_labels(d.net, image, d.cfg, d.device))
+    similarity, both = d.net.similarity(network_input(image, d.cfg, d.device))[0], [c, row["confused_with"]]
+    own = torch.isin(d.net.prototype_class.cpu(), torch.tensor(both)).nonzero()[:, 0].tolist()
+    if d.net.groups is not None:
+        rows = group_rows(d, both, image, similarity, prototype_tiles(d, own), most=2)
+    else:
+        strongest = sorted(own, key=lambda p: -float(similarity[p].max()))
+        which = [p for k in both for p in [p for p in strongest if int(d.net.prototype_class[p]) == k][:3]]
+        rows = prototype_rows(d, which, image, similarity, prototype_tiles(d, which))
+    figures.save_grid(path, [cells, *rows], cell=170, legend=legend_of(d, present),
+                      title=f"{d.test.classes[c]}: IoU {100 * row['iou']:.0f} %, most often confused with "
+                      f"{d.test.classes[row['confused_with']]} (Sec. 17)")
 
 
 # ---- use a trained run ---------------------------------------------------------------------------------------
 
-def load_run(cfg, device, explains=True):
-    """(network in eval mode, progress, images that prototypes come from) of the run in cfg.out."""
-    if explains and cfg.method == "deeplab":
-        raise UserError(f"the run in {cfg.out} is a plain network, which has no prototypes to explain it with: pass a "
-                        "run of scaleprotoseg or protoseg.")
-    progress = read_progress(cfg)
+def load_network(cfg, device, classes=None):
+    """The network of the run in cfg.out in eval mode, and its progress. classes: those it must know, if given."""
+    progress = read_progress(cfg, classes)
     if "sources" not in progress and cfg.method != "deeplab":
         raise UserError(f"the run in {cfg.out} has not come to the projection yet: let it finish (--resume).")
     net = build_model(cfg, progress).to(device, memory_format=torch.channels_last)
     run.load_checkpoint(Path(cfg.out) / "last.pt", dict(model=net), device)
-    split = cfg.project_split or cfg.train_split
-    data = datasets.open_dataset(cfg.dataset, cfg.data, split) if explains else None
-    return net.eval(), progress, data
+    return net.eval(), progress
+
+
+def load_run(cfg, device):
+    """The run in cfg.out, to explain or draw it."""
+    if cfg.method == "deeplab":
+        raise UserError(f"the run in {cfg.out} is a plain network, which has no prototypes to explain it with: pass a "
+                        "run of scaleprotoseg or protoseg.")
+    net, progress = load_network(cfg, device)
+    sets = open_sets(cfg)
+    return Drawing(net, cfg, progress, sets["test"], sets["project"], device)
 
 
 def evaluate_run(cfg, device, rank, world):
     """--eval-only: the run in OUT on --test-split, into metrics.json and figures/ again."""
     sets = open_sets(cfg)
-    net, progress, _ = load_run(cfg, device, explains=False)
-    read_progress(cfg, sets["test"].classes)
+    net, progress = load_network(cfg, device, sets["test"].classes)
     return report(net, cfg, sets, progress, device, rank, world)
 
 
 def predict(cfg, device):
     """--predict: for every image OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png."""
-    net, progress, _ = load_run(cfg, device, explains=False)
+    net, progress = load_network(cfg, device)
     classes, folder = progress["classes"], Path(cfg.out) / "predictions"
     for path in tqdm(datasets.list_images(cfg.predict), desc="predict", disable=None):
         image = datasets.read_image(path)
-        ids = predict_labels(net, network_input(image, cfg, device), image.shape[1:], cfg)
+        ids = predict_labels(net, image, cfg, device)
         picture = Image.fromarray(ids.numpy())
         picture.putpalette(figures.palette(256).flatten().tolist())  # ids stay ids; a viewer shows colours
         for name, content in (("", picture), ("_overlay", to_pil_image(figures.overlay(image, ids)))):
@@ -1757,37 +1821,33 @@ def predict(cfg, device):
 
 # ---- tables of the paper -------------------------------------------------------------------------------------
 
-PAPER = {                                                            # data set -> row -> what is printed
-    5: {"em": {"protoseg 1": 77.63, "protoseg 2": 78.92, "scaleprotoseg 1": 77.97, "scaleprotoseg 2": 79.29}},
+PAPER = {                                                            # table -> data set -> row -> what is printed
+    5: {"EM": {"protoseg 1": 77.63, "protoseg 2": 78.92, "scaleprotoseg 1": 77.97, "scaleprotoseg 2": 79.29}},
     7: {"Pascal": {0.0: (133, 4.00, 72.11), 0.05: (131, 3.70, 72.26), 0.1: (126, 3.21, 72.12)},
         "Cityscapes": {0.0: (114, 3.68, 69.20), 0.05: (111, 3.39, 69.22), 0.1: (109, 3.10, 69.03)},
         "ADE20K": {0.0: (1168, 4.53, 34.03), 0.05: (1132, 4.08, 34.32), 0.1: (1067, 3.48, 34.16)}},
     8: {"Pascal": {"off": (146, 5.59, 72.22), "on": (131, 3.70, 72.26)},
         "Cityscapes": {"off": (132, 5.79, 69.22), "on": (111, 3.39, 69.22)},
         "ADE20K": {"off": (1405, 6.06, 33.40), "on": (1132, 4.08, 34.32)}},
-    9: {"Pascal": {"off": (47.45,), "on": (28.29,)}, "Cityscapes": {"off": (61.65,), "on": (43.48,)},
-        "ADE20K": {"off": (50.25,), "on": (42.74,)}},
+    9: {"Pascal": {"off": 47.45, "on": 28.29}, "Cityscapes": {"off": 61.65, "on": 43.48},
+        "ADE20K": {"off": 50.25, "on": 42.74}},
     10: {"Pascal": {"protoseg": (0.527, 12100, 20.7), "scaleprotoseg": (0.063, 9100, 15.6)},
          "Cityscapes": {"protoseg": (0.523, 9900, 52.5), "scaleprotoseg": (0.071, 7600, 5.1)},
          "ADE20K": {"protoseg": (0.503, 238200, 51.9), "scaleprotoseg": (0.437, 135400, 14.5)}},
 }
-TABLE_NOTES = {
-    5: "IoU on EM (ISBI 2012), mean over both classes; the plain network is not in the paper",
-    7: "thresholds of the group weights", 8: "entropy loss of the groups, off and on",
-    9: "overlap of a class's groups, entropy loss off and on",
-    10: "last layer and cost: mean |w|, parameters beyond DeepLabv2, images a second (ours: one image, synchronised)",
-}
-COLUMNS = {
-    5: {"mIoU": "miou"},
-    7: {"prototypes": "prototypes", "of a group": "group_average", "mIoU": "miou"},
-    8: {"prototypes": "prototypes", "of a group": "group_average", "mIoU": "miou"},
-    9: {"group overlap": "group_overlap"},
-    10: {"mean |w|": "mean_abs_weight", "parameters": "extra_parameters", "images/s": "images_per_second"},
+GROUP_COLUMNS = {"prototypes": "prototypes", "of a group": "group_average", "mIoU": "miou"}
+TABLES = {                                                           # table -> what it is about, our columns
+    5: ("three methods; on EM two random cuts. The paper: mIoU, mean of 3 runs, no plain network", {"mIoU": "miou"}),
+    7: ("thresholds of the group weights", GROUP_COLUMNS),
+    8: ("entropy loss of the groups, off and on", GROUP_COLUMNS),
+    9: ("overlap of a class's groups, entropy loss off and on", {"group overlap": "group_overlap"}),
+    10: ("last layer and cost: mean |w|, parameters beyond DeepLabv2, images a second (ours: one image, synchronised)",
+         {"mean |w|": "mean_abs_weight", "parameters": "extra_parameters", "images/s": "images_per_second"}),
 }
 
 
 def run_table(cfg, device, rank, world):
-    """--table: every row as a run in OUT/rows/, then OUT/tableN.md. Finished rows are kept, and so tables share them."""
+    """--table: every row as a run in OUT/rows/, then OUT/tableN.md. Finished rows are kept, so tables share them."""
     rows = Path(cfg.out) / "rows"
 
     def row(name, **changes):
@@ -1797,20 +1857,21 @@ def run_table(cfg, device, rank, world):
         return run.finished_row(train, row_cfg, device, rank, world)
 
     if cfg.table == 5:
-        cuts = (1, 2) if cfg.dataset == "em" else (1,)
-        splits = {k: dict(train_split=f"train-{k}", val_split=f"val-{k}", test_split=f"val-{k}") if cfg.dataset == "em"
-                  else {} for k in cuts}
-        found = {f"{method} {k}": row(f"{method} {k}", method=method, **splits[k])
-                 for method in ("deeplab", "protoseg", "scaleprotoseg") for k in cuts}
+        cuts = {"": {}}
+        if cfg.dataset == "em":
+            cuts = {f" {k}": dict(train_split=f"train-{k}", val_split=f"val-{k}", test_split=f"val-{k}")
+                    for k in (1, 2)}
+        found = {method + cut: row(method + cut, method=method, **splits)
+                 for method in ("deeplab", "protoseg", "scaleprotoseg") for cut, splits in cuts.items()}
     elif cfg.table == 10:
         found = {method: row(method, method=method) for method in ("protoseg", "scaleprotoseg")}
     else:
-        found = {"on": row("scaleprotoseg", method="scaleprotoseg")}
+        method, first = dict(method="scaleprotoseg"), str(rows / "scaleprotoseg")
+        with_entropy = row("scaleprotoseg", **method)
         if cfg.table == 7:
-            found = thresholds(replace(cfg, table=0, method="scaleprotoseg", out=str(rows / "scaleprotoseg")), device)
+            found = thresholds(replace(cfg, out=first, **method), device, rank, world)
         else:
-            found = {"off": row("entropy off", method="scaleprotoseg", w_entropy=0.0, stage1=str(rows / "scaleprotoseg")),
-                     "on": found["on"]}
+            found = {"off": row("entropy off", w_entropy=0.0, stage1=first, **method), "on": with_entropy}
             if rank == 0:
                 draw_entropy(cfg, rows, device)
     if rank == 0:
@@ -1821,31 +1882,31 @@ def run_table(cfg, device, rank, world):
     return found
 
 
-def thresholds(cfg, device):
+def thresholds(cfg, device, rank, world):
     """Table 7: the run in cfg.out with other thresholds; nothing is trained again."""
-    net, _, _ = load_run(cfg, device, explains=False)
+    net, _ = load_network(cfg, device)
     data, found = datasets.open_dataset(cfg.dataset, cfg.data, cfg.test_split), {}
     for alpha in PAPER[7]["Pascal"]:
         changed = replace(cfg, threshold=alpha)
-        scores = evaluate(net, test_loader(data, cfg, device), data.num_classes, changed, device)
-        found[alpha] = dict(miou=scores["thresholded"]["miou"]) | sparsity(net, changed)
+        loader = test_loader(data, cfg, device, rank, world)
+        scores = evaluate(net, loader, data.num_classes, changed, device, rank, stages=False)
+        found[alpha] = dict(miou=scores["final"]["miou"]) | sparsity(net, changed)
     return found
 
 
 @torch.no_grad()
 def draw_entropy(cfg, rows, device, most=6):
     """Fig. 6: OUT/entropy.png, the groups of some classes without (left) and with (right) the entropy loss."""
-    data = datasets.open_dataset(cfg.dataset, cfg.data, cfg.test_split)
-    nets = [load_run(replace(cfg, method="scaleprotoseg", out=str(rows / name)), device, explains=False)[0]
-            for name in ("entropy-off", "scaleprotoseg")]
-    lines, num_groups = [], cfg.groups
+    runs = {name: load_run(replace(cfg, method="scaleprotoseg", out=str(rows / folder)), device)
+            for name, folder in (("off", "entropy-off"), ("on", "scaleprotoseg"))}
+    lines, data = [], runs["on"].test
     for c, i in list(exemplars(data).items())[-most:]:
         image, _, x = read_sample(data, i)
-        line = [(image, data.classes[c])]
-        for net, name in zip(nets, ("off", "on")):
-            activation = net.groups.activations(net.similarity(x.to(device)), cfg.threshold)[0].log()
-            line += [(figures.heatmap(image, activation[c * num_groups + g], vmin=0), f"entropy {name}, group {g + 1}")
-                     for g in range(num_groups)]
+        line = [(shrink(image), data.classes[c])]
+        for name, d in runs.items():
+            activation = d.net.groups.activations(d.net.similarity(x.to(device)), cfg.threshold)[0].log()
+            own = activation.unflatten(0, (-1, cfg.groups))[c]       # (G,h,w)
+            line += [(heat(image, s, float(own.max())), f"entropy {name}, group {g}") for g, s in enumerate(own, 1)]
         lines.append(line)
     figures.save_grid(Path(cfg.out) / "entropy.png", lines, cell=150,
                       title="Group activations (logarithm) without and with the entropy loss (Fig. 6)")
@@ -1853,18 +1914,16 @@ def draw_entropy(cfg, rows, device, most=6):
 
 def table_lines(cfg, found, device):
     """Markdown of a table: our numbers, then the paper's. found: row -> metrics."""
-    columns, paper = COLUMNS[cfg.table], PAPER[cfg.table]
-    lines = [f"Table {cfg.table}: {TABLE_NOTES[cfg.table]}. Preset {cfg.preset}, {cfg.joint} joint and "
-             f"{cfg.group_joint} group iterations, seed {cfg.seed}, {device.type}.\n",
+    (about, columns), paper = TABLES[cfg.table], PAPER[cfg.table]
+    lines = [f"Table {cfg.table}: {about}. Ours: preset {cfg.preset}, {cfg.joint} joint and {cfg.group_joint} group "
+             f"iterations, seed {cfg.seed}, {device.type}.\n",
              "| " + " | ".join(["row", *columns, *[f"paper {name}" for name in paper]]) + " |",
              "|" + "---|" * (1 + len(columns) + len(paper))]
-    for name, m in found.items():
-        cells = [str(name), *[number_text(m.get(key)) for key in columns.values()]]
-        for printed in paper.values():
-            value = printed.get(name)
-            cells.append("-" if value is None else " / ".join(number_text(v) for v in (
-                value if isinstance(value, tuple) else (value,))))
-        lines.append("| " + " | ".join(cells) + " |")
+    for name, metrics in found.items():
+        printed = [rows.get(name, ()) for rows in paper.values()]
+        cells = [number_text(metrics.get(key)) for key in columns.values()]
+        cells += [" / ".join(map(number_text, p if isinstance(p, tuple) else (p,))) or "-" for p in printed]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -1878,6 +1937,7 @@ def main(cfg):
     """Returns what the task returns, for use from Python."""
     check_config(cfg)
     device, rank, world = run.setup(cfg.device, cfg.seed)
+    torch.backends.cudnn.benchmark = False                           # train_phase switches it on
     if cfg.table:
         return run_table(cfg, device, rank, world)
     if cfg.eval_only:

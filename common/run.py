@@ -257,8 +257,8 @@ def start_run(cfg, rank=0):
             raise UserError(f"--out {out} cannot be made ({error.strerror}): "
                             "choose another folder.") from None
         earlier = [p for p in out.iterdir() if p.name in
-                   ("config.json", "log.csv", "metrics.json", "last.pt", "best.pt", "figures", "predictions",
-                    "explanations")]
+                   ("config.json", "log.csv", "metrics.json", "last.pt", "best.pt", "stage1.pt", "figures",
+                    "predictions", "explanations", "failures")]
         if (out / "config.json").exists():
             number = 1
             while (out / f"previous-{number}").exists():
@@ -309,7 +309,7 @@ def finished_row(train, cfg, device, rank, world):
         saved = read_json(out / "config.json", "")
         now = json.loads(json.dumps(asdict(cfg)))       # tuples become lists, as in the file
         fixed = [f.name for f in fields(cfg) if not f.metadata["runtime"]
-                 or f.name in ("weights", "data", "test_split")]
+                 or f.name in ("weights", "data", "test_split", "threshold", "quantiles")]
         same = all(saved.get(name) == now[name] for name in fixed)
         if same and (out / "metrics.json").exists():
             return read_json(out / "metrics.json", "")
