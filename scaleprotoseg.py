@@ -1713,12 +1713,11 @@ def explain(cfg, device):
 
 def explanation_text(found):
     terms = [(f"group {part['group'] + 1}" if "group" in part else f"p{part['prototype']}", part["contribution"])
-             for part in found["own"]]
+             for part in found["own"]] + [("constant", found["constant"]), ("other classes", found["others"])]
     against = ", ".join(f"{part['class']} {part['contribution']:.2f}" for part in found["against"])
     return (f"{found['class']} at x {found['x']}, y {found['y']} (predicted: {found['predicted']}): logit "
-            f"{found['logit']:.2f} = " + " + ".join(f"{value:.2f} ({name})" for name, value in terms)
-            + f" + {found['constant']:.2f} (constant) + {found['others']:.2f} (other classes"
-            + (f", most of all {against})" if against else ")"))
+            f"{found['logit']:.2f} = " + " ".join(f"{value:+.2f} ({name})" for name, value in terms)
+            + (f"; most against it: {against}" if against else ""))
 
 
 def class_id(name, classes, option):
