@@ -545,7 +545,7 @@ def first_prototypes(cfg, num_classes):
 def build_model(cfg, progress, weights="none"):
     """The network of cfg.method for what progress says of classes, prototypes and groups."""
     width = dict(width=cfg.unet_width) if cfg.backbone == "unet" else {}
-    backbone = build_dense(cfg.backbone, weights, cfg.output_stride, **width)
+    backbone = build_dense(cfg.backbone, weights, cfg.output_stride, **width)             # [D1]
     rates, scales, num_classes = numbers(cfg, "rates"), numbers(cfg, "input_scales"), len(progress["classes"])
     if cfg.method == "deeplab":
         return DeepLab(backbone, num_classes, rates, True, scales, cfg.frozen_bn)         # [D11]
@@ -655,7 +655,7 @@ def project_prototypes(net, loader, device):
     where = torch.full((P, 3), -1, device=device)                    # image, row, column
     for batch in tqdm(loader, desc="project", leave=False, disable=None):
         x = batch["image"].to(device, memory_format=torch.channels_last)
-        z = net.maps(x)[-1].float().sigmoid()                        # (1,S*D,h,w)
+        z = net.maps(x)[-1].float().sigmoid()                        # (1,S*D,h,w) [D14]
         d2 = prototype_distances(z, net.prototypes, net.prototype_scale)[0]               # (P,h,w)
         labels = nearest_label(batch["mask"].to(device), d2.shape[1:])                    # (1,h,w)
         d2 = d2.masked_fill(labels != net.prototype_class[:, None, None], math.inf)
@@ -768,6 +768,8 @@ def train_phase(net, phase, sets, progress, cfg, device, rank, world):
             progress |= dict(iteration=iteration, seconds=time.perf_counter() - began)
             run.save_checkpoint(out / "last.pt", parts, progress)
     torch.backends.cudnn.benchmark = False
+    if not total:                                                    # nothing learns, but last.pt knows new groups
+        run.save_checkpoint(out / "last.pt", parts, progress)
     progress |= dict(offset=offset + total, iteration=0, sums={})
 
 
@@ -902,7 +904,9 @@ def read_progress(cfg, classes=None):
 def train(cfg, device, rank=0, world=1):
     """All steps of the method, then the report. Returns what metrics.json holds (None on other ranks than 0)."""
     sets, out = open_sets(cfg), Path(cfg.out)
-    open_parts(sets["test"], cfg.parts)                              # a wrong --parts is told now
+    parts = open_parts(sets["test"], cfg.parts)                      # a wrong --parts is told now, not at the end
+    labelled = (i for i in range(len(sets["test"])) if parts is not None and parts.has(i))
+    next((parts.keypoints(i) for i in labelled), None)
     net, progress = prepare(cfg, sets, device, rank)
     announce(net, sets, progress, cfg, device, rank, world)
     for phase in PHASES[cfg.method]:
@@ -1184,13 +1188,14 @@ def group_overlap(activation, percentile=95):
 @torch.no_grad()
 def mean_overlap(net, data, cfg, device):
     """Table 9: overlap of a class's groups over the images that hold the class, in percent."""
-    total = torch.zeros(2, dtype=torch.float64)
+    total, groups = torch.zeros(2, dtype=torch.float64), net.groups
+    filled = (groups.weights >= cfg.threshold).any(2).flatten()[:, None, None]            # others are 1 everywhere
     for batch in tqdm(test_loader(data, cfg, device), desc="overlap", leave=False, disable=None):
         x, mask = to_device(batch, device)
-        present = [c for c in mask.unique().tolist() if c != 255 and net.groups.members[c, 0] >= 0]
+        present = [c for c in mask.unique().tolist() if c != 255 and groups.members[c, 0] >= 0]
         if present:
-            activation = net.groups.activations(net.similarity(x), cfg.threshold)[0]      # (C*G,h,w)
-            activation = activation.unflatten(0, (-1, net.groups.weights.shape[1]))[present]
+            activation = groups.activations(net.similarity(x), cfg.threshold)[0] * filled                 # (C*G,h,w)
+            activation = activation.unflatten(0, (-1, groups.weights.shape[1]))[present]
             total += torch.stack(group_overlap(upsample(activation, mask.shape[1:], "bicubic"))).cpu().double()
     return float(100 * total[0] / total[1]) if total[1] > 0 else None
 
@@ -1789,9 +1794,10 @@ def load_run(cfg, device):
     if cfg.method == "deeplab":
         raise UserError(f"the run in {cfg.out} is a plain network, which has no prototypes to explain it with: pass a "
                         "run of scaleprotoseg or protoseg.")
-    net, progress = load_network(cfg, device)
-    sets = open_sets(cfg)
-    return Drawing(net, cfg, progress, sets["test"], sets["project"], device)
+    test, source = (datasets.open_dataset(cfg.dataset, cfg.data, split)
+                    for split in (cfg.test_split, cfg.project_split or cfg.train_split))
+    net, progress = load_network(cfg, device, test.classes)
+    return Drawing(net, cfg, progress, test, source, device)
 
 
 def evaluate_run(cfg, device, rank, world):
