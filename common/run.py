@@ -47,7 +47,8 @@ def opt(default, help, choices=None, schedule=False, runtime=False, uses_run=Fal
     names, so the settings come from that run's config.json.
 
     A field of type `list` holds strings, one or more after its flag; its default may be (). The field class_ is
-    the flag --class. A default of None is for the Config's own __post_init__ to fill, and only if it is None: replace() calls it again.
+    the flag --class. A default of None is for the Config's own __post_init__ to fill, and only if it is None:
+    replace() calls it again.
     """
     about = dict(default=default, help=help, choices=choices, schedule=schedule, runtime=runtime,
                  uses_run=uses_run)

@@ -770,9 +770,9 @@ def test_tf32_does_not_spoil_groups_and_losses_on_cuda(tf32):
     d2, labels = (8 * uniform(3, P, 4, 5) ** 4).float(), some_labels(3, 4, 5)
     weights = some_weights().float()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
-        results = (group_activations(log_similarity(d2.cuda()), weights.cuda(), MEMBERS.cuda()),
-                   diversity_loss(d2.cuda(), labels.cuda(), CLASS.cuda(), SCALE.cuda()),
-                   entropy_loss(weights.cuda(), MEMBERS.cuda()))
+        results = (group_activations(log_similarity(d2.to("cuda")), weights.to("cuda"), MEMBERS.to("cuda")),
+                   diversity_loss(d2.to("cuda"), labels.to("cuda"), CLASS.to("cuda"), SCALE.to("cuda")),
+                   entropy_loss(weights.to("cuda"), MEMBERS.to("cuda")))
     expected = (slow_groups(d2.double(), weights.double(), MEMBERS),
                 slow_diversity(d2, labels, CLASS, SCALE), slow_entropy(weights, MEMBERS))
     for got, value in zip(results, expected):
@@ -789,10 +789,10 @@ def test_the_other_functions_on_cuda():
     calls = [(project_simplex, weights), (threshold_groups, weights, 0.05), (nearest_label, labels, (5, 6)),
              (remove_duplicates, vectors, CLASS, SCALE), (off_class_l1, normal(C, P), CLASS)]
     for function, *inputs in calls:
-        moved = function(*(x.cuda() if torch.is_tensor(x) else x for x in inputs))
+        moved = function(*(x.to("cuda") if torch.is_tensor(x) else x for x in inputs))
         assert moved.is_cuda and moved.dtype == function(*inputs).dtype
         assert_near(moved, function(*inputs), 1e-6)
-    assert tuple(float(x) for x in group_overlap(activation.cuda())) == slow_overlap(activation, 95)
+    assert tuple(float(x) for x in group_overlap(activation.to("cuda"))) == slow_overlap(activation, 95)
     for over in ("class", "image"):
-        moved = part_presence(similarity.cuda(), mask.cuda(), keypoints.cuda(), 3, over=over)
+        moved = part_presence(similarity.to("cuda"), mask.to("cuda"), keypoints.to("cuda"), 3, over=over)
         assert_presence(moved, slow_presence(similarity, mask, keypoints, 3, 0.8, over))
