@@ -80,7 +80,7 @@ def scaleprotoseg_steps(device, batch_size):
                               batch_size=batch_size, method=method)
         x = torch.randn(batch_size, 3, cfg.crop, cfg.crop).to(device, memory_format=torch.channels_last)
         prototype_class, prototype_scale = scaleprotoseg.first_prototypes(cfg, num_classes)
-        net = scaleprotoseg.build_model(cfg, dict(step="joint", classes=range(num_classes),
+        net = scaleprotoseg.build_model(cfg, dict(phase="joint", classes=range(num_classes),
                                                   prototype_class=prototype_class, prototype_scale=prototype_scale))
         net = net.to(device, memory_format=torch.channels_last).train()
         optimizer, scheduler = scaleprotoseg.build_optimizer(net, "joint", cfg, device)
@@ -137,7 +137,7 @@ def diversity_case(num_classes, in_image, device):
 def group_case(num_classes, needs_grad, device):
     """(loop, ours): batch 2, 65 x 65 cells, 12 prototypes and 3 groups a class. In training only the weights learn."""
     import scaleprotoseg
-    members = scaleprotoseg.table_of(torch.arange(num_classes).repeat_interleave(3).repeat(4), num_classes).to(device)
+    members = scaleprotoseg.members_by_key(torch.arange(num_classes).repeat_interleave(3).repeat(4), num_classes).to(device)
     similarity = (3 * torch.rand(2, 12 * num_classes, 65, 65)).to(device).requires_grad_(needs_grad)
     weights = scaleprotoseg.project_simplex(torch.rand(num_classes, 3, 12)).to(device).requires_grad_(True)
 

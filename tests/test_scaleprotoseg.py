@@ -263,7 +263,7 @@ STAGE_2 = {"stage2", "stage2_thresholded", "group_average", "group_overlap", "eq
 ALWAYS = {"miou", "macc", "pixel_acc", "iou", "absent", "images_per_second", "split", "preset", "method",
           "seed", "threshold", "iterations", "seconds", "device", "processes", "parameters"}
 PARTS = {"consistency", "stability", "consistency_by_quantile", "stability_by_quantile", "purity",
-         "purity_by_chance"}
+         "largest_part"}
 OBJECTS = {"size_scale_correlation", "size_scale_within_class", "objects", "objects_by_scale"}
 
 
@@ -1426,10 +1426,10 @@ def test_purity_by_hand():
     for most, expected in ((10, 75), (3, 200 / 3), (2, 100)):
         found = scaleprotoseg.part_purity(net, Shades(masks), parts, cfg, CPU, most)
         assert found["purity"] == pytest.approx(expected, abs=1e-4)
-        assert found["purity_by_chance"] == pytest.approx(100 * 6 / 12, abs=1e-4)        # part 1 of class 0
+        assert found["largest_part"] == pytest.approx(100 * 6 / 12, abs=1e-4)        # part 1 of class 0
     bare = Parts((0,), maps={i: part_map * (part_map != 1) for i in range(4)})           # 1 becomes "no part"
     found = scaleprotoseg.part_purity(net, Shades(masks), bare, cfg, CPU)
-    assert found["purity"] == 25 and found["purity_by_chance"] == pytest.approx(100 * 4 / 12)
+    assert found["purity"] == 25 and found["largest_part"] == pytest.approx(100 * 4 / 12)
     masks[3][:] = 2                                                     # a picture without the class
     found = scaleprotoseg.part_purity(net, Shades(masks), parts, cfg, CPU)
     assert found["purity"] == pytest.approx(200 / 3, abs=1e-4)
@@ -1635,7 +1635,7 @@ def test_part_files_bring_consistency_stability_and_purity(town, no_figures):
     metrics = read(town / "out" / "metrics.json")
     assert PARTS <= set(metrics) and not OBJECTS & set(metrics)
     assert 0 <= metrics["consistency"] <= 100 and metrics["purity"] >= 50
-    assert metrics["purity_by_chance"] == pytest.approx(100 * 4 / 6)      # columns of the car, at stride 4
+    assert metrics["largest_part"] == pytest.approx(100 * 4 / 6)      # columns of the car, at stride 4
 
 
 def test_part_files_of_the_wrong_size_are_one_sentence(town, tmp_path, no_figures):
