@@ -137,7 +137,8 @@ def diversity_case(num_classes, in_image, device):
 def group_case(num_classes, needs_grad, device):
     """(loop, ours): batch 2, 65 x 65 cells, 12 prototypes and 3 groups a class. In training only the weights learn."""
     import scaleprotoseg
-    members = scaleprotoseg.members_by_key(torch.arange(num_classes).repeat_interleave(3).repeat(4), num_classes).to(device)
+    prototype_class = torch.arange(num_classes).repeat_interleave(3).repeat(4)
+    members = scaleprotoseg.members_by_key(prototype_class, num_classes).to(device)
     similarity = (3 * torch.rand(2, 12 * num_classes, 65, 65)).to(device).requires_grad_(needs_grad)
     weights = scaleprotoseg.project_simplex(torch.rand(num_classes, 3, 12)).to(device).requires_grad_(True)
 
