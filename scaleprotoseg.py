@@ -1863,7 +1863,7 @@ TABLES = {                                                           # table -> 
     7: ("thresholds of the group weights", GROUP_COLUMNS),
     8: ("entropy loss of the groups, off and on", GROUP_COLUMNS),
     9: ("overlap of a class's groups, entropy loss off and on", {"group overlap": "group_overlap"}),
-    10: ("last layer and cost: mean abs w, parameters beyond DeepLabv2, images a second (ours: one image, synchronised)",
+    10: ("last layer and cost: mean abs w, parameters beyond DeepLabv2, images a second (ours: one, synchronised)",
          {"mean abs w": "mean_abs_weight", "parameters": "extra_parameters", "images/s": "images_per_second"}),
 }
 
