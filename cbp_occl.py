@@ -61,10 +61,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from common import datasets, figures, run
@@ -793,11 +791,7 @@ def predict(cfg, device):
         image = datasets.read_image(path)                              # (3,H,W) uint8
         x = datasets.normalise(datasets.resize_to_short_side(image, cfg.size))[None].to(device)
         ids = predict_labels(net, x, image.shape[1:], cfg)[0].to(torch.uint8).cpu()
-        picture = Image.fromarray(ids.numpy())
-        picture.putpalette(figures.palette(256).flatten().tolist())    # ids stay ids; a viewer shows colours
-        for name, content in (("", picture), ("_overlay", to_pil_image(figures.overlay(image, ids)))):
-            with run.replacing(folder / f"{path.stem}{name}.png", "wb") as file:
-                content.save(file, "PNG")
+        figures.save_prediction(folder, path.stem, image, ids)
         share = 100 * torch.bincount(ids.flatten().long(), minlength=len(classes)) / ids.numel()
         top = [f"{classes[c]} {share[c]:.0f} %" for c in share.topk(min(3, len(share))).indices if share[c] > 0]
         tqdm.write(f"{path}: {', '.join(top)} -> {folder / path.stem}_overlay.png")

@@ -72,9 +72,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import Subset, default_collate
-from torchvision.transforms.v2.functional import resize, to_pil_image
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from common import datasets, figures, run
@@ -1831,11 +1830,7 @@ def predict(cfg, device):
     for path in tqdm(datasets.list_images(cfg.predict), desc="predict", disable=None):
         image = datasets.read_image(path)
         ids = predict_labels(net, image, cfg, device)
-        picture = Image.fromarray(ids.numpy())
-        picture.putpalette(figures.palette(256).flatten().tolist())  # ids stay ids; a viewer shows colours
-        for name, content in (("", picture), ("_overlay", to_pil_image(figures.overlay(image, ids)))):
-            with run.replacing(folder / f"{path.stem}{name}.png", "wb") as file:
-                content.save(file, "PNG")
+        figures.save_prediction(folder, path.stem, image, ids)
         share = 100 * torch.bincount(ids.flatten().long(), minlength=len(classes)) / ids.numel()
         top = [f"{classes[c]} {share[c]:.0f} %" for c in share.topk(min(3, len(share))).indices if share[c] > 0]
         tqdm.write(f"{path}: {', '.join(top)} -> {folder / path.stem}_overlay.png")

@@ -172,17 +172,30 @@ def histogram_piece(heading, bars, edges, ticks, colour):
 
 
 def save_stack(path, pieces, gap=8):
-    """Pieces below each other on white -> PNG, written beside `path` and renamed: never half a file."""
+    """Pieces below each other on white -> PNG."""
     pieces = [piece for piece in pieces if piece.height > 0]
     size = max(piece.width for piece in pieces) + 2 * gap, sum(piece.height + gap for piece in pieces) + gap
     canvas, y = Image.new("RGB", size, "white"), gap                      # y: where the next piece starts
     for piece in pieces:
         canvas.paste(piece, (gap, y))
         y += piece.height + gap
+    write_png(path, canvas)
+
+
+def write_png(path, picture):
+    """A Pillow image -> PNG, written beside `path` and renamed: never half a file."""
     beside = Path(f"{path}.tmp")
     beside.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(beside, format="PNG")
+    picture.save(beside, format="PNG")
     os.replace(beside, path)
+
+
+def save_prediction(folder, stem, image, ids):
+    """STEM.png: class ids (H,W) uint8 as pixel values, with a palette for viewers; STEM_overlay.png: over the image."""
+    picture = Image.fromarray(ids.numpy())
+    picture.putpalette(palette(256).flatten().tolist())
+    write_png(Path(folder) / f"{stem}.png", picture)
+    write_png(Path(folder) / f"{stem}_overlay.png", Image.fromarray(overlay(image, ids).permute(1, 2, 0).numpy()))
 
 
 # ---- figures ----
