@@ -66,7 +66,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import datasets, figures, run
-from common.backbones import GOES_WITH, build_network
+from common.backbones import build_network
 from common.metrics import ConfusionMatrix
 from common.run import RunConfig, UserError, opt
 from data.toy_scenes import LOOKALIKES as TOY_LOOKALIKES
@@ -81,7 +81,7 @@ class Config(RunConfig):
     val_split: str = opt("val", "evaluated while training")
     test_split: str = opt("val", "evaluated once at the end, into metrics.json, and by --eval-only", runtime=True)
     backbone: str = opt("mit_b0", "network before the head; common/backbones.py lists which go with which head")
-    head: str = opt("segformer", "segformer = all-MLP head", choices=tuple(GOES_WITH))
+    head: str = opt("segformer", "segformer = all-MLP head", choices=("segformer", "fcn", "upernet"))
     head_channels: int = opt(0, "C, width of the features before the classifier, at least N; 0 = the head's own")
     weights: str = opt("imagenet", "of the backbone: imagenet (torchvision downloads them), a file, a URL, or none",
                        runtime=True)

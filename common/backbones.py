@@ -3,10 +3,16 @@
     network = build_network("mit_b0", "segformer", num_classes=150, weights="mit_b0.pth")
     features, aux_logits = network(images)          # (B,256,H/4,W/4), None
 
-    head       goes with                                               channels  stride   auxiliary head
-    segformer  mit_b0 ... mit_b5, mobilenet_v2, tiny                   256       4        none
-    fcn        resnet50, resnet101, mobilenet_v2                       512       8 or 16  on level 3
-    upernet    swin_t/s/b, convnext_tiny/small/base, mobilenet_v2      512       4        on level 3
+    head           goes with                                           channels  stride   auxiliary head
+    segformer      mit_b0 ... mit_b5, mobilenet_v2, tiny               256       4        none
+    fcn            resnet50, resnet101, mobilenet_v2                   512       8 or 16  on level 3
+    upernet        swin_t/s/b, convnext_tiny/small/base, mobilenet_v2  512       4        on level 3
+    mlp            as segformer                                        256       4        none
+    deeplabv2      as fcn                                              256       8 or 16  none
+    deeplabv3plus  as fcn                                              256       4        none
+
+segformer is mmsegmentation's all-MLP head, mlp the one of SegFormer's release. With last_stride=1 a MiT
+becomes PFA's: level 4 is as fine as level 3.
 
 mobilenet_v2 (for laptops and small GPUs) has 256 channels under every head, tiny (for toy pictures) 64.
 
@@ -23,9 +29,11 @@ tiny mobilenet_v2 resnet34 resnet50 resnet50_inat resnet152 densenet121 densenet
     channels   2048                  320            64     64
     stride     8 or 16               8 or 16        1      4, 8 or 16
 
-Sources: SegFormer (Xie et al. 2021), UPerNet (Xiao et al. 2018), FCN (Long et al. 2015), DeepLabv2 (Chen et
-al. 2018; the ResNets of build_dense), U-Net (Ronneberger et al. 2015); the widths of heads, initialisation,
-drop rates and auxiliary heads are mmsegmentation's defaults. Departures from it:
+Sources: SegFormer (Xie et al. 2021), UPerNet (Xiao et al. 2018), FCN (Long et al. 2015), DeepLabv2 and
+DeepLabv3+ (both Chen et al. 2018; the ResNets of build_dense are DeepLabv2's), U-Net (Ronneberger et al.
+2015). mlp and the DeepLab heads serve PFA (Chan et al. 2024), which keeps SegFormer's head at 256 channels
+for every MiT. Beyond that the widths of heads, initialisation, drop rates and auxiliary heads are
+mmsegmentation's defaults. Departures from it:
 - ResNet is torchvision's, with a 7x7 stem. mmsegmentation's FCN uses ResNet-V1c, whose stem is three 3x3
   convolutions; torchvision has no weights for that one.
 - The first block of a dilated mobilenet_v2 stage keeps the dilation of the stage before it, as ResNet's
@@ -39,6 +47,7 @@ Pretrained MiT weights are NVIDIA's, for non-commercial use only.
 import hashlib
 import re
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,11 +83,16 @@ GOES_WITH = {
     "fcn": ("resnet50", "resnet101", "mobilenet_v2"),
     "upernet": ("swin_t", "swin_s", "swin_b", "convnext_tiny", "convnext_small", "convnext_base",
                 "mobilenet_v2"),
+    "mlp": (*MIT, "mobilenet_v2", "tiny"),
+    "deeplabv2": ("resnet50", "resnet101", "mobilenet_v2"),
+    "deeplabv3plus": ("resnet50", "resnet101", "mobilenet_v2"),
 }
+DILATED = ("fcn", "deeplabv2", "deeplabv3plus")                # heads whose backbone has an output_stride
 EXTRACTORS = ("tiny", "mobilenet_v2", "resnet34", "resnet50", "resnet50_inat", "resnet152", "densenet121",
               "densenet161")
 DENSE = ("resnet101", "resnet50", "mobilenet_v2", "unet", "tiny")
-HEAD_CHANNELS = {"segformer": 256, "fcn": 512, "upernet": 512}
+HEAD_CHANNELS = {"segformer": 256, "fcn": 512, "upernet": 512, "mlp": 256, "deeplabv2": 256,
+                 "deeplabv3plus": 256}
 CLASSIFIER_KEYS = ("fc.", "classifier.", "head.", "decode_head.", "norm.")   # "norm.": before Swin's head
 
 
@@ -358,10 +372,10 @@ def double_conv(in_channels, channels):
 
 # ---- heads: four levels in, the feature map before dropout and classifier out ----------------------------
 
-def conv_bn_relu(in_channels, channels, kernel, stride=1):
+def conv_bn_relu(in_channels, channels, kernel, stride=1, dilation=1):
     """Convolution without bias, BatchNorm, ReLU."""
-    return nn.Sequential(nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False),
-                         nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+    conv = nn.Conv2d(in_channels, channels, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
 def resize(x, size):
@@ -381,6 +395,34 @@ class SegFormerHead(nn.Module):
         size = levels[0].shape[2:]
         maps = [resize(conv(x), size) for conv, x in zip(self.levels, levels)]
         return self.fuse(torch.cat(maps, dim=1))                        # 4 x channels -> channels
+
+
+class MLPHead(nn.Module):
+    """SegFormer's all-MLP head as released, BatchNorm after the fusion only: -> (B,channels,h_1,w_1).
+
+    The paper's order (Eq. 4) is: project every level, resize, concatenate, fuse. All of that is linear, and
+    resizing commutes with what acts on single pixels: the weights are multiplied first, so every level is
+    projected and fused in one step, at its own size, and the concatenation is never built. Initialisation as
+    released: torch's own for the projections, Kaiming normal (fan out) for the fusion.
+    """
+
+    def __init__(self, dims, channels):
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Conv2d(dim, channels, 1) for dim in dims)   # with a bias
+        self.fuse = nn.Conv2d(4 * channels, channels, 1, bias=False)    # reads levels 4, 3, 2, 1
+        self.norm = nn.BatchNorm2d(channels)
+        init_weights(self.fuse)
+
+    def forward(self, levels):
+        size, maps = levels[0].shape[2:], {}                            # size -> sum of the maps of that size
+        fuse = self.fuse.weight.flatten(1).chunk(4, dim=1)              # (E,E) for levels 4, 3, 2, 1
+        for x, conv, part in zip(levels, self.levels, reversed(fuse)):
+            y = F.conv2d(x, (part @ conv.weight.flatten(1))[:, :, None, None], part @ conv.bias)
+            maps[x.shape[2:]] = maps[x.shape[2:]] + y if x.shape[2:] in maps else y
+        total = maps.pop(size)
+        for y in maps.values():
+            total = total + resize(y, size)
+        return F.relu(self.norm(total), inplace=True)
 
 
 class FCNHead(nn.Module):
@@ -412,9 +454,7 @@ class UPerHead(nn.Module):
 
     def forward(self, levels):
         top = levels[3]
-        if self.training and len(top) == 1:
-            raise UserError("the upernet head cannot train on a batch of one image (BatchNorm would see "
-                            "a single pixel): use a batch size of 2 or more per process")
+        refuse_one_image("upernet", self.training, top)
         pooled = [resize(pool(top), top.shape[2:]) for pool in self.pools]
         x = self.bottleneck(torch.cat([top, *pooled], dim=1))
         maps = [x]
@@ -422,6 +462,54 @@ class UPerHead(nn.Module):
             x = self.laterals[i](levels[i]) + resize(x, levels[i].shape[2:])
             maps.insert(0, self.smooth[i](x))
         return self.fuse(torch.cat([resize(y, levels[0].shape[2:]) for y in maps], dim=1))
+
+
+class DeepLabv2Head(nn.Module):
+    """A 1x1 convolution on level 4: -> (B,channels,h_4,w_4).
+
+    DeepLabv2 classifies level 4 itself, by four dilated 3x3 convolutions whose logits are added up; this
+    makes the map before that classifier narrow enough for prototypes.
+    """
+
+    def __init__(self, dims, channels):
+        super().__init__()
+        self.reduce = conv_bn_relu(dims[3], channels, 1)
+
+    def forward(self, levels):
+        return self.reduce(levels[3])
+
+
+class DeepLabv3PlusHead(nn.Module):
+    """DeepLabv3+: dilated convolutions side by side on level 4, then level 1: -> (B,channels,h_1,w_1).
+
+    The rates are 6, 12 and 18 at output stride 16 and twice that at 8 (DeepLabv3, Section 3.3). Convolutions
+    are ordinary, not separable in depth. Dropout2d(0.5) follows the projection of the pyramid.
+    Raises UserError for a training batch of one image: BatchNorm cannot normalise its single pooled pixel.
+    """
+
+    def __init__(self, dims, channels, output_stride):
+        super().__init__()
+        rates = [16 // output_stride * rate for rate in (6, 12, 18)]
+        self.branches = nn.ModuleList([conv_bn_relu(dims[3], channels, 1),
+                                       *(conv_bn_relu(dims[3], channels, 3, dilation=r) for r in rates)])
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_bn_relu(dims[3], channels, 1))
+        self.project = nn.Sequential(conv_bn_relu(5 * channels, channels, 1), nn.Dropout2d(0.5))
+        self.low = conv_bn_relu(dims[0], 48, 1)
+        self.refine = double_conv(channels + 48, channels)
+
+    def forward(self, levels):
+        low, top = levels[0], levels[3]
+        refuse_one_image("deeplabv3plus", self.training, top)
+        pooled = self.pool(top).expand(-1, -1, *top.shape[2:])
+        x = self.project(torch.cat([*(branch(top) for branch in self.branches), pooled], dim=1))
+        return self.refine(torch.cat([resize(x, low.shape[2:]), self.low(low)], dim=1))
+
+
+def refuse_one_image(head, training, x):
+    """UserError if the head is to train on a batch of one image, whose pooled map has a single pixel."""
+    if training and len(x) == 1:
+        raise UserError(f"the {head} head cannot train on a batch of one image (BatchNorm would see a single "
+                        "pixel): use a batch size of 2 or more per process")
 
 
 def auxiliary_head(dim, num_classes):
@@ -446,7 +534,7 @@ class SegmentationNetwork(nn.Module):
         """Images (B,3,H,W) -> features (B,channels,h,w), aux_logits (B,N,h',w') or None.
 
         h = H / stride, rounded up (Swin, ConvNeXt: down). Any size from 32 pixels a side will do. aux_logits
-        are None in evaluation and under the segformer head.
+        are None in evaluation and under heads without an auxiliary head.
         """
         levels = self.backbone(x)
         aux_logits = self.aux_head(levels[2]) if self.aux_head is not None and self.training else None
@@ -454,44 +542,55 @@ class SegmentationNetwork(nn.Module):
 
 
 def build_network(backbone, head, num_classes, head_channels=0, weights="none", output_stride=8,
-                  drop_path=None):
+                  drop_path=None, last_stride=2):
     """A SegmentationNetwork by the names of its parts (the table at the top of this file).
 
     num_classes    for the auxiliary classifier only
     head_channels  width of the features; 0 = the default in the table
     weights        "none" (from scratch), "imagenet" (torchvision's IMAGENET1K_V1, downloaded by torchvision),
                    or path or http(s) URL of a state dict of the backbone, with or without its classifier
-    output_stride  8 or 16, for the fcn head only
+    output_stride  of level 4, 8 or 16: for the heads fcn, deeplabv2 and deeplabv3plus only
     drop_path      stochastic depth rate of the last block; None = mmsegmentation's for the backbone
+    last_stride    of MiT's last patch embedding: 1 leaves level 4 at 1/16 of the image's sides, as PFA does
 
     Raises UserError for what does not go together, and for weights that cannot be read or do not fit.
     """
     if backbone not in GOES_WITH.get(head, ()):
         table = "; ".join(f"{name} with {', '.join(backbones)}" for name, backbones in GOES_WITH.items())
         raise UserError(f"head {head} does not go with backbone {backbone}; choose one of: {table}")
-    if head == "fcn" and output_stride not in (8, 16):
-        raise UserError(f"output stride {output_stride} is not available: the fcn head takes 8 or 16")
+    if head in DILATED and output_stride not in (8, 16):
+        raise UserError(f"output stride {output_stride} is not available: the {head} head takes 8 or 16")
     if drop_path and backbone not in DROP_PATH:
         raise UserError(f"{backbone} has no blocks to drop: leave drop_path at 0 or unset")
+    if last_stride not in (1, 2):
+        raise UserError(f"last stride {last_stride} is not available: MiT backbones take 1 or 2")
+    if last_stride != 2 and backbone not in MIT:
+        raise UserError(f"last stride {last_stride} is for MiT backbones only: leave it at 2 for {backbone}")
     drop_path = DROP_PATH.get(backbone, 0.0) if drop_path is None else drop_path
     channels = head_channels or {"mobilenet_v2": 256, "tiny": 64}.get(backbone, HEAD_CHANNELS[head])
 
     if backbone in MIT:
-        body = MixTransformer(*MIT[backbone], heads=(1, 2, 5, 8), sr_ratios=(8, 4, 2, 1), drop_path=drop_path)
+        body = MixTransformer(*MIT[backbone], heads=(1, 2, 5, 8), sr_ratios=(8, 4, 2, 1),
+                              strides=(4, 2, 2, last_stride), drop_path=drop_path)
         load_weights(body, weights, backbone)
     elif backbone == "tiny":
         body = TinyBackbone()
         load_weights(body, weights, backbone)
     else:
-        net = torchvision_classifier(backbone, output_stride if head == "fcn" else 32)
+        net = torchvision_classifier(backbone, output_stride if head in DILATED else 32)
         load_weights(net, weights, backbone)                            # before cutting: the keys still fit
         set_drop_path(net, drop_path)
         body = TorchvisionBackbone(net, backbone)
 
-    decoder = {"segformer": SegFormerHead, "fcn": FCNHead, "upernet": UPerHead}[head](body.dims, channels)
-    decoder.apply(init_weights)
-    aux_head = None if head == "segformer" else auxiliary_head(body.dims[2], num_classes)
-    return SegmentationNetwork(body, decoder, aux_head, channels, output_stride if head == "fcn" else 4)
+    heads = {"segformer": SegFormerHead, "fcn": FCNHead, "upernet": UPerHead, "mlp": MLPHead,
+             "deeplabv2": DeepLabv2Head,
+             "deeplabv3plus": partial(DeepLabv3PlusHead, output_stride=output_stride)}
+    decoder = heads[head](body.dims, channels)
+    if head != "mlp":                                                   # it initialises itself
+        decoder.apply(init_weights)
+    aux_head = auxiliary_head(body.dims[2], num_classes) if head in ("fcn", "upernet") else None
+    stride = output_stride if head in ("fcn", "deeplabv2") else 4
+    return SegmentationNetwork(body, decoder, aux_head, channels, stride)
 
 
 # ---- networks for image classification -------------------------------------------------------------------

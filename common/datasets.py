@@ -1,4 +1,4 @@
-"""Data for semantic segmentation: readers for nine data sets, transforms, batches, loaders.
+"""Data for semantic segmentation: readers for ten data sets, transforms, batches, loaders.
 
     data = open_dataset("camvid", "/path/to/CamVid", "train")  # checks the layout, see data/README.md
     image, mask = data.read(0)                                 # uint8 (3,H,W) RGB; (H,W), 255 = ignore
@@ -12,19 +12,22 @@ the same samples for any number of workers, and a resumed run goes on with the b
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch.nn.functional import grid_sample, pad
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from common.run import UserError
-from data import toy_scenes
+from data import strokes, toy_scenes
 
 IGNORE = 255                                             # label of a pixel that counts nowhere
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)   # of ImageNet, RGB, for values 0..255
@@ -38,6 +41,7 @@ SPLITS = {
     "cocostuff10k": ("train", "test"),
     "cocostuff164k": ("train", "val"),
     "voc": ("train", "trainaug", "val"),
+    "voc_scribble": ("train", "trainaug", "val"),        # scribbles to train on, full masks in val
     "cityscapes": ("train", "val"),
     "camvid": ("train", "val", "test"),
     "em": ("train-1", "val-1", "train-2", "val-2"),      # two random cuts of the same images
@@ -64,6 +68,12 @@ TREES = {                                                # what a reader expects
     "voc": (
         "ROOT/JPEGImages/*.jpg, ROOT/SegmentationClass/*.png, ROOT/ImageSets/Segmentation/{train,val}.txt; "
         "ROOT = VOCdevkit/VOC2012", "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC"),
+    "voc_scribble": (
+        "ROOT/JPEGImages/*.jpg, ROOT/ImageSets/Segmentation/{train,trainaug,val}.txt, full masks of val in "
+        "ROOT/SegmentationClass/*.png, and scribbles as *.png or *.xml in ROOT/ScribbleLabels; "
+        "ROOT = VOCdevkit/VOC2012",
+        "VOC2012 as for voc; scribbles as XML from jifengdai.org/downloads/scribble_sup, or as PNG in "
+        "pascal_2012_scribble.zip, see github.com/meng-tang/rloss"),
     "cityscapes": (
         "ROOT/leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and "
         "ROOT/gtFine/{train,val}/CITY/*_gtFine_labelIds.png",
@@ -130,6 +140,7 @@ CLASSES = {                                              # the index of a name i
         sky, person, rider, car, truck, bus, train, motorcycle, bicycle"""),
     "em": ["membrane", "cell"],
 }
+CLASSES["voc_scribble"] = CLASSES["voc"]
 COCO_UNUSED = {                                          # ids that no pixel has
     11: "street sign", 25: "hat", 28: "shoe", 29: "eye glasses", 44: "plate", 65: "mirror", 67: "window",
     68: "desk", 70: "door", 82: "blender", 90: "hair brush"}
@@ -272,17 +283,18 @@ def read_list(path):
     return [line.strip() for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
 
 
-def pair_files(name, root, images, masks, names=None, tail="", image_tail=""):
+def pair_files(name, root, images, masks, names=None, tail="", image_tail="", ending=".png"):
     """[(image path, mask path)] from two folders under root, matched by stem, else UserError.
 
     names: lines of a split list, which chooses and orders: a stem, a file name, or the paths "IMAGE MASK".
-    tail, image_tail: ends of the stems of masks and of images, which do not count for the match.
+    tail, image_tail: ends of the stems of masks and of images, which do not count for the match. `masks` may
+    also be an absolute path. ending: of the masks.
     """
     for folder in (images, masks):
         if not (root / folder).is_dir():
             raise layout_error(name, root, f"the folder {folder}/ is missing")
     image_of = files_in(root / images, IMAGE_ENDINGS, image_tail)
-    mask_of = files_in(root / masks, (".png",), tail)
+    mask_of = files_in(root / masks, (ending,), tail)
     stems = list(image_of)
     if names is not None:
         stems = [n if n in image_of else Path(n).stem if Path(n).stem in image_of else Path(n.split()[0]).stem
@@ -296,7 +308,7 @@ def pair_files(name, root, images, masks, names=None, tail="", image_tail=""):
     bare = [stem for stem in stems if stem not in mask_of]
     if bare:
         raise layout_error(name, root, f"{len(bare)} of {len(stems)} images have no mask, such as "
-                           f"{image_of[bare[0]]}, whose mask would be {masks}/{bare[0]}{tail}.png")
+                           f"{image_of[bare[0]]}, whose mask would be {masks}/{bare[0]}{tail}{ending}")
     return [(image_of[stem], mask_of[stem]) for stem in stems]
 
 
@@ -306,6 +318,12 @@ def find_root(name, root, inside, below):
         if (candidate / inside).is_dir():
             return candidate
     raise layout_error(name, root, f"the folder {inside}/ is missing")
+
+
+def mask_folder(root, mask_dir):
+    """Where mask_dir is: below `root` if there is such a folder, else as it stands."""
+    elsewhere = Path(mask_dir).expanduser()
+    return elsewhere.absolute() if elsewhere.is_dir() and not (root / mask_dir).is_dir() else mask_dir
 
 
 def ade20k_files(root, split):
@@ -376,7 +394,8 @@ def em_files(root, split):
 def voc_files(root, split, mask_dir):
     root = find_root("voc", root, "JPEGImages", ["VOC2012", "VOCdevkit/VOC2012"])
     names = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    masks = mask_dir or ("SegmentationClassAug" if split == "trainaug" else "SegmentationClass")
+    usual = "SegmentationClassAug" if split == "trainaug" else "SegmentationClass"
+    masks = mask_folder(root, mask_dir) if mask_dir else usual
     if split == "trainaug" and not (names.is_file() and (root / masks).is_dir()):
         raise UserError(f"voc: trainaug needs the list {names} (10,582 names) and the folder {root / masks}, "
                         "which come from SBD (Hariharan et al. 2011), not with VOC2012: data/README.md says "
@@ -384,6 +403,32 @@ def voc_files(root, split, mask_dir):
     if not names.is_file():
         raise layout_error("voc", root, f"the list {names} is missing")
     return pair_files("voc", root, "JPEGImages", masks, read_list(names))
+
+
+SCRIBBLE_FOLDERS = ("ScribbleLabels", "voc_scribbles", "pascal_2012_scribble",
+                    "scribble_annotation/pascal_2012", "pascal_2012")      # as the downloads unpack them
+
+
+def voc_scribble_files(root, split, mask_dir):
+    """Images with scribbles, PNG or else XML, for the train splits; of val with the full masks."""
+    root = find_root("voc_scribble", root, "JPEGImages", ["VOC2012", "VOCdevkit/VOC2012"])
+    names = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    if not names.is_file():
+        hint = " (10,582 names, see data/README.md; or take the split train)" if split == "trainaug" else ""
+        raise layout_error("voc_scribble", root, f"the list {names} is missing{hint}")
+    if split == "val":
+        return pair_files("voc_scribble", root, "JPEGImages", "SegmentationClass", read_list(names))
+    found = [folder for folder in SCRIBBLE_FOLDERS if (root / folder).is_dir()]
+    if not (mask_dir or found):
+        raise layout_error("voc_scribble", root, f"no folder of scribbles ({', '.join(SCRIBBLE_FOLDERS)})")
+    masks = mask_folder(root, mask_dir or found[0])
+    ending = ".png"
+    if (root / masks).is_dir() and not files_in(root / masks, (".png",)):
+        ending = ".xml"
+        if not files_in(root / masks, (".xml",)):
+            raise layout_error("voc_scribble", root, f"{masks}/ holds neither *.png nor *.xml (has "
+                               f"{listing(root / masks)})")
+    return pair_files("voc_scribble", root, "JPEGImages", masks, read_list(names), ending=ending)
 
 
 def camvid_files(root, split):
@@ -399,9 +444,10 @@ def folder_files(root, split, mask_dir):
     if split not in has:
         raise layout_error("folder", root, f"no split {split!r} (there: {', '.join(has) or 'none'})")
     usual = "masks" if (root / "masks").is_dir() or not (root / "labels").is_dir() else "labels"
-    masks = mask_dir or usual
+    masks = mask_folder(root, mask_dir) if mask_dir else usual
     if (root / "images" / split).is_dir():
-        return pair_files("folder", root, f"images/{split}", f"{masks}/{split}")
+        flat = mask_dir and (root / masks).is_dir() and not (root / masks / split).is_dir()
+        return pair_files("folder", root, f"images/{split}", masks if flat else f"{masks}/{split}")
     return pair_files("folder", root, "images", masks, read_list(root / f"{split}.txt"))
 
 
@@ -442,6 +488,9 @@ class SegmentationSet:
         """uint8 (H,W): ids 0..N-1, 255 = ignore."""
         if self.name in LABELS:
             return read_labels(self.paths[i][1], self.name, self.pages[i] if self.pages else 0)
+        if self.paths[i][1].suffix.lower() == ".xml":
+            (width, height), drawn = strokes.read_strokes(self.paths[i][1])
+            return torch.from_numpy(strokes.draw_strokes(drawn, width, height))
         return read_index_map(self.paths[i][1], self.num_classes, self.unlabelled)
 
     def read(self, i):
@@ -479,20 +528,58 @@ class ToyScenes(SegmentationSet):
         return self.read(i)[1]
 
 
+class WeakerScribbles(SegmentationSet):
+    """`data` with scribble-drop and scribble-shrink (PFA, Fig. 8) at the ratios `drop` and `shrink`, 0 to 1.
+
+    The seed and the image's name decide what is left of its mask, so larger ratios leave a part of what
+    smaller ones leave, see strokes.weaken. Mask PNGs from `python -m data.prepare_scribbles weaken` are the
+    same. A mask takes about 0.05 s when first read; then it is kept, compressed, in this process's memory.
+    """
+
+    def __init__(self, data, drop=0.0, shrink=0.0, seed=0):
+        strokes.check_ratios(drop, shrink)
+        super().__init__(data.name, data.split, data.classes, data.paths, data.unlabelled, data.pages)
+        self.data, self.drop, self.shrink, self.seed = data, drop, shrink, seed
+        self.kept = [None] * len(data)                                  # [(height, width), bytes]
+
+    def __len__(self):
+        return len(self.data)
+
+    def name_of(self, i):
+        return self.data.name_of(i)
+
+    def weakened(self, i, mask):
+        if self.kept[i] is None:
+            seed = mixed_seed(self.seed, self.name_of(i))
+            left = strokes.weaken(mask.numpy(), self.drop, self.shrink, seed)
+            self.kept[i] = left.shape, zlib.compress(left.tobytes())
+        shape, packed = self.kept[i]
+        return torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.uint8).view(shape)
+
+    def read(self, i):
+        image, mask = self.data.read(i)
+        return image, self.weakened(i, mask)
+
+    def read_mask(self, i):
+        return self.weakened(i, self.data.read_mask(i) if self.kept[i] is None else None)
+
+
 def open_dataset(name, root, split, seed=0, mask_dir=""):
     """Data set `name` of DATASETS in the folder `root` -> SegmentationSet, its layout checked.
 
     split: one that the data set has in SPLITS. seed: of toy_scenes, whose root is "".
-    mask_dir: train on other masks: a folder beside the usual one (voc, folder), or "scribbles" of toy_scenes.
+    mask_dir: train on other masks: a folder below ROOT or anywhere else (voc, voc_scribble, folder), or
+    "scribbles" of toy_scenes. It serves the train splits alone.
     UserError says what is missing, what was found, and where the data come from.
     """
     if name not in SPLITS:
         raise UserError(f"data set {name!r} does not exist: choose one of {', '.join(SPLITS)}.")
     if split not in SPLITS[name]:
-        hidden = name in ("voc", "cityscapes") and split == "test"
+        hidden = name in ("voc", "voc_scribble", "cityscapes") and split == "test"
         why = " (the masks of its test images are not public)" if hidden else ""
         raise UserError(f"{name} has no split {split!r}{why}: choose one of {', '.join(SPLITS[name])}.")
-    if mask_dir and name not in ("voc", "folder") and (name, mask_dir) != ("toy_scenes", "scribbles"):
+    takes_any = name in ("voc", "voc_scribble", "folder")
+    if mask_dir and not takes_any and (name, mask_dir) != ("toy_scenes", "scribbles"):
         raise UserError(f"{name} has no masks {mask_dir!r}: leave the option out.")
     if not split.startswith("train"):
         mask_dir = ""                                                   # always scored on the full masks
@@ -517,6 +604,8 @@ def open_dataset(name, root, split, seed=0, mask_dir=""):
         paths, pages = em_files(root, split)
     elif name == "voc":
         paths = voc_files(root, split, mask_dir)
+    elif name == "voc_scribble":
+        paths = voc_scribble_files(root, split, mask_dir)
     elif name == "camvid":
         paths = camvid_files(root, split)
     else:
@@ -653,7 +742,74 @@ def augment(image, mask, size, crop, scale=(0.5, 2.0), photometric=True, crop_re
     return F.pad(normalise(image), padding, fill=0), F.pad(mask, padding, fill=IGNORE)[0]
 
 
+BLUR = torch.softmax(-(torch.arange(5.0) - 2) ** 2 / (2 * 1.1 ** 2), 0).tolist()   # OpenCV's sigma for 5
+
+
+def rotated(image, mask, angle, rows, columns):
+    """The window rows x columns (slices) of an image turned about its centre by `angle` degrees.
+
+    image float (3,H,W), normalised, mask uint8 (H,W) -> (3,h,w) bilinear, (h,w) nearest. What comes from
+    outside the image is 0, the mean colour, and 255.
+    """
+    height, width = mask.shape
+    y = torch.arange(rows.start, rows.stop)[:, None] - (height - 1) / 2             # from the centre
+    x = torch.arange(columns.start, columns.stop) - (width - 1) / 2
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    grid = torch.stack([(cos * x - sin * y) * 2 / width, (sin * x + cos * y) * 2 / height], -1)[None]
+    image = grid_sample(image[None], grid, "bilinear", "zeros", align_corners=False)[0]
+    negative = mask[None, None].float() - IGNORE         # so that the zeros outside become 255
+    mask = grid_sample(negative, grid, "nearest", "zeros", align_corners=False) + IGNORE
+    return image, mask[0, 0].to(torch.uint8)
+
+
+def blurred(image):
+    """5x5 Gaussian blur of float (3,H,W), mirrored at the border without repeating it (OpenCV's default)."""
+    padded = pad(image[None], [2, 2, 2, 2], mode="reflect")[0]                      # (3,H+4,W+4)
+    height, width = image.shape[1:]
+    tall = sum(weight * padded[:, i:i + height] for i, weight in enumerate(BLUR))   # (3,H,W+4)
+    return sum(weight * tall[..., i:i + width] for i, weight in enumerate(BLUR))
+
+
+def augment_scribble(image, mask, size, crop, scale=(0.5, 2.0), rotation=10.0, blur=True):
+    """Training pipeline of PFA (Sec. 4.2): scale r ~ U(scale); then, each with probability 1/2, a rotation of
+    U(-rotation, rotation) degrees about the centre, a 5x5 Gaussian blur, a flip; pad evenly with the mean
+    colour and 255; random crop.
+
+    image uint8 (3,H,W), mask uint8 (H,W) -> float32 (3,crop,crop) normalised, uint8 (crop,crop). Sizes as in
+    fitted_size. The mask is only ever resampled by nearest neighbour. Rotation and blur are worked out for
+    the crop alone, which comes to the same.
+    """
+    height, width = fitted_size(*mask.shape, size, uniform(*scale))
+    turn, angle, blurs, flips = coin(), uniform(-rotation, rotation), coin() and blur, coin()
+    image = F.resize(image, [height, width], antialias=False)
+    mask = F.resize(mask[None], [height, width], interpolation=InterpolationMode.NEAREST)[0]
+    y, x = (torch.randint(max(side - crop, 0) + 1, ()).item() for side in (height, width))
+    top, left = max(y - 2, 0), max(x - 2, 0)             # the window, and what a blur needs around it
+    rows, columns = slice(top, min(y + crop + 2, height)), slice(left, min(x + crop + 2, width))
+    if turn:
+        image, mask = rotated(normalise(image), mask, angle, rows, columns)
+    else:
+        image, mask = normalise(image[:, rows, columns]), mask[rows, columns]
+    if blurs and min(height, width) > 2:
+        image = blurred(image)
+    rows, columns = slice(y - top, y - top + crop), slice(x - left, x - left + crop)
+    image, mask = image[:, rows, columns], mask[rows, columns]
+    if flips:
+        image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
+    lack_y, lack_x = (crop - side for side in mask.shape)
+    padding = [lack_x // 2, lack_y // 2, (lack_x + 1) // 2, (lack_y + 1) // 2]     # left, top, right, bottom
+    return F.pad(image, padding, fill=0), F.pad(mask[None], padding, fill=IGNORE)[0]
+
+
 # ---- views: what a network sees of a data set ------------------------------------------------------------
+
+@contextlib.contextmanager
+def seeded(sample_seed):
+    """Within, torch's CPU generator starts from this seed; afterwards it is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(sample_seed)     # torch.manual_seed would reseed the GPUs too
+        yield
+
 
 class TrainView(Dataset):
     """Augmented samples: view[(index, sample_seed)] -> dict(image, mask, index); same key, same sample.
@@ -673,11 +829,36 @@ class TrainView(Dataset):
     def __getitem__(self, key):
         index, sample_seed = key
         image, mask = self.data.read(index)
-        with torch.random.fork_rng(devices=[]):              # puts the CPU generator back at the end
-            torch.default_generator.manual_seed(sample_seed)     # torch.manual_seed would reseed the GPUs too
+        with seeded(sample_seed):
             image, mask = augment(image, mask, self.size, self.crop, self.scale, self.photometric,
                                   self.crop_retries)
         return {"image": image, "mask": mask.long(), "index": index}
+
+
+class ScribbleView(Dataset):
+    """Samples of PFA (Sec. 4.2, see augment_scribble): view[(index, sample_seed)] -> dict(image, mask,
+    classes, index); same key, same sample.
+
+    image float32 (3,crop,crop), normalised; mask int64 (crop,crop), 255 = ignore; classes bool (N,): those
+    that are labelled anywhere in the whole image, whatever the crop shows. size: short side at r = 1, 0 = the
+    image's own; r ~ U(scale). rotation: largest angle in degrees. blur: False = never.
+    """
+
+    def __init__(self, data, size, crop, scale=(0.5, 2.0), rotation=10.0, blur=True):
+        self.data, self.size, self.crop = data, size, crop
+        self.scale, self.rotation, self.blur = scale, rotation, blur
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, key):
+        index, sample_seed = key
+        image, mask = self.data.read(index)
+        classes = torch.bincount(mask.flatten(), minlength=256)[:self.data.num_classes] > 0
+        with seeded(sample_seed):
+            image, mask = augment_scribble(image, mask, self.size, self.crop, self.scale, self.rotation,
+                                           self.blur)
+        return {"image": image, "mask": mask.long(), "classes": classes, "index": index}
 
 
 class TestView(Dataset):
@@ -760,10 +941,39 @@ def eval_loader(view, workers, device, rank=0, world=1):
     return make_loader(view, [[i] for i in range(rank, len(view), world)], workers, device)
 
 
-def pixel_counts(data, workers=0):
-    """int64 (N,): labelled pixels per class over the split; reads the masks only."""
-    total = torch.zeros(256, dtype=torch.int64)
+def counts_of_masks(data, workers=0):
+    """Of each mask in turn: int64 (256,), how many pixels have each value."""
     for mask in DataLoader(range(len(data)), batch_size=None, collate_fn=data.read_mask, num_workers=workers,
                            generator=torch.Generator()):
-        total += torch.bincount(mask.flatten(), minlength=256)
-    return total[:data.num_classes]
+        yield torch.bincount(mask.flatten(), minlength=256)
+
+
+def pixel_counts(data, workers=0):
+    """int64 (N,): labelled pixels per class over the split; reads the masks only."""
+    return sum(counts_of_masks(data, workers))[:data.num_classes]
+
+
+def survey_scribbles(data, workers=0):
+    """What the scribbles of a split label; reads the masks only.
+
+    -> dict: images int64 (N,): in how many images each class is labelled; empty, background_only: names of
+    the images whose masks label nothing, or only class 0; labelled: labelled pixels in percent of all.
+    UserError where all masks together label nothing, or only class 0.
+    """
+    counts = torch.stack(list(counts_of_masks(data, workers)))                      # (images,256)
+    has = counts[:, :data.num_classes] > 0                                          # (images,N)
+    example = f", such as {data.paths[0][1]}," if data.paths else ""
+    where = f"{data.name} {data.split}: all {len(data)} masks{example}"
+    expected = ("a scribble mask holds the class ids along the strokes and 255 at all other pixels, with "
+                "strokes of the background (0) and of the objects")
+    if not has.any():
+        raise UserError(f"{where} hold nothing but 255 (unlabelled): {expected}; pass the folder of such "
+                        "masks.")
+    if data.num_classes > 1 and not has[:, 1:].any():
+        raise UserError(f"{where} label only class 0, {data.classes[0]}: {expected}; if 0 stands for "
+                        "unlabelled pixels in your files, write 255 there.")
+    empty, background = ~has.any(1), has[:, 0] & ~has[:, 1:].any(1)
+    names = [data.name_of(i) for i in range(len(data))]
+    return {"images": has.sum(0), "empty": [n for n, e in zip(names, empty.tolist()) if e],
+            "background_only": [n for n, b in zip(names, background.tolist()) if b],
+            "labelled": 100 * counts[:, :IGNORE].sum().item() / counts.sum().item()}

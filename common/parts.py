@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from common.datasets import CLASSES, IGNORE, listing, load_picture
+from common.regions import connected_components
 from common.run import UserError
 from data import toy_scenes
 
@@ -66,43 +67,6 @@ FILES = {"cityscapes": ("gtFinePanopticParts", "_gtFinePanopticParts.tif"), "voc
 
 
 # ---- from part maps to keypoints -------------------------------------------------------------------------
-
-def lowest_of_group(count, a, b):
-    """Groups of the numbers 0..count-1 in which a[k] and b[k] belong together -> int64 (count,): for each
-    number the lowest of its group. a, b: int (M,)."""
-    root = np.arange(count)
-    while len(a):                                        # pairs of different roots; O(log count) rounds
-        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))         # each points at its lowest neighbour
-        while not np.array_equal(root, root[root]):      # paths become half as long each time
-            root = root[root]
-        a, b = root[a], root[b]
-        apart = a != b
-        a, b = a[apart], b[apart]
-    return root
-
-
-def connected_components(ids):
-    """Areas of equal value: int (H,W) -> int64 (H,W), 0 where ids is 0, else 1, 2, ... by first pixel.
-
-    Pixels of equal value that touch, at a side or a corner, get the same number. Works on runs, stretches of
-    equal pixels within a row: two of neighbouring rows touch if neither begins behind the other's end.
-    """
-    width = ids.shape[1] + 1
-    flat = np.pad(ids, ((0, 0), (0, 1))).ravel()         # a 0 behind every row: no run reaches the next
-    starts = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
-    lengths = np.diff(starts, append=flat.size)
-    filled = np.flatnonzero(flat[starts])                # the runs that are not 0
-    start, end, value = starts[filled], (starts + lengths)[filled], flat[starts[filled]]            # (R,)
-    first = np.searchsorted(end, start + width)          # runs first..last-1 of the row below touch
-    last = np.searchsorted(start, end + width, side="right")
-    upper = np.repeat(np.arange(len(start)), last - first)                                          # (M,)
-    lower = np.arange(len(upper)) + np.repeat(last - np.cumsum(last - first), last - first)
-    same = value[upper] == value[lower]
-    root = lowest_of_group(len(start), upper[same], lower[same])
-    number = np.zeros(len(starts), np.int64)
-    number[filled] = np.cumsum(root == np.arange(len(root)))[root]
-    return np.repeat(number, lengths).reshape(-1, width)[:, :-1]
-
 
 def part_centroids(part_map, class_map):
     """One keypoint for each connected piece of a part: float32 (K,4): class id, part id, x, y, by ids.

@@ -258,8 +258,8 @@ def start_run(cfg, rank=0):
             raise UserError(f"--out {out} cannot be made ({error.strerror}): "
                             "choose another folder.") from None
         earlier = [p for p in out.iterdir() if p.name in
-                   ("config.json", "log.csv", "metrics.json", "last.pt", "best.pt", "stage1.pt", "figures",
-                    "predictions", "explanations", "failures")]
+                   ("config.json", "log.csv", "metrics.json", "last.pt", "best.pt", "stage1.pt", "classifier.pt",
+                    "class_scores.npz", "figures", "predictions", "explanations", "failures", "drawings")]
         if (out / "config.json").exists():
             number = 1
             while (out / f"previous-{number}").exists():
@@ -303,14 +303,15 @@ def finished_row(train, cfg, device, rank, world):
     """Metrics of one row of a table, whose run is in cfg.out: read if finished, else trained or resumed.
 
     train(cfg, device, rank, world) leaves metrics.json in cfg.out. A run that was made with other settings,
-    or other weights, data or test_split, does not count and is made again.
+    weights, data, or other options that change its metrics, does not count and is made again.
     """
     out = Path(cfg.out)
     if (out / "config.json").exists():
         saved = read_json(out / "config.json", "")
         now = json.loads(json.dumps(asdict(cfg)))       # tuples become lists, as in the file
         fixed = [f.name for f in fields(cfg) if not f.metadata["runtime"]
-                 or f.name in ("weights", "data", "test_split", "threshold", "quantiles")]
+                 or f.name in ("weights", "data", "test_split", "threshold", "quantiles", "filter", "class_scores",
+                               "score_threshold", "classifier_weights")]
         same = all(saved.get(name) == now[name] for name in fixed)
         if same and (out / "metrics.json").exists():
             return read_json(out / "metrics.json", "")

@@ -89,9 +89,35 @@ def scaleprotoseg_steps(device, batch_size):
     return "scaleprotoseg", "ResNet-101, 513x513", steps
 
 
+def pfa_scribble_steps(device, batch_size):
+    """SegFormer-B1 at 512 x 512, 21 classes: partial cross-entropy alone, and PFA's last phase, memory full.
+
+    Limit of the ratio: 1.35.
+    """
+    import pfa_scribble
+    num_classes, size, steps = 21, 512, []
+    x = torch.randn(batch_size, 3, size, size).to(device, memory_format=torch.channels_last)
+    scribbles = torch.full((batch_size, size, size), 255)
+    for c, row in ((0, 40), (8, 200), (15, 400)):                      # three strokes an image, 1.7 % of the pixels
+        scribbles[:, row:row + 3, :size - 32] = c
+    scribbles = scribbles.to(device)
+    classes = pfa_scribble.classes_in(scribbles, num_classes)
+    for method, phase in (("pce", "warmup"), ("pfa", "global")):
+        cfg = run.make_config(pfa_scribble.Config, pfa_scribble.PRESETS, "voc-b1", out="unused",
+                              batch_size=batch_size, method=method)
+        net = pfa_scribble.build_model(cfg, num_classes).to(device, memory_format=torch.channels_last).train()
+        if method == "pfa":
+            net.memory.bank.normal_()
+            net.memory.count.fill_(cfg.slots)
+        optimizer, scheduler = pfa_scribble.build_optimizer(net, cfg, device)
+        steps.append(lambda net=net, optimizer=optimizer, scheduler=scheduler, cfg=cfg, phase=phase:
+                     pfa_scribble.train_step(net, net, optimizer, scheduler, x, scribbles, classes, phase, cfg))
+    return "pfa_scribble", "SegFormer-B1, 512x512", steps
+
+
 # script: its steps, images a batch on a CPU and on a GPU
 BENCHMARKS = {"cbp_occl": (cbp_occl_steps, 2, 16), "protopool": (protopool_steps, 8, 80),
-              "scaleprotoseg": (scaleprotoseg_steps, 1, 10)}
+              "scaleprotoseg": (scaleprotoseg_steps, 1, 10), "pfa_scribble": (pfa_scribble_steps, 1, 16)}
 
 
 def looped_diversity(d2, labels, prototype_class, prototype_scale):

@@ -5,6 +5,7 @@ shapes but holds no numbers.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,13 +20,25 @@ from common.backbones import (DENSE, EXTRACTORS, GOES_WITH, MixBlock, MixTransfo
                               build_extractor, build_network, load_mit_weights)
 from common.run import UserError
 
-PAIRS = [(backbone, head) for head, names in GOES_WITH.items() for backbone in names]
+PAIRS = [(backbone, head) for head, names in GOES_WITH.items() for backbone in names
+         if head != "mlp" or backbone not in ("mit_b2", "mit_b3", "mit_b4", "mit_b5")]   # as with segformer
 MIT_BLOCKS = ((2, 2, 2, 2), (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 18, 3), (3, 8, 27, 3), (3, 6, 40, 3))
+
+
+WIDE = ("fcn", "upernet")                                # 512 channels and an auxiliary head; the others: 256
 
 
 def build_on_meta(backbone, head, **options):
     with torch.device("meta"):
         return build_network(backbone, head, 150, **options)
+
+
+def gmacs(compute):
+    """Billions of multiply-adds of convolutions and linear layers, attention's products left out."""
+    with FlopCounterMode(display=False) as counter:
+        compute()
+    flops = counter.get_flop_counts()["Global"]                         # torch counts 2 per multiply-add
+    return sum(n for op, n in flops.items() if "attention" not in str(op) and "bmm" not in str(op)) / 2e9
 
 
 def count(module):
@@ -83,6 +96,52 @@ def test_segformer_b5_takes_75_gmac_at_512():
     assert gmac == pytest.approx(75.1, rel=0.01)
 
 
+@pytest.mark.parametrize("size, parameters, gmac, published", [
+    (0, 3_719_541, None, None), (1, 13_682_645, 19.35, 19.4), (2, 24_727_509, None, None),
+    (3, 44_603_349, 44.38, 44.5), (4, 61_373_909, None, None), (5, 81_974_229, 72.70, 72.9)])
+def test_pfa_segformers_have_the_parameters_and_gmacs_of_table_3(size, parameters, gmac, published):
+    """PFA prints 13.6, 44.6 and 82.0 M for B1, B3 and B5; for 21 classes and a 512x512 image."""
+    network = build_on_meta(f"mit_b{size}", "mlp", last_stride=1).eval()
+    assert count(network) + 256 * 21 + 21 == parameters
+    if gmac:
+        images = torch.empty(1, 3, 512, 512, device="meta")
+        as_released = gmacs(lambda: mlp_as_released(network.head, network.backbone(images)))
+        as_released += 128 * 128 * 256 * 21 / 1e9
+        assert as_released == pytest.approx(gmac, abs=0.006)
+        assert as_released == pytest.approx(published, rel=0.003)
+
+
+def test_the_mlp_head_saves_the_fusion_on_the_fine_grid():
+    network, images = build_on_meta("mit_b1", "mlp").eval(), torch.empty(1, 3, 512, 512, device="meta")
+    as_released = gmacs(lambda: mlp_as_released(network.head, network.backbone(images)))
+    assert as_released + 128 * 128 * 256 * 21 / 1e9 == pytest.approx(13.3, abs=0.06)   # with last_stride 2
+    fusion = 128 * 128 * 4 * 256 * 256 / 1e9
+    assert as_released - gmacs(lambda: network(images)) == pytest.approx(fusion, abs=0.1)
+
+
+def test_deeplabv3plus_has_the_size_of_the_usual_one_with_a_deep_stem():
+    """That is 59.47 M parameters; 95.7 GMAC at output stride 16 and 267 at 8 for a 512x512 image."""
+    network = build_on_meta("resnet101", "deeplabv3plus")
+    assert count(network.backbone) == 42_500_160                        # ResNet-101 without its classifier
+    stem = 9 * (3 * 64 + 64 * 64 + 64 * 128) - 49 * 3 * 64              # three 3x3 instead of the 7x7
+    layer1 = 64 * (64 + 256)                                            # which then reads 64 channels more
+    norms = 2 * (64 + 64 + 128 - 64)
+    parameters = count(network) + stem + layer1 + norms + 256 * 21 + 21
+    assert round(parameters / 1e6, 2) == 59.47
+    images = torch.empty(1, 3, 512, 512, device="meta")
+    rest = (256 * 256 * stem + 128 * 128 * (layer1 + 256 * 21)) / 1e9
+    for output_stride, published, digits in ((16, 95.7, 1), (8, 267, 0)):
+        network = build_on_meta("resnet101", "deeplabv3plus", output_stride=output_stride).eval()
+        assert round(gmacs(lambda: network(images)) + rest, digits) == published
+
+
+def test_deeplabv2_adds_one_1x1_convolution_and_its_norm():
+    for backbone, body, width in (("resnet101", 42_500_160, 2048), ("resnet50", 23_508_032, 2048),
+                                  ("mobilenet_v2", 1_811_712, 320)):
+        network = build_on_meta(backbone, "deeplabv2")
+        assert count(network.backbone) == body and count(network.head) == width * 256 + 2 * 256
+
+
 def test_tiny_is_tiny_and_as_wide_as_its_head():
     network = build_network("tiny", "segformer", 10)
     assert 200_000 < count(network) < 400_000
@@ -94,15 +153,15 @@ def test_tiny_is_tiny_and_as_wide_as_its_head():
 @pytest.mark.parametrize("backbone, head", PAIRS)
 def test_shapes_of_every_pair(backbone, head):
     network = build_on_meta(backbone, head)
-    channels = 64 if backbone == "tiny" else 256 if backbone == "mobilenet_v2" or head == "segformer" else 512
-    stride = 8 if head == "fcn" else 4
+    channels = 64 if backbone == "tiny" else 512 if head in WIDE and backbone != "mobilenet_v2" else 256
+    stride = 8 if head in ("fcn", "deeplabv2") else 4
     whole = math.floor if backbone.startswith(("swin", "convnext")) else math.ceil
     assert (network.channels, network.stride) == (channels, stride)
     for height, width in ((101, 77), (360, 480)):
         images = torch.empty(2, 3, height, width, device="meta")
         features, aux_logits = network.train()(images)
         assert features.shape == (2, channels, whole(height / stride), whole(width / stride))
-        if head == "segformer":
+        if head not in WIDE:
             assert aux_logits is None and network.aux_head is None
         else:
             level3 = network.backbone(images)[2]
@@ -111,23 +170,37 @@ def test_shapes_of_every_pair(backbone, head):
     assert aux_logits is None                                           # the auxiliary head only trains
 
     images = torch.empty(1, 3, 128, 256, device="meta")
-    strides = (4, 8, 8, 8) if head == "fcn" else (4, 8, 16, 16) if backbone == "tiny" else (4, 8, 16, 32)
+    dilated = head in ("fcn", "deeplabv2", "deeplabv3plus")
+    strides = (4, 8, 8, 8) if dilated else (4, 8, 16, 16) if backbone == "tiny" else (4, 8, 16, 32)
     assert [tuple(level.shape[1:]) for level in network.backbone(images)] == [
         (dim, 128 // s, 256 // s) for dim, s in zip(network.backbone.dims, strides)]
 
 
-@pytest.mark.parametrize("backbone", GOES_WITH["fcn"])
-def test_output_stride_16(backbone):
-    network = build_on_meta(backbone, "fcn", output_stride=16)
-    assert network.stride == 16
+@pytest.mark.parametrize("head, stride, size", [("fcn", 16, (7, 5)), ("deeplabv2", 16, (7, 5)),
+                                                ("deeplabv3plus", 4, (26, 20))])
+@pytest.mark.parametrize("backbone", ["resnet50", "resnet101", "mobilenet_v2"])
+def test_output_stride_16(backbone, head, stride, size):
+    network = build_on_meta(backbone, head, output_stride=16)
+    assert network.stride == stride
     images = torch.empty(2, 3, 101, 77, device="meta")
-    assert network(images)[0].shape[2:] == (7, 5)
+    assert network(images)[0].shape[2:] == size
     sizes = [tuple(level.shape[2:]) for level in network.backbone(images)]
     assert sizes == [(26, 20), (13, 10), (7, 5), (7, 5)]
 
 
+@pytest.mark.parametrize("height, width", [(101, 77), (512, 333), (32, 45)])
+def test_last_stride_of_1_leaves_level_4_as_fine_as_level_3(height, width):
+    network = build_on_meta("mit_b1", "mlp", last_stride=1)
+    images = torch.empty(1, 3, height, width, device="meta")
+    sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in (4, 8, 16, 16)]
+    assert [tuple(level.shape[1:]) for level in network.backbone(images)] == [
+        (dim, *size) for dim, size in zip((64, 128, 320, 512), sizes)]
+    assert network.stride == 4 and network(images)[0].shape == (1, 256, *sizes[0])
+
+
 def test_head_channels_set_the_width_of_the_features():
-    for backbone, head in (("mit_b1", "segformer"), ("mobilenet_v2", "fcn"), ("swin_t", "upernet")):
+    for backbone, head in (("mit_b1", "segformer"), ("mobilenet_v2", "fcn"), ("swin_t", "upernet"),
+                           ("mit_b1", "mlp"), ("mobilenet_v2", "deeplabv2"), ("resnet50", "deeplabv3plus")):
         network = build_on_meta(backbone, head, head_channels=96)
         features, _ = network(torch.empty(2, 3, 64, 64, device="meta"))
         assert features.shape[1] == network.channels == 96
@@ -135,7 +208,9 @@ def test_head_channels_set_the_width_of_the_features():
 
 @pytest.mark.parametrize("backbone, head", [
     ("tiny", "segformer"), ("mit_b0", "segformer"), ("mobilenet_v2", "segformer"), ("mobilenet_v2", "fcn"),
-    ("mobilenet_v2", "upernet"), ("resnet50", "fcn"), ("swin_t", "upernet"), ("convnext_tiny", "upernet")])
+    ("mobilenet_v2", "upernet"), ("resnet50", "fcn"), ("swin_t", "upernet"), ("convnext_tiny", "upernet"),
+    ("tiny", "mlp"), ("mit_b0", "mlp"), ("mobilenet_v2", "mlp"), ("mobilenet_v2", "deeplabv2"),
+    ("mobilenet_v2", "deeplabv3plus")])
 def test_trains_in_channels_last_and_bf16_and_reaches_every_parameter(backbone, head):
     torch.manual_seed(0)
     network = build_network(backbone, head, 5, head_channels=32, drop_path=0.0)
@@ -261,6 +336,32 @@ def test_initialisation_is_that_of_mmsegmentation():
     assert state["aux_head.2.bias"].abs().max() == 0
 
 
+def test_the_mlp_head_starts_as_released():
+    torch.manual_seed(0)
+    head = build_network("mit_b0", "mlp", 5).head.requires_grad_(False)
+    for conv, dim in zip(head.levels, (32, 64, 160, 256)):              # torch's default for a Linear
+        bound = 1 / math.sqrt(dim)
+        for value in (conv.weight, conv.bias):
+            assert value.abs().max() <= bound
+            assert value.std() == pytest.approx(bound / math.sqrt(3), rel=0.15)
+    assert head.fuse.weight.std() == pytest.approx(math.sqrt(2 / 256), rel=0.02) and head.fuse.bias is None
+    assert (head.norm.weight == 1).all() and (head.norm.bias == 0).all()
+
+
+def test_heads_keep_the_names_in_checkpoints_of_earlier_versions():
+    def units(*names):
+        parts = ("0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked")
+        return {f"{name}.{part}" for name in names for part in parts}
+
+    four = [f"levels.{i}" for i in range(4)]
+    pools = [f"pools.{i}.1" for i in range(4)]
+    pyramid = [f"{part}.{i}" for part in ("laterals", "smooth") for i in range(3)]
+    for head, names in ((backbones.SegFormerHead, units(*four, "fuse")),
+                        (backbones.FCNHead, units("convs.0", "convs.1", "fuse")),
+                        (backbones.UPerHead, units(*pools, *pyramid, "bottleneck", "fuse"))):
+        assert set(head((4, 6, 8, 10), 5).state_dict()) == names
+
+
 # ---- heads -----------------------------------------------------------------------------------------------
 
 def randomise(module):
@@ -274,8 +375,12 @@ def randomise(module):
 
 def unit(x, layers):
     """What convolution + BatchNorm + ReLU do in evaluation, from the bare tensors."""
-    conv, norm = layers[0], layers[1]
-    x = F.conv2d(x, conv.weight, padding=conv.weight.shape[-1] // 2)
+    conv = layers[0]
+    return norm_relu(F.conv2d(x, conv.weight, padding=conv.weight.shape[-1] // 2), layers[1])
+
+
+def norm_relu(x, norm):
+    """BatchNorm in evaluation and ReLU."""
     scale = norm.weight / torch.sqrt(norm.running_var + 1e-5)
     shift = norm.bias - norm.running_mean * scale
     return torch.clamp(x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1), min=0)
@@ -306,6 +411,99 @@ def test_segformer_head_equals_a_written_out_computation():
     torch.testing.assert_close(head(levels), unit(torch.cat(maps, 1), head.fuse))
 
 
+def mlp_as_released(head, levels):
+    """The mlp head in the order of its paper: project, resize, concatenate, fuse (Eq. 4)."""
+    size = levels[0].shape[2:]
+    c1, c2, c3, c4 = (F.conv2d(x, conv.weight, conv.bias) for x, conv in zip(levels, head.levels))
+    c2, c3, c4 = (F.interpolate(x, size, mode="bilinear", align_corners=False) for x in (c2, c3, c4))
+    y = F.conv2d(torch.cat([c4, c3, c2, c1], 1), head.fuse.weight)
+    norm = head.norm
+    y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=head.training)
+    return F.relu(y)
+
+
+def test_mlp_head_equals_a_written_out_computation():
+    """In numpy and without a batch norm of torch's; the last two levels of different and of the same size."""
+    head, levels = head_and_levels(backbones.MLPHead)
+    for sizes in (None, (4, 3)):
+        if sizes:
+            levels[3] = torch.randn(2, 10, *sizes, dtype=torch.float64)
+        maps = [np.einsum("bchw,dc->bdhw", x.numpy(), conv.weight[:, :, 0, 0].numpy())
+                + conv.bias.numpy()[:, None, None] for x, conv in zip(levels, head.levels)]
+        maps = np.concatenate([upsample(torch.from_numpy(x), 13, 11).numpy() for x in maps[::-1]], 1)
+        y = np.einsum("bchw,dc->bdhw", maps, head.fuse.weight[:, :, 0, 0].numpy())
+        mean, var, weight, bias = (value.numpy()[:, None, None] for value in (
+            head.norm.running_mean, head.norm.running_var, head.norm.weight, head.norm.bias))
+        expected = np.maximum((y - mean) / np.sqrt(var + 1e-5) * weight + bias, 0)
+        assert (expected > 0).mean() > 0.1
+        np.testing.assert_allclose(head(levels).numpy(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_mlp_head_learns_as_if_every_map_were_built():
+    head, levels = head_and_levels(backbones.MLPHead)
+    head.train().requires_grad_(True)
+    levels = [x.requires_grad_(True) for x in levels]
+    inputs = [*head.parameters(), *levels]
+    target = torch.rand(2, 5, 13, 11, dtype=torch.float64)
+    got, expected = (torch.autograd.grad((target * compute(levels)).sum(), inputs)
+                     for compute in (head, partial(mlp_as_released, head)))
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+    for (name, _), a in zip(head.named_parameters(), got):              # BatchNorm takes biases away
+        assert a.abs().max() > 1e-3 or name.endswith(".bias"), name
+
+
+@pytest.mark.parametrize("head", [backbones.DeepLabv2Head,
+                                  partial(backbones.DeepLabv3PlusHead, output_stride=16)])
+def test_gradients_reach_every_parameter_of_the_deeplab_heads(head):
+    torch.manual_seed(0)
+    head = head((4, 6, 8, 10), 16)
+    out = head([torch.randn(4, dim, side, side) for dim, side in zip((4, 6, 8, 10), (40, 40, 20, 20))])
+    (out * torch.rand_like(out)).sum().backward()
+    for name, p in head.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 1e-3, name
+
+
+def dilated_unit(x, layers, rate):
+    """Nine shifted copies of the map, `rate` pixels apart, then BatchNorm and ReLU."""
+    h, w = x.shape[2:]
+    padded, weight = F.pad(x, (rate,) * 4), layers[0].weight
+    x = sum(torch.einsum("bchw,dc->bdhw", padded[:, :, i * rate:i * rate + h, j * rate:j * rate + w],
+                         weight[:, :, i, j]) for i in range(3) for j in range(3))
+    return norm_relu(x, layers[1])
+
+
+def test_deeplabv2_head_is_a_1x1_convolution_on_level_4():
+    head, levels = head_and_levels(backbones.DeepLabv2Head)
+    torch.testing.assert_close(head(levels), unit(levels[3], head.reduce))
+
+
+@pytest.mark.parametrize("output_stride, rates", [(16, (6, 12, 18)), (8, (12, 24, 36))])
+def test_deeplabv3plus_head_equals_a_written_out_computation(output_stride, rates):
+    head, levels = head_and_levels(partial(backbones.DeepLabv3PlusHead, output_stride=output_stride))
+    low, top = levels[0], torch.randn(2, 10, 38, 21, dtype=torch.float64)   # some taps of every rate hit it
+    pooled = unit(top.mean((2, 3), keepdim=True), head.pool[1]) * torch.ones(38, 21, dtype=torch.float64)
+    dilated = [dilated_unit(top, layers, rate) for layers, rate in zip(head.branches[1:], rates)]
+    x = unit(torch.cat([unit(top, head.branches[0]), *dilated, pooled], 1), head.project[0])
+    low = unit(low, head.low)
+    assert low.shape[1] == 48
+    x = torch.cat([F.interpolate(x, (13, 11), mode="bilinear", align_corners=False), low], 1)
+    expected = unit(unit(x, head.refine[0]), head.refine[1])
+    torch.testing.assert_close(head([levels[0], *levels[1:3], top]), expected)
+    assert expected.std() > 0.01
+
+
+def test_deeplabv3plus_drops_half_of_the_projected_channels_in_training_only():
+    torch.manual_seed(0)
+    head, seen = backbones.DeepLabv3PlusHead((4, 6, 8, 10), 64, output_stride=16), []
+    head.refine.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, :64].detach()))
+    levels = [torch.randn(16, dim, side, side) for dim, side in zip((4, 6, 8, 10), (16, 8, 4, 4))]
+    head(levels)
+    head.eval()(levels)
+    dropped, dead = ((x == 0).flatten(2).all(2).float().mean() for x in seen)
+    assert dropped - dead == pytest.approx(0.5, abs=0.05) and dead < 0.1
+
+
 def test_fcn_head_equals_a_written_out_computation():
     head, levels = head_and_levels(backbones.FCNHead)
     y = unit(unit(levels[3], head.convs[0]), head.convs[1])
@@ -330,9 +528,10 @@ def test_upernet_head_equals_a_written_out_computation():
     torch.testing.assert_close(head([a, b, c, d]), expected)
 
 
-def test_upernet_names_the_remedy_for_a_batch_of_one():
-    network = build_network("mobilenet_v2", "upernet", 5, head_channels=8)
-    with pytest.raises(UserError, match="batch size of 2"):
+@pytest.mark.parametrize("head", ["upernet", "deeplabv3plus"])
+def test_heads_that_pool_name_the_remedy_for_a_batch_of_one(head):
+    network = build_network("mobilenet_v2", head, 5, head_channels=8)
+    with pytest.raises(UserError, match=f"the {head} head .* batch size of 2"):
         network(torch.randn(1, 3, 64, 64))
     assert network.eval()(torch.randn(1, 3, 64, 64))[0].shape == (1, 8, 16, 16)
 
@@ -359,17 +558,26 @@ def test_dilated_backbone_equals_the_strided_one_where_both_have_values(name):
 # ---- what goes together ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("backbone, head", [("swin_t", "fcn"), ("tiny", "upernet"), ("resnet50", "segformer"),
-                                            ("mit_b0", "uper"), ("mit_b9", "segformer")])
+                                            ("mit_b0", "uper"), ("mit_b9", "segformer"), ("resnet101", "mlp"),
+                                            ("mit_b1", "deeplabv2"), ("tiny", "deeplabv3plus")])
 def test_wrong_pairs_list_what_goes_together(backbone, head):
     with pytest.raises(UserError) as error:
         build_network(backbone, head, 5)
-    for part in (backbone, head, "segformer with mit_b0", "fcn with resnet50", "upernet with swin_t", "tiny"):
+    for part in (backbone, head, "segformer with mit_b0", "fcn with resnet50", "upernet with swin_t", "tiny",
+                 "mlp with mit_b0", "deeplabv2 with resnet50", "deeplabv3plus with resnet50"):
         assert part in str(error.value)
 
 
-def test_wrong_output_stride_and_drop_path_are_named():
-    with pytest.raises(UserError, match="output stride 4 .* 8 or 16"):
-        build_on_meta("resnet50", "fcn", output_stride=4)
+def test_wrong_strides_and_drop_path_are_named():
+    for head in ("fcn", "deeplabv2", "deeplabv3plus"):
+        with pytest.raises(UserError, match=f"output stride 4 .* the {head} head takes 8 or 16"):
+            build_on_meta("resnet50", head, output_stride=4)
+    for last_stride in (0, 3, 4):
+        with pytest.raises(UserError, match=f"last stride {last_stride} is not available: .* 1 or 2"):
+            build_on_meta("mit_b0", "mlp", last_stride=last_stride)
+    for backbone, head in (("tiny", "mlp"), ("mobilenet_v2", "segformer"), ("resnet101", "deeplabv2")):
+        with pytest.raises(UserError, match=f"last stride 1 is for MiT .* leave it at 2 for {backbone}"):
+            build_on_meta(backbone, head, last_stride=1)
     with pytest.raises(UserError, match="resnet50 has no blocks to drop"):
         build_on_meta("resnet50", "fcn", drop_path=0.1)
 

@@ -421,7 +421,8 @@ def test_pixel_counts(folder):
 
 def test_names_of_the_classes():
     assert ds.NUM_CLASSES == {"toy_scenes": len(toy_scenes.CLASSES), "ade20k": 150, "cocostuff10k": 171,
-                              "cocostuff164k": 182, "voc": 21, "cityscapes": 19, "camvid": 11, "em": 2}
+                              "cocostuff164k": 182, "voc": 21, "voc_scribble": 21, "cityscapes": 19,
+                              "camvid": 11, "em": 2}
     assert all(len(set(names)) == len(names) and all(names) for names in ds.CLASSES.values())
     ade, coco = ds.CLASSES["ade20k"], ds.CLASSES["cocostuff10k"]
     assert ade[0] == "wall" and ade[64] == "coffee table" and ade[149] == "flag"
@@ -649,6 +650,97 @@ def test_voc(tmp_path, below):
     train, val = (ds.open_dataset("voc", tmp_path, split, mask_dir="Scribbles") for split in ("train", "val"))
     assert train.read(0)[1].unique().tolist() == [255]
     assert val.read(0)[1].tolist() == [[0, 1, 20], [255, 15, 0]]
+
+
+def scribble_set(root, scribbles="ScribbleLabels"):
+    """VOC with three images of 3 x 2 pixels, scribbles as PNG, full masks of val alone."""
+    for name in ("2007_1", "2007_2", "2008_3"):
+        save(root / "JPEGImages" / f"{name}.jpg", np.zeros((2, 3, 3)))
+        save(root / scribbles / f"{name}.png", [[0, 255, 20], [255, 255, 15]])
+    save(root / "SegmentationClass" / "2008_3.png", [[0, 0, 20], [255, 15, 15]])
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2007_2\n")
+    (lists / "trainaug.txt").write_text("/JPEGImages/2007_2.jpg /SegmentationClassAug/2007_2.png\n2007_1\n")
+    (lists / "val.txt").write_text("2008_3\n")
+    return root
+
+
+def scribble_xml(path, width=3, height=2, tag="cow"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"<annotation><size><width>{width}</width><height>{height}</height></size><polygon>"
+                    f"<tag>{tag}</tag><point><X>0</X><Y>-1</Y></point></polygon></annotation>")
+
+
+@pytest.mark.parametrize("below", ["", "VOC2012", "VOCdevkit/VOC2012"])
+@pytest.mark.parametrize("scribbles", ds.SCRIBBLE_FOLDERS)
+def test_voc_scribble(tmp_path, below, scribbles):
+    scribble_set(tmp_path / below, scribbles)
+    splits = ds.SPLITS["voc_scribble"]
+    train, trainaug, val = (ds.open_dataset("voc_scribble", tmp_path, split) for split in splits)
+    assert [trainaug.name_of(i) for i in range(2)] == ["2007_2", "2007_1"] and len(train) == len(val) == 1
+    assert trainaug.read(1)[1].tolist() == [[0, 255, 20], [255, 255, 15]]   # without SegmentationClassAug
+    assert val.read(0)[1].tolist() == [[0, 0, 20], [255, 15, 15]]           # scored on the full masks
+    assert train.num_classes == 21 and train.classes[10] == "cow"
+
+
+def test_voc_scribble_reads_the_files_of_scribblesup(tmp_path):
+    root = scribble_set(tmp_path / "voc", "elsewhere")
+    for name in ("2007_1", "2007_2"):
+        scribble_xml(root / "pascal_2012" / f"{name}.xml", tag="bike")
+    data = ds.open_dataset("voc_scribble", root, "trainaug")
+    assert data.read(1)[1].tolist() == [[2, 255, 255], [255, 255, 255]]     # a dot that the border cuts
+    scribble_xml(root / "pascal_2012" / "2007_2.xml", width=4)
+    text = message(data.read, 0)
+    assert "2007_2.jpg is 3 x 2" in text and "2007_2.xml is 4 x 2" in text
+    scribble_xml(root / "pascal_2012" / "2007_2.xml", tag="unicorn")
+    assert "2007_2.xml" in message(data.read_mask, 0) and "'unicorn'" in message(data.read_mask, 0)
+    (root / "pascal_2012" / "2007_2.xml").unlink()
+    assert "pascal_2012/2007_2.xml" in message(ds.open_dataset, "voc_scribble", root, "train")
+    save(root / "ScribbleLabels" / "2007_2.png", np.full((2, 3), 21))       # comes first in the list
+    text = message(ds.open_dataset("voc_scribble", root, "train").read, 0)
+    assert "ScribbleLabels/2007_2.png" in text and "[21]" in text and "0..20 and 255" in text
+
+
+def test_masks_from_a_folder_elsewhere(tmp_path, monkeypatch):
+    root, mine = scribble_set(tmp_path / "voc"), tmp_path / "mine"
+    save(mine / "2007_2.png", np.full((2, 3), 7))
+    save(root / "inside" / "2007_2.png", np.full((2, 3), 8))
+    monkeypatch.chdir(tmp_path)
+    for name in ("voc", "voc_scribble"):
+        for mask_dir, value in ((str(mine), 7), ("mine", 7), (mine, 7), ("inside", 8)):
+            data = ds.open_dataset(name, root, "train", mask_dir=mask_dir)
+            assert data.read(0)[1].unique().tolist() == [value]
+            assert ds.open_dataset(name, root, "val", mask_dir=mask_dir).read(0)[1].tolist()[0] == [0, 0, 20]
+        text = message(ds.open_dataset, name, root, "train", mask_dir="nowhere")
+        assert "the folder nowhere/ is missing" in text
+    save(tmp_path / "SegmentationClass" / "2007_2.png", np.full((2, 3), 9))     # in the current folder
+    assert "no mask" in message(ds.open_dataset, "voc", root, "train")      # is not looked at unasked
+
+
+@pytest.mark.parametrize("below", ["train", ""])
+def test_folder_with_masks_from_elsewhere(tmp_path, below):
+    root = folder_set(tmp_path / "data")
+    for i in range(3):
+        save(tmp_path / "mine" / below / f"p{i}.png", np.full((40, 56), 255))
+    data = ds.open_dataset("folder", root, "train", mask_dir=str(tmp_path / "mine"))
+    assert data.read(2)[1].unique().tolist() == [255]
+    val = ds.open_dataset("folder", root, "val", mask_dir=str(tmp_path / "mine"))
+    assert torch.equal(val.read(0)[1], ds.open_dataset("folder", root, "val").read(0)[1])
+
+
+def test_voc_scribble_that_is_incomplete(tmp_path):
+    root = scribble_set(tmp_path, "elsewhere")
+    text = message(ds.open_dataset, "voc_scribble", root, "train")
+    assert "no folder of scribbles (ScribbleLabels, voc_scribbles" in text and "jifengdai.org" in text
+    (root / "voc_scribbles").mkdir()
+    (root / "voc_scribbles" / "readme.md").write_text("x")
+    text = message(ds.open_dataset, "voc_scribble", root, "train")
+    assert "voc_scribbles/ holds neither *.png nor *.xml (has readme.md)" in text
+    (root / "ImageSets" / "Segmentation" / "trainaug.txt").unlink()
+    text = message(ds.open_dataset, "voc_scribble", root, "trainaug")
+    assert "trainaug.txt is missing (10,582 names" in text and "split train" in text
+    assert "not public" in message(ds.open_dataset, "voc_scribble", root, "test")
 
 
 def test_camvid(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from common import parts as pt
+from common import regions
 from common.datasets import open_dataset
 from common.run import UserError
 from data import toy_scenes
@@ -95,7 +96,7 @@ def test_spiral_winds():
 
 def test_components_of_shapes_equal_flood_fill():
     for ids in shapes():
-        assert (pt.connected_components(ids) == flood_fill(ids)).all(), ids
+        assert (regions.connected_components(ids) == flood_fill(ids)).all(), ids
 
 
 def test_components_of_noise_equal_flood_fill():
@@ -104,10 +105,10 @@ def test_components_of_noise_equal_flood_fill():
         for share in (0.1, 0.3, 0.4, 0.6, 0.95):
             for values in (1, 2, 6):
                 ids = rng.integers(1, values + 1, size) * (rng.random(size) < share)
-                assert (pt.connected_components(ids) == flood_fill(ids)).all()
+                assert (regions.connected_components(ids) == flood_fill(ids)).all()
     ids = rng.integers(0, 3, (20, 25))
     for dtype in (np.uint8, np.int32, np.int64):
-        assert (pt.connected_components((ids * 100).astype(dtype)) == flood_fill(ids)).all()
+        assert (regions.connected_components((ids * 100).astype(dtype)) == flood_fill(ids)).all()
 
 
 def test_lowest_of_group_in_any_order():
@@ -119,11 +120,11 @@ def test_lowest_of_group_in_any_order():
         for _ in range(count):
             for i, j in zip(a, b):
                 expected[i] = expected[j] = min(expected[i], expected[j])
-        assert (pt.lowest_of_group(count, a, b) == expected).all()
+        assert (regions.lowest_of_group(count, a, b) == expected).all()
     path = rng.permutation(300)                          # one long path, its numbers shuffled
-    assert (pt.lowest_of_group(300, path[:-1], path[1:]) == 0).all()
+    assert (regions.lowest_of_group(300, path[:-1], path[1:]) == 0).all()
     leaves = np.arange(299)                              # a star whose centre is the highest number
-    assert (pt.lowest_of_group(300, leaves, np.full(299, 299)) == 0).all()
+    assert (regions.lowest_of_group(300, leaves, np.full(299, 299)) == 0).all()
 
 
 def test_a_cityscapes_map_takes_less_than_a_second():

@@ -1,0 +1,194 @@
+"""Scribble masks for training: convert them, invent them from full masks, or weaken them.
+
+    python -m data.prepare_scribbles xml FOLDER OUT                             # strokes of ScribbleSup
+    python -m data.prepare_scribbles masks FOLDER OUT --seed 0                  # one stroke in every region
+    python -m data.prepare_scribbles points FILE.json OUT --images FOLDER       # a disc at every point
+    python -m data.prepare_scribbles weaken FOLDER OUT --drop 0.3 --shrink 0.5  # PFA, Fig. 8; PNG or XML
+
+OUT must be new or empty. It gets an index PNG for every file, in the same sub-folders: class ids along the
+strokes, 255 = unlabelled. It appears only when it is complete. The work is done by data/strokes.py.
+"""
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from common.datasets import list_images, listing, mixed_seed, opened, read_index_map
+from common.figures import palette
+from common.run import UserError
+from data.strokes import (UNLABELLED, check_ratios, draw_strokes, read_strokes, scribbles_from_mask, weaken,
+                          weaken_strokes)
+
+PALETTE = palette(256).tolist()
+PALETTE[UNLABELLED] = [255, 255, 255]
+
+
+def save_mask(path, ids):
+    """Class ids uint8 (H,W) as a PNG whose pixel values are the ids, with colours for viewers, 255 white."""
+    picture = Image.fromarray(ids)
+    picture.putpalette(sum(PALETTE, []))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def files_below(folder, endings):
+    """Files with the first of these endings that occurs, also in sub-folders, sorted. UserError if none."""
+    for ending in endings:
+        found = sorted(p for p in folder.rglob(f"*{ending}") if p.name[0] != ".")
+        if found:
+            return found
+    raise UserError(f"{folder} holds no file {' or '.join(f'*{e}' for e in endings)}: pass the folder of the "
+                    f"masks or strokes; found there: {listing(folder)}.")
+
+
+def read_mask(path, unlabelled=UNLABELLED):
+    """Mask file -> uint8 (H,W), any ids; the value `unlabelled` becomes 255. UserError: colours, 16 bits."""
+    ids = read_index_map(path, 255).numpy()
+    ids[ids == unlabelled] = UNLABELLED
+    return ids
+
+
+def weakened(path, drop, shrink, seed):
+    """One file of scribbles, PNG or XML -> uint8 (H,W); its name without ending is part of the seed."""
+    seed = mixed_seed(seed, path.stem)
+    if path.suffix == ".png":
+        return weaken(read_mask(path), drop, shrink, seed)
+    (width, height), strokes = read_strokes(path)
+    return draw_strokes(weaken_strokes(strokes, drop, shrink, seed), width, height)
+
+
+def read_points(path):
+    """JSON file {name: [{"x", "y", "cls"}]} -> {name: [(class id, point float (1,2))]}; UserError else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: [(class_id(point["cls"]), np.array([[float(point["x"]), float(point["y"])]]))
+                       for point in points] for name, points in content.items()}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: pass the JSON file of the points.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as a file of points ({type(error).__name__}: {error}): it is "
+                        'damaged, or not of the form {"NAME": [{"x": 10.5, "y": 20, "cls": 3}]}.') from None
+
+
+def class_id(value):
+    if value not in range(UNLABELLED):
+        raise ValueError(f"cls {value} is no class id, 0..254")
+    return int(value)
+
+
+def discs(path, points, radius):
+    """Points [(class id, (1,2))] in the image file `path` -> uint8 (H,W): discs of this radius in pixels."""
+    with opened(path) as picture:
+        return draw_strokes(points, *picture.size, 2 * radius + 1)
+
+
+def write_masks(out, jobs):
+    """Write masks into the folder `out`, new or empty; jobs: {path below out: function -> uint8 (H,W)}.
+
+    All is written beside it and renamed at the end. Returns the share of labelled pixels in percent and the
+    class ids that occur. UserError: `out` holds something already, or cannot be written.
+    """
+    beside, counts = out.with_name(out.name + ".unfinished"), np.zeros(256, np.int64)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: choose another name or remove it first.")
+    if beside.exists():
+        raise UserError(f"{beside} is left from an earlier call that was cut short: remove it first.")
+    try:
+        beside.mkdir(parents=True)
+        for path, draw in tqdm(jobs.items(), desc=str(out), disable=None):
+            mask = draw()
+            counts += np.bincount(mask.ravel(), minlength=256)
+            save_mask((beside / path).with_suffix(".png"), mask)
+        if out.exists():
+            out.rmdir()                                  # not every system renames onto an empty folder
+        beside.rename(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error}): choose another folder.") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return 100 * counts[:UNLABELLED].sum() / counts.sum(), np.flatnonzero(counts[:UNLABELLED]).tolist()
+
+
+def point_jobs(options):
+    """Jobs of the command `points`: every image of the folder that the file names."""
+    if options.radius < 0:
+        raise UserError(f"--radius {options.radius}: choose 0 (single pixels) or more.")
+    points = read_points(options.source)
+    named = [path for path in list_images(options.images) if path.stem in points]
+    if not named:
+        raise UserError(f"{options.source} names none of the images in {options.images}: it has "
+                        f"{', '.join(list(points)[:3]) or 'no names'}; pass the folder of these images.")
+    return {path.name: lambda path=path: discs(path, points[path.stem], options.radius) for path in named}
+
+
+def jobs_of(options):
+    """What to write: {path below OUT: function -> uint8 (H,W)}."""
+    if options.command == "points":
+        return point_jobs(options)
+    if not options.source.is_dir():
+        raise UserError(f"{options.source} is no folder: pass the one that holds the masks or strokes.")
+    if options.command == "xml":
+        files = files_below(options.source, [".xml"])
+
+        def draw(path):
+            (width, height), strokes = read_strokes(path)
+            return draw_strokes(strokes, width, height)
+    elif options.command == "masks":
+        files = files_below(options.source, [".png"])
+
+        def draw(path):
+            mask = read_mask(path, options.unlabelled)
+            return scribbles_from_mask(mask, mixed_seed(options.seed, path.stem))
+    else:
+        check_ratios(options.drop, options.shrink)
+        files = files_below(options.source, [".png", ".xml"])
+
+        def draw(path):
+            return weakened(path, options.drop, options.shrink, options.seed)
+    return {path.relative_to(options.source): lambda path=path: draw(path) for path in files}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser("python -m data.prepare_scribbles", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, source, text in (
+            ("xml", "folder of ScribbleSup's XML files", "strokes of ScribbleSup -> masks"),
+            ("masks", "folder of full masks", "full masks -> scribbles"),
+            ("points", "JSON file of points", "points -> discs"),
+            ("weaken", "folder of scribbles, PNG or XML", "scribble-drop and scribble-shrink")):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("source", type=Path, help=source)
+        command.add_argument("out", type=Path, help="folder to write, new or empty")
+        if name in ("masks", "weaken"):
+            command.add_argument("--seed", type=int, default=0, help="another seed, another result (0)")
+    commands.choices["masks"].add_argument("--unlabelled", type=int, default=UNLABELLED,
+                                           help="value of unlabelled pixels in the masks, besides 255")
+    points, weaker = commands.choices["points"], commands.choices["weaken"]
+    points.add_argument("--images", type=Path, required=True, help="folder of the images")
+    points.add_argument("--radius", type=int, default=3, help="of the discs in pixels (3)")
+    weaker.add_argument("--drop", type=float, default=0.0, help="share of the strokes to remove, 0 to 1")
+    weaker.add_argument("--shrink", type=float, default=0.0, help="share of each stroke's length, 0 to 1")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Command line; user mistakes become one sentence and exit code 2."""
+    options = parse(argv)
+    try:
+        jobs = jobs_of(options)
+        labelled, classes = write_masks(options.out, jobs)
+    except UserError as error:
+        print(f"prepare_scribbles: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {len(jobs)} masks to {options.out}: {labelled:.2f} % of the pixels are labelled, class ids "
+          f"{' '.join(map(str, classes)) or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

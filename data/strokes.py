@@ -1,0 +1,249 @@
+"""Scribbles, as lines and as pixels: read, draw, weaken, and invent them from full masks.
+
+A stroke as a line is (class id, points float (n,2)): x and y in pixels, (0, 0) is the centre of the first.
+Drawn scribbles are a map uint8 (H,W): class ids along the strokes, 255 = unlabelled.
+The command line is data/prepare_scribbles.py.
+"""
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from common.regions import connected_components, depth_inside, geodesic_distance
+from common.run import UserError
+
+UNLABELLED = 255
+XML_NAMES = ("background plane bike bird boat bottle bus car cat chair cow table dog horse motorbike person "
+             "plant sheep sofa train monitor").split()   # ScribbleSup's names of the 21 classes of VOC, by id
+CLASS_ID = {name: i for i, name in enumerate(XML_NAMES)} | {       # and VOC's own
+    "aeroplane": 1, "bicycle": 2, "diningtable": 11, "pottedplant": 16, "tvmonitor": 20}
+MIN_SHARE, MIN_PIXELS = 0.0005, 10                       # a region smaller than this gets no stroke
+
+
+# ---- strokes as lines ------------------------------------------------------------------------------------
+
+def read_strokes(path):
+    """ScribbleSup XML file -> (width, height) of its image, strokes [(class id, points float (n,2))].
+
+    Below the root are a <size> with <width> and <height>, and for each stroke a <polygon> with its class name
+    in <tag> and with <point>s, whose first child is x and whose second is y. Strokes without a point are left
+    out. UserError: damaged or another kind of file, a class name that is not in CLASS_ID, a stroke that lies
+    wholly outside the image.
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+        if root.find("size") is None or root.find("object") is not None:
+            raise ValueError("it has no <size>" if root.find("size") is None else
+                             "it describes boxes, <object>, and not strokes, <polygon>")
+        width, height = (int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
+        drawn = [(stroke.findtext("tag", "").strip(),
+                  np.array([[float(point[0].text), float(point[1].text)] for point in stroke.iter("point")]))
+                 for stroke in root.iter("polygon")]
+        if min(width, height) < 1 or not all(np.isfinite(points).all() for _, points in drawn):
+            raise ValueError("the size or a coordinate is no proper number")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{path} cannot be read as a file of strokes ({error}): it is damaged or of another "
+                        "kind, so take the XML files of ScribbleSup (see data/README.md).") from None
+    strokes = []
+    for name, points in drawn:
+        if name.lower() not in CLASS_ID:
+            raise UserError(f"{path} has a stroke of the class {name!r}, which does not exist: rename it to "
+                            f"one of {', '.join(XML_NAMES)}.")
+        if not len(points):
+            continue
+        if not ((points > -3) & (points < (width + 2, height + 2))).all(1).any():       # 2 pixels of a slip
+            x, y = points[0]
+            raise UserError(f"{path}: a stroke of {name}, which begins at ({x:g}, {y:g}), lies outside the "
+                            f"image of {width} x {height} pixels: take the file that belongs to the image.")
+        strokes.append((CLASS_ID[name.lower()], points))
+    return (width, height), strokes
+
+
+def draw_strokes(strokes, width, height, thickness=3):
+    """Strokes [(class id, points (n,2))] -> uint8 (H,W), 255 elsewhere; later strokes cover earlier ones.
+
+    A line with curved joints and a disc at every vertex, both `thickness` pixels wide, as the loaders of
+    GatedCRFLoss and TreeEnergyLoss draw ScribbleSup. One point alone is a disc; what is outside is cut off.
+    """
+    picture = Image.new("L", (width, height), UNLABELLED)
+    draw = ImageDraw.Draw(picture)
+    for class_id, points in strokes:
+        corners = np.rint(np.asarray(points, dtype=float)).astype(int)
+        draw.line(corners.ravel().tolist(), fill=int(class_id), width=thickness, joint="curve")
+        for x, y in (corners - thickness // 2).tolist():
+            draw.ellipse((x, y, x + thickness - 1, y + thickness - 1), fill=int(class_id))
+    return np.array(picture)
+
+
+def central_part(points, shrink):
+    """Polyline (n,2) -> its central 1 - shrink by length, (m,2); all of it at 0, its midpoint alone at 1."""
+    along = np.append(0, np.linalg.norm(np.diff(points, axis=0), axis=1).cumsum())    # (n,) way to each point
+    low, high = along[-1] * shrink / 2, along[-1] * (1 - shrink / 2)
+    if low <= 0:
+        return points
+    ends = np.stack([np.interp([low, high], along, points[:, axis]) for axis in (0, 1)], 1)         # (2,2)
+    if low >= high:
+        return ends[:1]
+    return np.concatenate([ends[:1], points[(along > low) & (along < high)], ends[1:]])
+
+
+def check_ratios(drop, shrink):
+    """UserError unless both are from 0 to 1."""
+    for name, ratio in (("drop", drop), ("shrink", shrink)):
+        if not 0 <= ratio <= 1:
+            raise UserError(f"{name} {ratio} is no ratio: choose a number from 0 (all stays as it is) to 1.")
+
+
+def kept_strokes(count, drop, seed):
+    """bool (count,): False with probability `drop`, and then at every higher ratio too."""
+    return np.random.default_rng(seed).random(count) >= drop
+
+
+def weaken_strokes(strokes, drop=0.0, shrink=0.0, seed=0):
+    """Scribble-drop and scribble-shrink (PFA, B.1, Fig. 8) of strokes as lines, see `weaken`; a new list.
+
+    Shrinking goes by arc length. Drawn, the cut ends may differ by a pixel from the line that was there.
+    """
+    check_ratios(drop, shrink)
+    keep = kept_strokes(len(strokes), drop, seed)
+    return [(class_id, central_part(points, shrink)) for (class_id, points), k in zip(strokes, keep) if k]
+
+
+# ---- strokes as pixels -----------------------------------------------------------------------------------
+
+def strokes_of_mask(scribbles):
+    """uint8 (H,W), 255 = unlabelled -> int64 (H,W): 0 = unlabelled, else the number of the pixel's stroke.
+
+    A stroke is what touches, at a side or a corner, with the same class; numbers 1, 2, ... by first pixel.
+    So two strokes of one class that cross are one.
+    """
+    return connected_components(np.where(scribbles == UNLABELLED, 0, scribbles.astype(np.int32) + 1))
+
+
+def extreme(regions, values):
+    """Flat index of the pixel with the highest value in each region but 0, in the order of their numbers."""
+    pixels = np.flatnonzero(regions)
+    number = regions.ravel()[pixels]
+    order = np.lexsort((values.ravel()[pixels], number))
+    return pixels[order[np.append(np.flatnonzero(np.diff(number[order])), len(order) - 1)]]
+
+
+def ends_and_middle(strokes):
+    """Stroke numbers 1..K (H,W) -> length float (K,), flat index (K,) of the pixel in the middle of each.
+
+    From any pixel the farthest is one end, and from there the farthest is the other. In the middle the way
+    to the farther end is shortest; among the pixels across the stroke one inside is taken, not at its rim.
+    """
+    start = np.unique(strokes, return_index=True)[1][-strokes.max():]
+    one = extreme(strokes, geodesic_distance(strokes, start))
+    from_one = geodesic_distance(strokes, one)
+    other = extreme(strokes, from_one)
+    from_other = geodesic_distance(strokes, other)
+    inside = 0.5 * depth_inside(strokes) - np.maximum(from_one, from_other)
+    return from_one.ravel()[other], extreme(strokes, inside)
+
+
+def shrunk(strokes, shrink):
+    """Stroke numbers 1..K (H,W) -> bool (H,W): the pixels that are left of them."""
+    length, middle = ends_and_middle(strokes)
+    way = geodesic_distance(strokes, middle)                                                        # (H,W)
+    area = np.bincount(strokes.ravel())[1:]
+    reach = np.maximum((1 - shrink) * way.ravel()[extreme(strokes, way)], area / (length + 1) / 2)  # (K,)
+    return (way <= np.append(0, reach)[strokes]) & (strokes > 0)
+
+
+def weaken(scribbles, drop=0.0, shrink=0.0, seed=0):
+    """Scribble-drop and scribble-shrink (PFA, B.1, Fig. 8): uint8 (H,W) -> uint8 (H,W), with fewer labels.
+
+    drop: each stroke (see strokes_of_mask) is removed with this probability, whatever happens to the others;
+    0 removes none, 1 all. shrink: of each stroke the central 1 - shrink of its length stays, measured along
+    its pixels; 0 leaves it whole, 1 leaves a dot about as wide as the stroke. Where a stroke forks or closes
+    into a ring, what is near its middle stays. The seed decides the result, and what is left at larger
+    ratios is part of what is left at smaller ones. UserError: ratios outside 0..1.
+    """
+    check_ratios(drop, shrink)
+    strokes = strokes_of_mask(scribbles)
+    kept = np.append(False, kept_strokes(strokes.max(), drop, seed))[strokes]                       # (H,W)
+    if shrink > 0 and kept.any():
+        kept &= shrunk(strokes, shrink)
+    return np.where(kept, scribbles, UNLABELLED).astype(np.uint8)
+
+
+# ---- scribbles from full masks ---------------------------------------------------------------------------
+
+def deepest_pieces(regions, depth):
+    """Region numbers and depth (h,w) -> numbers (h,w): of each region the piece with its deepest pixel.
+
+    A region may have fallen apart where only every n-th pixel was taken.
+    """
+    pieces = connected_components(regions)
+    best = np.zeros(pieces.max() + 1, bool)
+    best[pieces.ravel()[extreme(regions, depth)]] = True
+    return np.where(best[pieces], regions, 0)
+
+
+def middle_lines(rng, regions, depth):
+    """A curved line along the middle of each region, regions and depth int (h,w): {number: points (n,2)}.
+
+    Its ends are two pixels of the region's core (depth above 0.3 of the largest) that are far apart. It is
+    the cheapest way between them, where the price is high near the edge and differs at random from place to
+    place. On that way are the pixels whose distances from both ends add up to the whole.
+    """
+    if not regions.any():
+        return {}
+    regions = deepest_pieces(regions, depth)
+    deepest = extreme(regions, depth)
+    numbers = regions.ravel()[deepest]
+    limit = np.zeros(regions.max() + 1)
+    limit[numbers] = 0.3 * depth.ravel()[deepest]
+    core = np.where(depth >= limit[regions], regions, 0)
+    one = extreme(core, geodesic_distance(regions, deepest))
+    other = extreme(core, geodesic_distance(regions, one))
+    coarse = rng.normal(0, 0.7, (regions.shape[0] // 12 + 2, regions.shape[1] // 12 + 2)).astype(np.float32)
+    noise = Image.fromarray(coarse).resize(regions.shape[::-1], Image.Resampling.BICUBIC)
+    price = np.exp(np.asarray(noise, dtype=float)) / depth
+    from_one, from_other = (geodesic_distance(regions, ends, price) for ends in (one, other))
+    whole = np.zeros(regions.max() + 1)
+    whole[numbers] = from_one.ravel()[other]
+    on_way = np.flatnonzero((regions > 0) & (from_one + from_other <= whole[regions] + 1e-9))
+    on_way = on_way[np.argsort(from_one.ravel()[on_way])]
+    number, (y, x) = regions.ravel()[on_way], np.divmod(on_way, regions.shape[1])
+    return {n: np.stack([x, y], 1)[number == n].astype(float) for n in numbers.tolist()}
+
+
+def smooth(points, reach=3):
+    """Polyline (n,2) -> (n,2): each point the mean of itself and `reach` points on both sides; ends stay."""
+    padded = np.concatenate([points[:1].repeat(reach, 0), points, points[-1:].repeat(reach, 0)])
+    sums = np.cumsum(np.concatenate([np.zeros((1, 2)), padded]), axis=0)
+    means = (sums[2 * reach + 1:] - sums[:-2 * reach - 1]) / (2 * reach + 1)
+    return np.concatenate([points[:1], means[1:-1], points[-1:]]) if len(points) > 1 else points
+
+
+def scribbles_from_mask(mask, seed=0, thickness=None):
+    """Full mask uint8 (H,W), 255 = ignore -> scribbles uint8 (H,W), 255 = unlabelled, which agree with it.
+
+    One stroke in each connected region of a class that has MIN_SHARE of the pixels and at least MIN_PIXELS:
+    a curve along its middle, cut off at the region's edge. The seed decides the curves. thickness: in pixels;
+    None is 1/125 of the mask's shorter side, which is 3 in most images of VOC.
+    """
+    rng = np.random.default_rng(seed)
+    thickness = thickness or max(1, round(min(mask.shape) / 125))
+    regions = strokes_of_mask(mask)
+    large = np.bincount(regions.ravel()) >= max(MIN_PIXELS, MIN_SHARE * mask.size)
+    regions = np.where(large[regions], regions, 0)
+    scribbles = np.full(mask.shape, UNLABELLED, np.uint8)
+    if not regions.any():
+        return scribbles
+    depth, stride = depth_inside(regions), -(-max(mask.shape) // 128)    # lines are found on every n-th pixel
+    middle = stride // 2
+    lines = middle_lines(rng, regions[middle::stride, middle::stride], depth[middle::stride, middle::stride])
+    for start in extreme(regions, depth):                # its deepest pixel
+        y, x = np.divmod(start, mask.shape[1])
+        number, points = regions[y, x], np.array([[x, y]])               # so small that the grid missed it
+        if number in lines:
+            points = central_part(smooth(lines[number]) * stride + middle, rng.uniform(0, 0.3))
+        drawn = draw_strokes([(mask[y, x], points)], *mask.shape[::-1], thickness)
+        scribbles[(drawn != UNLABELLED) & (regions == number)] = mask[y, x]
+    return scribbles
