@@ -87,11 +87,12 @@ def discs(path, points, radius):
         return draw_strokes(points, *picture.size, 2 * radius + 1)
 
 
-def write_masks(out, jobs):
+def write_masks(out, jobs, classes=None):
     """Write masks into the folder `out`, new or empty; jobs: {path below out: function -> uint8 (H,W)}.
 
-    All is written beside it and renamed at the end. Returns the share of labelled pixels in percent and the
-    class ids that occur. UserError: `out` holds something already, or cannot be written.
+    classes: ids to keep, what has another id becomes unlabelled; None = all. All is written beside it and
+    renamed at the end. Returns the share of labelled pixels in percent and the class ids that occur.
+    UserError: `out` holds something already, or cannot be written.
     """
     beside, counts = out.with_name(out.name + ".unfinished"), np.zeros(256, np.int64)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -102,6 +103,8 @@ def write_masks(out, jobs):
         beside.mkdir(parents=True)
         for path, draw in tqdm(jobs.items(), desc=str(out), disable=None):
             mask = draw()
+            if classes is not None:
+                mask = np.where(np.isin(mask, classes), mask, UNLABELLED).astype(np.uint8)
             counts += np.bincount(mask.ravel(), minlength=256)
             save_mask((beside / path).with_suffix(".png"), mask)
         if out.exists():
@@ -165,6 +168,8 @@ def parse(argv):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("source", type=Path, help=source)
         command.add_argument("out", type=Path, help="folder to write, new or empty")
+        command.add_argument("--classes", type=int, nargs="+", metavar="ID",
+                             help="class ids to keep, others become unlabelled (all)")
         if name in ("masks", "weaken"):
             command.add_argument("--seed", type=int, default=0, help="another seed, another result (0)")
     commands.choices["masks"].add_argument("--unlabelled", type=int, default=UNLABELLED,
@@ -182,7 +187,7 @@ def main(argv=None):
     options = parse(argv)
     try:
         jobs = jobs_of(options)
-        labelled, classes = write_masks(options.out, jobs)
+        labelled, classes = write_masks(options.out, jobs, options.classes)
     except UserError as error:
         print(f"prepare_scribbles: {error}", file=sys.stderr)
         sys.exit(2)

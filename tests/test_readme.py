@@ -10,10 +10,10 @@ from common import run
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-USES_A_RUN = ("--predict", "--explain", "--compare", "--failure")      # they need the run that --out names
+USES_A_RUN = ("--predict", "--explain", "--compare", "--failure", "--draw")      # they need the run that --out names
 
 
-@pytest.mark.parametrize("name", ["cbp_occl", "protopool", "scaleprotoseg"])
+@pytest.mark.parametrize("name", ["cbp_occl", "protopool", "scaleprotoseg", "pfa_scribble"])
 def test_every_command_is_one_that_the_script_takes(name):
     script = importlib.import_module(name)
     shell = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
@@ -21,7 +21,7 @@ def test_every_command_is_one_that_the_script_takes(name):
     assert len(commands) >= 8
     for command in commands:
         argv = shlex.split(command)
-        for flag in {*USES_A_RUN, "--class"} & set(argv):
+        for flag in {*USES_A_RUN, "--class", "--infer"} & set(argv):
             after = [word.startswith("--") for word in argv[argv.index(flag) + 1:]] + [True]
             del argv[argv.index(flag):argv.index(flag) + 1 + after.index(True)]
         script.check_config(run.parse_config(script.Config, script.PRESETS, argv))
@@ -30,7 +30,7 @@ def test_every_command_is_one_that_the_script_takes(name):
 def test_the_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(block.replace("schedule=0.05", "schedule=0.004"), {})
     assert (tmp_path / "runs" / "notebook" / "metrics.json").exists()

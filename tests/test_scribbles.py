@@ -427,6 +427,13 @@ def test_command_points(tmp_path):
     assert set(np.unique(mask)) == {0, 5, 255}
 
 
+def test_command_keeps_only_the_classes_asked_for(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.array([[0, 3, 3, 255, 7, 7]], np.uint8).repeat(4, 0)).save(tmp_path / "in" / "a.png")
+    prepare.main(["weaken", str(tmp_path / "in"), str(tmp_path / "out"), "--classes", "0", "7"])
+    assert np.array(Image.open(tmp_path / "out" / "a.png")).tolist() == [[0, 255, 255, 255, 7, 7]] * 4
+
+
 def test_command_weaken_on_masks_is_what_weaker_scribbles_are(tmp_path):
     (tmp_path / "data" / "images").mkdir(parents=True)
     names = ["b", "a", "c"]
