@@ -2,28 +2,29 @@
 
 Paper  G. Chan, P. Zhang, H. Dong, S. Ji, B. Chen, "Scribble-Supervised Semantic Segmentation with Prototype-based
        Feature Augmentation", ICML 2024. "Released code" is github.com/TranquilChan/PFA.
-Idea   Strokes label 2 % of the pixels. Where the network is already sure of a class, the mean of its features is a
-       prototype of that class: one per image (local), and a few per class remembered over the whole training
-       (global). Every pixel then attends to the prototypes of the classes in its image, which pulls the unsure
-       pixels towards the right class.
+Idea   Strokes label a few percent of the pixels. Where the network is already sure of a class, the mean of its
+       features is a prototype of that class: one per image (local), and a few per class remembered over the whole
+       training (global). Every pixel then attends to the prototypes of the classes in its image, which pulls the
+       unsure pixels towards the right class.
 
 Try    python pfa_scribble.py                                # toy scenes with strokes, under two minutes on a CPU
 Train  python pfa_scribble.py --preset voc-b1 --data VOC2012 --weights mit_b1.pth --train-classifier
        torchrun --nproc-per-node 2 pfa_scribble.py --preset voc-b3 --data VOC2012 --weights mit_b3.pth
        python pfa_scribble.py --method pce                   # strokes alone; --method full: upper bound
-Look   python pfa_scribble.py --draw photo.png strokes.png --out runs/pfa_scribble-toy    # a few strokes of your own
+Look   python pfa_scribble.py --draw photo.png strokes.png --out runs/pfa_scribble-toy    # paint some strokes yourself
        python pfa_scribble.py --table 2                      # what each part adds
 
 symbol      here                    shape    meaning                                                    paper
 F           features                B,C,h,w  decoder's map before the classifier                        Sec. 3.1, A.1
 p           confidence()            B,N,h,w  initial prediction: how sure is each pixel of a class      Sec. 3.2.2
-c_t, v_t    in extract_prototypes() B,N,K    the K surest pixels of class t: confidences and features   Eq. (1), (2)
-fp_t        extract_prototypes()    B,N,C    local prototypes                                           Eq. (3)
+c_t, v_t    in extract_prototypes() B,N,K    the K surest pixels of class t: confidences (and features) Eq. (1), (2)
+fp_t        extract_prototypes()    B,N,C    local prototypes, one of every class in an image           Eq. (3)
 fp_global   memory.bank             N,n,C    global prototypes, n for every class                       Sec. 3.2.3
 alpha       memory.momentum         scalar   how slowly a full slot moves                               Eq. (4), (5)
-e_f, e_fp   project_feature, ...    B,hw,H   pixels and prototypes in the embedding space               Sec. 3.3.1
-omega       attention()             B,hw,K   attention of a pixel over the prototypes                   Eq. (6)
-e_f*        fuse                    B,hw,H   pixel and what it attends to, mixed                        Eq. (7)
+e_f         project_feature         B,hw,D   pixels in the embedding space                              Sec. 3.3.1
+e_fp        project_prototype       B,M,D    M prototypes (keys) in the embedding space                 Sec. 3.3.1
+omega       attention()             B,hw,M   attention of a pixel over the keys                         Eq. (6)
+e_f*        fuse                    B,hw,D   pixel and what it attends to, mixed                        Eq. (7)
 f_aug       FeatureAugmenter        B,C,h,w  augmented features; the same classifier follows            Eq. (8)
 L_pce       partial_cross_entropy() scalar   cross-entropy on labelled pixels                           Eq. (9)
 L_con       consistency_loss()      scalar   initial and augmented prediction agree                     Eq. (10)
@@ -36,20 +37,22 @@ Where the print is silent, contradicts itself, or differs from the released code
 official takes the code's side in D1, D3, D8, D9, D11 and D12; no configuration is known to give the printed tables.
 [D1] "Initial prediction values" (Eq. 1) are softmax probabilities here; in the code ReLU(logit), scaled to 0..1 over
      the pixels of an image and class.
-[D2] Eq. (4) prints selectmin; the text updates the most similar slot, and so do the code and we. No second norm.
+[D2] Eq. (4) prints selectmin; the text updates the most similar slot, and so do the code and we. No second norm. In
+     Eq. (2) we read topk(f_t) as the features of the pixels that Eq. (1) chose.
 [D3] Paper: K = 8 % of the pixels, n = 5, crop 512, batch 16, rate 3e-5, lambda_l = 0.01. Code: 1/12, 10, 320, 12,
      6e-5, and 0.02 while the memory fills.
 [D4] The "merge" of global prototypes (Sec. 3.3.2) is not described; as in the code every slot is a key of its own.
 [D5] Eqs. (6), (7) write one "linear" for f and fp; the code has two layers, and one augmenter for both paths.
-[D6] F is taken after SegFormer's dropout and prototypes are constants, as in the code.
+[D6] F is taken after SegFormer's dropout, prototypes are constants and belong to one image, as in the code; the text
+     says "within each batch".
 [D7] Which prediction L_pce looks at (one symbol in Sec. 3.4) is told by Fig. 2: initial, then local, then global. It
      moves, it does not add up. --pce local is the fourth row of Table 2 (which colour is which is our guess).
 [D8] L_con is "MSE" in the text and a cross-entropy in Eq. (10). We take Eq. (10), as a mean over pixels instead of a
-     sum; both sides get gradient, as printed. Code: softmax twice, and the augmented prediction is the target.
+     sum; both sides get gradient, as in the code. Code: softmax twice, and the augmented prediction is the target.
 [D9] "Classes of the current image": those with a stroke in the crop, so that no prototype is made of a class that
-     cannot be seen. Code: of the whole image.
+     cannot be seen (the background always counts, as in the code). Code: those of the whole image, from a file.
 [D10] The memory is updated before it is used. It is full when every class that has a stroke in some training image
-     has n prototypes; a class without any would keep the last phase away for ever.
+     has n prototypes: a class without any would prevent the last phase.
 [D11] Length, warm-up and milestones are not printed. From the code: 200 epochs (10,582 images), 30 of warm-up. Ours:
      the "multi-step" rate falls to a tenth after 60 % and 85 %; code: linearly (there once an epoch). We take the
      "decay weight of 0.01" for AdamW's weight decay, as it is in the code.
@@ -60,14 +63,16 @@ official takes the code's side in D1, D3, D8, D9, D11 and D12; no configuration 
      padding are void. Logits are resized with aligned corners, as in the code.
 [D15] Q2L and MCAR (Table 4) are replaced by --class-scores FILE, or by a classifier trained on the strokes' classes
      alone (--train-classifier). Filters count pixels at full resolution, strictly more than the threshold.
-[D16] Validation: whole images, no true classes. The code evaluates a centre crop with the true classes given.
-[D17] toy, small: recipes of ours for networks without MiT weights; voc-r101-*: the paper's rates, which it gives for
-     all backbones.
+[D16] Validation: whole images, no true classes, and the last weights are kept. The code evaluates a centre crop with
+     the true classes given, and keeps what is best by that.
+[D17] toy, small: recipes of ours for networks without MiT weights (chosen on toy's val split). On CUDA networks run in
+     bfloat16, prototypes, augmenter and losses in float32; the code knows float32 alone.
 """
 
 import math
 import os
 import time
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -83,8 +88,8 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from common import datasets, figures, run
-from common.backbones import EXTRACTORS, GOES_WITH, build_extractor, build_network
-from common.metrics import ConfusionMatrix
+from common.backbones import EXTRACTORS, GOES_WITH, build_extractor, build_network, locate_weights
+from common.metrics import ConfusionMatrix, mean_average_precision
 from common.run import RunConfig, UserError, opt
 
 
@@ -98,12 +103,13 @@ class Config(RunConfig):
                        choices=("both", "local", "global"))
     reading: str = opt("paper", "official = the released code where it differs, [D*] at the top of the file",
                        choices=("paper", "official"))
-    dataset: str = opt("voc_scribble", "reader of --data", choices=datasets.DATASETS)
+    dataset: str = opt("voc_scribble", "reader of --data; voc and folder need --scribbles",
+                       choices=("toy_scenes", "voc_scribble", "voc", "folder"))
     scribbles: str = opt("", "folder of the strokes: class ids, 255 elsewhere (data/README.md); "
                          "voc_scribble finds its own")
     scribble_drop: float = opt(0.0, "share of strokes left out, 0 to 1 (Fig. 8)")
     scribble_shrink: float = opt(0.0, "share of every stroke's length cut off, 0 to 1; 1 = dots (Fig. 8)")
-    train_split: str = opt("trainaug", "trained on")
+    train_split: str = opt("trainaug", "split whose strokes are learned from")
     val_split: str = opt("val", "evaluated while training")
     test_split: str = opt("val", "evaluated at the end, into metrics.json, and by --eval-only", runtime=True)
     backbone: str = opt("mit_b1", "network before the decoder; mobilenet_v2 for a laptop or a small GPU",
@@ -118,7 +124,7 @@ class Config(RunConfig):
     scale_max: float = opt(2.0, "... to here")
     rotation: float = opt(10.0, "degrees they are turned at most")
     blur: bool = opt(True, "half of them are blurred")
-    test_size: int = opt(0, "short side of test images; 0 = the image's own")
+    test_size: int = opt(0, "short side of test images; 0 = the image's own", runtime=True)
     batch_size: int = opt(None, "images an iteration, over all GPUs (default 16; official 12)")
     iterations: int = opt(None, "of the whole training (default 132400; official 176400: 200 epochs each) [D11]",
                           schedule=True)
@@ -132,7 +138,7 @@ class Config(RunConfig):
     slots: int = opt(None, "n, global prototypes of a class (default 5; official 10)")
     momentum: float = opt(0.99, "alpha of Eq. (5)")
     top_fraction: float = opt(None, "share of the pixels that make a prototype (default 0.08; official 1/12)")
-    hidden: int = opt(128, "width of the augmenter's embedding space")
+    hidden: int = opt(128, "D, width of the augmenter's embedding space")
     confidence: str = opt(None, "how sure a pixel is [D1] (default: the reading's)", choices=("paper", "official"))
     consistency: str = opt(None, "L_con [D8] (default: the reading's)", choices=("paper", "official", "mse"))
     pce: str = opt("moves", "prediction under L_pce [D7]: moves = initial, local, global by phase; local = stays on "
@@ -147,12 +153,16 @@ class Config(RunConfig):
     class_scores: str = opt("", "FILE.npz: image name -> scores of the classes, from a classifier of your own [D15]",
                             runtime=True)
     score_threshold: float = opt(0.5, "a class whose score is above counts as present", runtime=True)
-    train_classifier: bool = opt(False, "after the training, train a classifier of images on the strokes' classes")
-    classifier_backbone: str = opt("resnet50", "its network", choices=EXTRACTORS)
-    classifier_weights: str = opt("imagenet", "its pretrained weights: imagenet, file, URL or none", runtime=True)
-    classifier_size: int = opt(448, "it sees images as squares of so many pixels")
-    classifier_iterations: int = opt(6600, "of its training, with --batch-size images each", schedule=True)
-    classifier_lr: float = opt(1e-4, "its AdamW learning rate, falling to 0; the new layer learns 10 times as fast")
+    train_classifier: bool = opt(False, "train a classifier of images on the strokes' classes when all else is done; "
+                                 "with --eval-only for a run that has none", runtime=True)
+    classifier_backbone: str = opt("resnet50", "network of the image classifier", choices=EXTRACTORS)
+    classifier_weights: str = opt("imagenet", "pretrained weights of the image classifier: imagenet, file, URL or "
+                                  "none", runtime=True)
+    classifier_size: int = opt(448, "the image classifier sees squares of so many pixels a side")
+    classifier_iterations: int = opt(6600, "training steps of the image classifier, --batch-size images each",
+                                     schedule=True)
+    classifier_lr: float = opt(1e-4, "AdamW learning rate of the image classifier, falling to 0; its new layer "
+                               "learns 10 times as fast")
     eval_every: int = opt(5000, "iterations between evaluations, one row of log.csv each", schedule=True)
     save_every: int = opt(1000, "iterations between checkpoints: what --resume can lose", runtime=True)
     baseline: str = opt("", "run folder, such as one of --method pce: its predictions join the figures", runtime=True)
@@ -161,10 +171,11 @@ class Config(RunConfig):
                        runtime=True, uses_run=True)
     infer: str = opt("plain", "classes whose prototypes --predict uses: plain = no augmentation; filter, classifier, "
                      "scores as in Table 4", choices=("plain", "filter", "classifier", "scores"), runtime=True)
-    draw: list = opt((), "IMAGE SCRIBBLES: adapt the run in OUT to the strokes on this image, write before and after "
-                     "to OUT/drawings, and stop", runtime=True, uses_run=True)
+    draw: list = opt((), "IMAGE STROKES: adapt the run in OUT to the strokes on this image, write before and after to "
+                     "OUT/drawings, and stop. STROKES is an index PNG, or a PNG painted in the colours of "
+                     "OUT/figures/colours.png, on the image itself or on nothing", runtime=True, uses_run=True)
     draw_steps: int = opt(40, "steps of --draw", runtime=True)
-    draw_lr: float = opt(0.1, "learning rates of --draw, as a share of those of the training", runtime=True)
+    draw_lr: float = opt(2e-4, "learning rate of --draw; the backbone's is a tenth", runtime=True)
     table: int = opt(0, "train and evaluate the rows of this table of the paper on the chosen preset", runtime=True,
                      choices=(0, 2, 3, 4, 5))
     figure: int = opt(0, "the same for a figure: 5 = number of global prototypes, 6 = top-k, 8 = drop and shrink",
@@ -213,17 +224,19 @@ def check_config(cfg):
     for name in ("crop", "batch_size", "iterations", "lr", "head_lr", "slots", "hidden", "head_channels", "scale_min",
                  "eval_every", "save_every", "classifier_iterations", "classifier_size", "classifier_lr",
                  "draw_steps", "draw_lr"):
-        if getattr(cfg, name) <= 0:
+        if not getattr(cfg, name) > 0:                               # so that nan is refused too
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0.")
     for name in ("warmup", "test_size", "workers", "weight_decay", "w_local", "w_local_first", "w_global", "filter",
                  "rotation"):
-        if getattr(cfg, name) < 0:
+        if not getattr(cfg, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative.")
     for name in ("scribble_drop", "scribble_shrink", "momentum", "top_fraction", "score_threshold"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must lie between 0 and 1.")
     if cfg.scribble_drop == 1:
         raise UserError("--scribble-drop 1 leaves no stroke to learn from: choose less.")
+    if cfg.crop < 32:
+        raise UserError(f"--crop {cfg.crop}: networks need 32 pixels or more.")
     if cfg.scale_max < cfg.scale_min:
         raise UserError(f"--scale-max {cfg.scale_max} is below --scale-min {cfg.scale_min}: swap them.")
     if cfg.warmup >= cfg.iterations and cfg.method == "pfa":
@@ -352,34 +365,37 @@ class FeatureAugmenter(nn.Module):
         self.expand = nn.Linear(hidden, channels)
 
     def forward(self, features, keys, mask):
-        """features (B,C,h,w), keys (B,K,C), mask (B,K) bool -> f_aug (B,C,h,w), float32 also under autocast."""
+        """features (B,C,h,w), keys (B,M,C), mask (B,M) bool -> f_aug (B,C,h,w), float32 also under autocast."""
         return self.augment(self.embed(features), keys, mask).unflatten(2, features.shape[2:])
 
     def embed(self, features):
         """The half of Eq. (6) to (8) that knows no prototype, so that both paths share it.
 
-        (B,C,h,w) -> f (B,hw,C), e_f (B,hw,H), and e_f's share of Eq. (7), (B,hw,H): a linear layer on a
+        (B,C,h,w) -> f (B,hw,C), e_f (B,hw,D), and e_f's share of Eq. (7), (B,hw,D): a linear layer on a
         concatenation is the sum of two, linear(concat(a, b)) = a W_a^T + b W_b^T + bias.
         """
         with torch.autocast(features.device.type, enabled=False):
             f = full_precision(features).flatten(2).transpose(1, 2)
             e_f = self.project_feature(f)
-            W_f = self.fuse.weight[:, e_f.shape[2]:]                 # (H,H)
+            W_f = self.fuse.weight[:, e_f.shape[2]:]                 # (D,D)
             return f, e_f, F.linear(e_f, W_f, self.fuse.bias)
 
     def augment(self, embedded, keys, mask):
-        """The other half: what embed() returns, keys (B,K,C), mask (B,K) -> f_aug (B,C,hw)."""
+        """The other half: what embed() returns, keys (B,M,C), mask (B,M) -> f_aug (B,C,hw)."""
         f, e_f, fused_f = embedded
         with torch.autocast(f.device.type, enabled=False):
-            e_fp = self.project_prototype(full_precision(keys))      # (B,K,H)
-            W_fp = self.fuse.weight[:, :e_fp.shape[2]]               # (H,H), applied to K prototypes, not hw pixels
-            omega = self.attention(e_f, e_fp, mask)                  # (B,hw,K)
-            e = F.relu(omega @ F.linear(e_fp, W_fp) + fused_f)       # Eq. (7), (B,hw,H)
+            e_fp = self.project_prototype(full_precision(keys))      # (B,M,D)
+            W_fp = self.fuse.weight[:, :e_fp.shape[2]]               # (D,D), applied to M keys, not hw pixels
+            omega = self.attention(e_f, e_fp, mask)                  # (B,hw,M)
+            e = F.relu(omega @ F.linear(e_fp, W_fp) + fused_f)       # Eq. (7), (B,hw,D)
             return F.relu(f + self.expand(e)).transpose(1, 2)        # Eq. (8)
 
     def attention(self, e_f, e_fp, mask):
-        """omega, Eq. (6): e_f (B,hw,H), e_fp (B,K,H), mask (B,K) -> (B,hw,K); rows sum to 1, masked keys have 0."""
-        similarity = e_f @ e_fp.transpose(1, 2)                      # no 1 / sqrt(H), as printed
+        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M); rows sum to 1.
+
+        Masked keys have 0, unless a row has no other.
+        """
+        similarity = e_f @ e_fp.transpose(1, 2)                      # no 1 / sqrt(D), as printed
         return similarity.masked_fill(~mask[:, None], torch.finfo(similarity.dtype).min).softmax(2)
 
 
@@ -450,6 +466,7 @@ class PFA(nn.Module):
         self.network, self.dropout, self.classifier = network, nn.Dropout2d(0.1), classifier
         self.augmenter, self.memory = augmenter, memory
         self.register_buffer("occurs", torch.ones(num_classes, dtype=torch.bool))        # in some training image
+        self.register_buffer("trained", torch.zeros(2, dtype=torch.bool))        # the local, the global prediction
 
     def forward(self, x):
         """Images (B,3,H,W) -> F (B,C,h,w), logits (B,N,h,w)."""
@@ -488,8 +505,10 @@ def build_model(cfg, num_classes, weights="none"):
 # ---- one training step ---------------------------------------------------------------------------------------
 
 def phase_of(net, iteration, cfg):
-    """Phase of an iteration, counted from 0 (Sec. 3.3.3): "warmup", "local" or "global"."""
-    if cfg.method != "pfa" or iteration < cfg.warmup:
+    """Phase of an iteration, counted from 0 (Sec. 3.3.3): "warmup", "local", "global"; of a baseline its method."""
+    if cfg.method != "pfa":
+        return cfg.method
+    if iteration < cfg.warmup:
         return "warmup"
     return "global" if cfg.augment != "local" and net.memory_full() else "local"
 
@@ -504,6 +523,19 @@ def of_all_ranks(tensor):
     return torch.stack(every, 1).flatten(0, 1)
 
 
+def share_of_labels(scribbles):
+    """Labelled pixels of this process over their mean over all processes.
+
+    Eq. (9) is a mean over the pixels of the batch, DistributedDataParallel averages over processes.
+    """
+    if not dist.is_initialized():
+        return 1.0
+    mine = (scribbles != 255).sum().float()
+    mean = mine / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mine / mean.clamp(min=1e-6)
+
+
 def predictions_of(model, net, x, present, phase, cfg):
     """{"initial": logits (B,N,h,w), and "local", "global" as the phase has them}; updates the memory.
 
@@ -512,8 +544,9 @@ def predictions_of(model, net, x, present, phase, cfg):
     with run.autocast(x.device, cfg.amp):
         features, initial = model(x)
         predictions = dict(initial=initial)
-        if phase == "warmup":
+        if phase not in ("local", "global"):
             return predictions
+        features = full_precision(features)                          # once for prototypes and augmenter
         scores = confidence(initial.detach(), present, cfg.confidence)
         prototypes = extract_prototypes(features, scores, present, cfg.top_fraction)     # Eq. (1) to (3)
         if cfg.augment != "local":
@@ -530,9 +563,10 @@ def losses_of(predictions, scribbles, phase, cfg):
     """The terms of L_total (Sec. 3.4): dict of scalars to be summed."""
     initial, latest = predictions["initial"], list(predictions)[-1]
     under_pce = dict(moves=latest, local="local" if "local" in predictions else latest, initial="initial")[cfg.pce]
-    losses = dict(pce=partial_cross_entropy(predictions[under_pce], scribbles))          # [D7]
+    pce = partial_cross_entropy(predictions[under_pce], scribbles)                       # [D7]
+    losses = dict(pce=pce * share_of_labels(scribbles))
     if "local" in predictions:
-        weight = cfg.w_local if phase == "global" else cfg.w_local_first
+        weight = cfg.w_local_first if phase == "local" and cfg.augment == "both" else cfg.w_local
         losses["con_local"] = weight * consistency_loss(initial, predictions["local"], cfg.consistency)
     if "global" in predictions:
         losses["con_global"] = cfg.w_global * consistency_loss(initial, predictions["global"], cfg.consistency)
@@ -577,21 +611,27 @@ def build_optimizer(net, cfg, device):
 def open_train_set(cfg):
     """The training images with their strokes, or for --method full with their full masks."""
     if cfg.method == "full":
-        name = "voc" if cfg.dataset == "voc_scribble" else cfg.dataset
-        return datasets.open_dataset(name, cfg.data, cfg.train_split)
+        return open_full(cfg, cfg.train_split)
     if cfg.dataset != "voc_scribble" and not cfg.scribbles:
-        raise UserError(f"--dataset {cfg.dataset} has full masks: name the folder of the strokes with --scribbles "
-                        "(data/README.md; toy_scenes: --scribbles scribbles), or take --method full.")
+        raise UserError(f"--dataset {cfg.dataset} has full masks: name the folder of the strokes, --scribbles FOLDER "
+                        "(data/README.md; toy_scenes: scribbles), or take --method full.")
     data = datasets.open_dataset(cfg.dataset, cfg.data, cfg.train_split, mask_dir=cfg.scribbles)
     if cfg.scribble_drop or cfg.scribble_shrink:
         data = datasets.WeakerScribbles(data, cfg.scribble_drop, cfg.scribble_shrink, cfg.seed)
     return data
 
 
+def open_full(cfg, split):
+    """A split with its full masks."""
+    return datasets.open_dataset("voc" if cfg.dataset == "voc_scribble" else cfg.dataset, cfg.data, split)
+
+
 def open_sets(cfg):
     """{"train", "val", "test"}: SegmentationSets."""
-    val, test = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in (cfg.val_split, cfg.test_split))
-    return dict(train=open_train_set(cfg), val=val, test=test)
+    sets = dict(train=open_train_set(cfg), val=open_full(cfg, cfg.val_split), test=open_full(cfg, cfg.test_split))
+    if sets["train"].num_classes < 2:
+        raise UserError(f"{cfg.data} has one class: two are needed, of which the first is the background.")
+    return sets
 
 
 def training_view(data, cfg):
@@ -625,7 +665,7 @@ def survey(data, cfg, rank):
     return found["images"] > 0
 
 
-def prepare(cfg, data, device, rank, world):
+def prepare(cfg, data, device, rank):
     """net, optimizer, scheduler, and the progress so far.
 
     Makes the run folder once the model stands, so that a mistake in the options leaves nothing behind.
@@ -633,6 +673,8 @@ def prepare(cfg, data, device, rank, world):
     last = Path(cfg.out) / "last.pt"
     resumes = cfg.resume and last.exists()                           # killed before the first: start again
     torch.manual_seed(cfg.seed)
+    if resumes:
+        check_classes(run.read_checkpoint(last)["progress"]["classes"], data.classes, cfg.out)
     net = build_model(cfg, data.num_classes, "none" if resumes else cfg.weights)
     if cfg.method != "full" and not resumes:
         found = survey(data, cfg, rank)                              # also of a baseline's strokes
@@ -641,8 +683,7 @@ def prepare(cfg, data, device, rank, world):
     net.to(device, memory_format=torch.channels_last)
     optimizer, scheduler = build_optimizer(net, cfg, device)
     torch.manual_seed(cfg.seed + 1 + rank)                           # dropout differs between ranks
-    progress = dict(iteration=0, full_at=None, seconds=0.0, classes=data.classes, log=[], sums={},
-                    phases=dict(warmup=0, local=0, **{"global": 0}))
+    progress = dict(iteration=0, full_at=None, seconds=0.0, classes=data.classes, log=[], sums={}, phases={})
     if resumes:
         progress = run.load_checkpoint(last, dict(model=net, optimizer=optimizer, scheduler=scheduler), device)
     return net, optimizer, scheduler, progress
@@ -651,23 +692,25 @@ def prepare(cfg, data, device, rank, world):
 def wrap(net, phase, cfg, device, world):
     """net for a phase; DistributedDataParallel waits for every gradient, so the augmenter is frozen while unused."""
     if net.augmenter is not None:
-        net.augmenter.requires_grad_(phase == "global" or phase == "local" and cfg.augment != "global")
+        now = torch.tensor([phase != "warmup" and cfg.augment != "global", phase == "global"])     # local, global
+        net.trained |= now.to(device)
+        net.augmenter.requires_grad_(bool(now.any()))
     return run.distribute(net, device, world)
 
 
 def train(cfg, device, rank=0, world=1):
     """Train, evaluate in all modes, draw. Returns what metrics.json holds (None on other ranks than 0)."""
     sets, out = open_sets(cfg), Path(cfg.out)
-    scores = read_scores(cfg, sets["test"])                          # a wrong file is told now, not at the end
-    other = load_baseline(cfg, device, sets["test"].classes)
-    net, optimizer, scheduler, progress = prepare(cfg, sets["train"], device, rank, world)
+    scores = scores_of_file(cfg, sets["test"])                       # a wrong file is told now, not at the end
+    baseline = load_baseline(cfg, device, sets["test"].classes)
+    net, optimizer, scheduler, progress = prepare(cfg, sets["train"], device, rank)
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     start, sums = progress["iteration"], progress["sums"]
-    announce(net, parts, sets, progress, cfg, device, rank, world)
+    expect(net, parts, sets, progress, cfg, device, rank, world)
     loader = datasets.train_loader(training_view(sets["train"], cfg), cfg.batch_size, cfg.seed, start, cfg.iterations,
                                    cfg.workers, device, rank, world)
     began, phase = time.perf_counter() - progress["seconds"], None
-    torch.backends.cudnn.benchmark = True                            # here alone: whole images differ in size
+    torch.backends.cudnn.benchmark = True                            # crops are of one size, whole images are not
     bar = tqdm(loader, total=cfg.iterations, initial=start, leave=False, disable=True if rank else None)
     for iteration, batch in enumerate(bar, start + 1):
         if phase != "global" and phase != (now := phase_of(net, iteration - 1, cfg)):
@@ -678,7 +721,7 @@ def train(cfg, device, rank=0, world=1):
         for name, value in train_step(model, net, optimizer, scheduler, *batch, phase, cfg).items():
             sums.setdefault(name, [0.0, 0])
             sums[name] = [sums[name][0] + value, sums[name][1] + 1]  # stays on the device: no sync per step
-        progress["phases"][phase] += 1
+        progress["phases"][phase] = progress["phases"].get(phase, 0) + 1
         progress |= dict(iteration=iteration, seconds=time.perf_counter() - began)
         saves = iteration % cfg.save_every == 0 or iteration == cfg.iterations
         evaluates = iteration % cfg.eval_every == 0 or iteration == cfg.iterations
@@ -688,14 +731,13 @@ def train(cfg, device, rank=0, world=1):
             sums.clear()
             log_row(net, sets["val"], progress, phase, means, scheduler.get_last_lr()[0], cfg, device, rank, world)
             model.train()
-            torch.backends.cudnn.benchmark = True
         if saves:
             run.share_buffers(net)
             run.save_checkpoint(out / "last.pt", parts, progress)
     torch.backends.cudnn.benchmark = False
-    if scores is None and cfg.train_classifier:
+    if scores is None and cfg.train_classifier and cfg.method == "pfa":
         scores = scores_of_classifier(cfg, sets, device, rank, world)
-    return report(net, cfg, sets, scores, other, progress, device, rank, world)
+    return report(net, cfg, sets, scores, baseline, progress, device, rank, world)
 
 
 def note_phase(phase, iteration, progress, rank):
@@ -703,20 +745,19 @@ def note_phase(phase, iteration, progress, rank):
     if phase == "global" and progress["full_at"] is None:
         progress["full_at"] = iteration - 1
     if rank == 0 and iteration > 1:
-        full = f" (the memory was full after {progress['full_at']} iterations)" if phase == "global" else ""
+        full = f" (memory full after {progress['full_at']} iterations, warm-up included)" if phase == "global" else ""
         tqdm.write(f"from iteration {iteration} on: phase {phase}{full}")
 
 
-def announce(net, parts, sets, progress, cfg, device, rank, world):
-    """Expected time and peak memory, measured on one iteration of the dearest phase; changes nothing."""
+def expect(net, parts, sets, progress, cfg, device, rank, world):
+    """Prints the expected time and peak memory, measured on one iteration of the last phase; changes nothing."""
     left = cfg.iterations - progress["iteration"]
     if left <= 0:
         return
-    phase = "warmup" if cfg.method != "pfa" else "local" if cfg.augment == "local" else "global"
+    phase = cfg.method if cfg.method != "pfa" else "local" if cfg.augment == "local" else "global"
     view = training_view(sets["train"], cfg)
     images = -(-left // cfg.eval_every) * len(sets["val"]) + len(sets["test"])
     net.train()
-    torch.backends.cudnn.benchmark = True
     run.announce(lambda batch: train_step(net, net, parts["optimizer"], parts["scheduler"],
                                           *to_device(batch, device, "mask", "classes"), phase, cfg),
                  lambda: default_collate([view[(i % len(view), i)] for i in range(cfg.batch_size // world)]),
@@ -734,9 +775,7 @@ def mean_losses(sums, iteration):
 
 def log_row(net, val_set, progress, phase, means, lr, cfg, device, rank, world):
     """Evaluate on the val split and add a row to the log; augmented predictions use the class filter, no labels."""
-    torch.backends.cudnn.benchmark = False
-    modes = [] if phase == "warmup" else [f"filter_{cfg.filter}"]    # the augmenter has learned nothing yet
-    found = evaluate(net, val_set, cfg, device, rank, world, modes)
+    found = evaluate(net, val_set, cfg, device, rank, world, [f"filter_{cfg.filter}"])
     miou = {f"val_{prediction}": score["miou"] for mode in found.values() for prediction, score in mode.items()}
     row = dict(iteration=progress["iteration"], phase=phase, lr=lr)
     for name in ("pce", "con_local", "con_global"):
@@ -754,22 +793,19 @@ def log_row(net, val_set, progress, phase, means, lr, cfg, device, rank, world):
 
 # ---- which classes are in a test image? (A.2, Table 4) -------------------------------------------------------
 
-def read_scores(cfg, data):
-    """--class-scores -> {image name: (N,) float}, background 1; None without the option. UserError: see the text."""
-    if not cfg.class_scores:
-        return None
-    path, N = cfg.class_scores, data.num_classes
+def read_scores(path, names, num_classes):
+    """--class-scores FILE -> {image name: (N,) float32}, background 1. UserError if one of the names has none."""
+    N = num_classes
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
     except Exception as error:                                       # numpy raises many types for a wrong file
         raise UserError(f"--class-scores {path} cannot be read ({error}): an .npz file is needed, written by "
                         "numpy.savez(path, **{image name: scores}).") from None
-    names = [data.name_of(i) for i in range(len(data))]
     missing = [name for name in names if name not in found]
     if missing:
-        raise UserError(f"--class-scores {path} lacks {len(missing)} of {len(names)} images of {data.split}, such as "
-                        f"{missing[0]}: its keys must be the images' names without ending.")
+        raise UserError(f"--class-scores {path} lacks {len(missing)} of {len(names)} images, such as {missing[0]}: "
+                        "its keys must be the images' names without ending.")
     scores = {}
     for name in names:
         row = found[name]
@@ -778,7 +814,18 @@ def read_scores(cfg, data):
                             f"numbers are needed, one a class, or {N - 1} without the background.")
         row = torch.from_numpy(row.astype(np.float32))
         scores[name] = torch.cat([torch.ones(1), row[len(row) - N + 1:]])                # the background is there
+    every = torch.stack(list(scores.values()))
+    if every.min() < 0 or every.max() > 1:
+        print(f"note: {path} has scores from {every.min():.3g} to {every.max():.3g}; if they are logits, apply a "
+              "sigmoid, or choose a fitting --score-threshold")
     return scores
+
+
+def scores_of_file(cfg, data):
+    """--class-scores for all images of a set, None without the option."""
+    if not cfg.class_scores:
+        return None
+    return read_scores(cfg.class_scores, [data.name_of(i) for i in range(len(data))], data.num_classes)
 
 
 class ImageLabels(Dataset):
@@ -807,7 +854,7 @@ def build_classifier(cfg, num_classes, weights="none"):
 
 def scores_of_classifier(cfg, sets, device, rank=0, world=1):
     """--train-classifier: train it on the strokes' classes, OUT/classifier.pt; its scores of the test images, also
-    written to OUT/class_scores.npz for --class-scores. -> as read_scores."""
+    written to OUT/class_scores-SPLIT.npz for --class-scores. -> as read_scores."""
     path, data = Path(cfg.out) / "classifier.pt", sets["train"]
     resumes = path.exists()                                          # start_run moved those of earlier runs away
     torch.manual_seed(cfg.seed)
@@ -837,11 +884,18 @@ def scores_of_classifier(cfg, sets, device, rank=0, world=1):
         if iteration % cfg.save_every == 0 or iteration == cfg.classifier_iterations:
             run.share_buffers(net)
             run.save_checkpoint(path, parts, dict(iteration=iteration, classes=data.classes))
-    test = sets["test"]
-    found = {test.name_of(i): classify(net.eval(), test.read(i)[0], cfg, device) for i in range(len(test))}
+    test, net = sets["test"], net.eval()
+    found = {test.name_of(i): classify(net, test.read(i)[0], cfg, device) for i in range(rank, len(test), world)}
+    if dist.is_initialized():
+        every = [None] * world
+        dist.all_gather_object(every, found)
+        found = {name: row for part in every for name, row in part.items()}
     if rank == 0:
-        with run.replacing(Path(cfg.out) / "class_scores.npz", "wb") as file:
-            np.savez(file, **{name: row.numpy() for name, row in found.items()})
+        with run.replacing(Path(cfg.out) / f"class_scores-{cfg.test_split}.npz", "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:              # numpy.savez knows no image called "file"
+                for name, row in found.items():
+                    with archive.open(f"{name}.npy", "w") as entry:
+                        np.lib.format.write_array(entry, row.numpy())
     return found
 
 
@@ -852,19 +906,6 @@ def classify(net, image, cfg, device):
     with run.autocast(device, cfg.amp):
         logits = net(x.to(device, memory_format=torch.channels_last))[0].float()
     return torch.cat([torch.ones(1), logits.sigmoid().cpu()])
-
-
-def mean_average_precision(scores, truth):
-    """mAP in percent: mean over the classes that occur of the area under precision against recall.
-
-    scores (M,N) float, truth (M,N) bool, both without the background: precision averaged over the positives, images
-    ranked by falling score (stable). nan if no class occurs.
-    """
-    order = scores.argsort(dim=0, descending=True, stable=True)
-    hits = truth.gather(0, order).double()                           # (M,N)
-    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)[:, None]
-    positives = hits.sum(0)
-    return 100 * ((precision * hits).sum(0) / positives)[positives > 0].mean().item()
 
 
 def class_sets(plain, num_classes, modes, labels=None, scores=None, threshold=0.5):
@@ -882,7 +923,8 @@ def class_sets(plain, num_classes, modes, labels=None, scores=None, threshold=0.
             here = counts > int(mode.removeprefix("filter_"))
         else:
             here = (scores > threshold).to(plain.device)
-        sets[mode] = here.index_fill(0, torch.zeros(1, dtype=torch.int64, device=here.device), True)
+        sets[mode] = here.clone()
+        sets[mode][0] = True
     return sets
 
 
@@ -903,12 +945,9 @@ def see(net, x, size, cfg):
     return Seen(features, logits, enlarge(logits, size).argmax(1)[0])
 
 
-def paths_of(net, cfg):
-    """The augmented predictions that a network was trained for."""
-    if net.augmenter is None:
-        return []
-    paths = ["local"] if cfg.augment != "global" else []
-    return paths + ["global"] if cfg.augment != "local" and net.memory_full() else paths
+def paths_of(net):
+    """The augmented predictions that a network has been trained for."""
+    return [path for path, trained in zip(("local", "global"), net.trained.tolist()) if trained]
 
 
 @torch.inference_mode()
@@ -938,7 +977,8 @@ def evaluate(net, data, cfg, device, rank=0, world=1, modes=(), scores=None):
     """
     run.share_buffers(net)
     net.eval()
-    paths, N = paths_of(net, cfg), data.num_classes
+    tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False        # every image has its own size
+    paths, N = paths_of(net), data.num_classes
     matrices = {("plain", "plain"): ConfusionMatrix(N, device)}
     matrices |= {(mode, path): ConfusionMatrix(N, device) for mode in modes for path in paths}
     for batch in tqdm(test_loader(data, cfg, device, rank, world), desc="evaluate", leave=False,
@@ -954,6 +994,7 @@ def evaluate(net, data, cfg, device, rank=0, world=1, modes=(), scores=None):
                 done[key] = augmented_ids(net, seen, present, paths, cfg)
             for path, ids in done[key].items():
                 matrices[mode, path].update(labels[0], ids)
+    torch.backends.cudnn.benchmark = tuned
     found = {}
     for (mode, path), matrix in matrices.items():
         matrix.all_reduce()
@@ -979,7 +1020,7 @@ def scores_quality(scores, data):
     return mean_average_precision(rows[:, 1:], truth[:, 1:])
 
 
-def report(net, cfg, sets, scores, other, progress, device, rank, world):
+def report(net, cfg, sets, scores, baseline, progress, device, rank, world):
     """Final evaluation in all modes, metrics.json and figures/ (rank 0 writes). Returns the metrics."""
     data, modes, headline = sets["test"], all_modes(scores, cfg), headline_mode(scores, cfg)
     found = evaluate(net, data, cfg, device, rank, world, modes, scores)
@@ -1000,27 +1041,30 @@ def report(net, cfg, sets, scores, other, progress, device, rank, world):
         seconds=round(progress["seconds"], 1), device=device.type, processes=world,
         parameters=sum(p.numel() for p in net.parameters()))
     run.write_json(out / "metrics.json", metrics)
-    draw_figures(net, cfg, sets, scores, other, progress, device)
-    print(summary(metrics, cfg))
+    print(summary(metrics, cfg), flush=True)
+    draw_figures(net, cfg, sets, scores, baseline, progress, device)
     return metrics
 
 
 def summary(metrics, cfg):
-    """What a run ends with, in words."""
-    miou, paths = metrics["miou"], {}
-    lines = [f"{cfg.test_split} mIoU: plain {miou['plain']['plain']:.1f}"]
-    for mode, rates in miou.items():
-        if mode != "plain":
-            paths[mode] = ", ".join(f"{path} {rate:.1f}" for path, rate in rates.items())
-    for mode, text in paths.items():
-        words = (f"classes with more than {mode[7:]} predicted pixels" if mode.startswith("filter_") else
-                 "TRUE CLASSES GIVEN (oracle: an upper bound, no result)" if mode == "oracle" else
-                 f"classes from {'--class-scores' if mode == 'scores' else 'the trained classifier'} "
-                 f"(mAP {metrics['class_map']:.1f})")
-        lines.append(f"  {words}: {text}")
+    """What a run ends with, in words; filters that give the same share a line."""
+    lines, filters = [f"{cfg.test_split} mIoU: plain {metrics['miou']['plain']['plain']:.1f}"], {}
+    for mode, rates in metrics["miou"].items():
+        text = ", ".join(f"{path} {rate:.1f}" for path, rate in rates.items())
+        if mode.startswith("filter_"):
+            filters.setdefault(text, []).append(mode.removeprefix("filter_"))
+    for text, thresholds in filters.items():
+        lines.append(f"  classes with more than {' or '.join(thresholds)} predicted pixels: {text}")
+    for mode, words in (("scores", "classes from --class-scores"),
+                        ("classifier", "classes from the trained classifier"),
+                        ("oracle", "TRUE CLASSES GIVEN (oracle: an upper bound, not a result)")):
+        if mode in metrics["miou"]:
+            quality = "" if mode == "oracle" else f" (mAP {metrics['class_map']:.1f})"
+            rates = ", ".join(f"{path} {rate:.1f}" for path, rate in metrics["miou"][mode].items())
+            lines.append(f"  {words}{quality}: {rates}")
     if cfg.method == "pfa" and cfg.augment != "local" and metrics["iterations_until_bank_full"] is None:
-        lines.append("  the memory never filled, so that no global prediction was trained: train longer, or lower "
-                     "--warmup or --slots")
+        lines.append("  the memory never filled in time, so that no global prediction was trained: train longer, or "
+                     "lower --warmup or --slots")
     return "\n".join(lines) + f"\nsee {cfg.out}/metrics.json and {cfg.out}/figures"
 
 
@@ -1035,135 +1079,160 @@ def load_network(cfg, device, classes=None):
     progress = run.read_checkpoint(path)["progress"]
     if "full_at" not in progress:
         raise UserError(f"{path} is not a checkpoint of this script: pass the --out of one of its runs.")
-    if classes is not None and progress["classes"] != classes:
-        raise UserError(f"the run in {cfg.out} knows {len(progress['classes'])} classes and {cfg.dataset} in "
-                        f"{cfg.data or 'memory'} has {len(classes)}, or other names: pass the --data of that run.")
+    if classes is not None:
+        check_classes(progress["classes"], classes, cfg.out)
+    if progress["iteration"] < cfg.iterations:
+        print(f"note: the run in {cfg.out} is not finished: iteration {progress['iteration']} of {cfg.iterations}")
     net = build_model(cfg, len(progress["classes"])).to(device, memory_format=torch.channels_last)
     return net.eval(), run.load_checkpoint(path, dict(model=net), device)
+
+
+def check_classes(known, classes, out):
+    """UserError if the run in the folder `out` knows other classes than the data have."""
+    if known != classes:
+        raise UserError(f"the run in {out} knows {len(known)} classes ({', '.join(known[:3])}, ...), but the data "
+                        f"have {len(classes)} ({', '.join(classes[:3])}, ...): pass the --data of that run, or "
+                        "another run.")
 
 
 def load_baseline(cfg, device, classes):
     """--baseline RUN -> (net, its config), or None."""
     if not cfg.baseline:
         return None
-    other = replace(run.read_config(Config, cfg.baseline), out=cfg.baseline)
-    return load_network(other, device, classes)[0], other
+    its_cfg = replace(run.read_config(Config, cfg.baseline), out=cfg.baseline)
+    return load_network(its_cfg, device, classes)[0], its_cfg
 
 
-def shrink(image):
-    """uint8 (3,H,W), at most WIDTH wide: a figure shows no more."""
-    height = round(WIDTH * image.shape[1] / image.shape[2])
-    return image if image.shape[2] <= WIDTH else resize(image, [height, WIDTH])
-
-
-def network_input(image, cfg, device):
-    """uint8 (3,H,W) -> (1,3,h,w) as tested."""
-    x = datasets.normalise(datasets.resize_to_short_side(image, cfg.test_size))[None]
+def network_input(image, size, device):
+    """uint8 (3,H,W) -> (1,3,h,w), short side `size` or 0 = as it is. UserError below 32 pixels a side."""
+    x = datasets.normalise(datasets.resize_to_short_side(image, size))[None]
+    if min(x.shape[2:]) < 32:
+        raise UserError(f"an image is {x.shape[3]} x {x.shape[2]} pixels for the network, which needs 32 a side: "
+                        "enlarge the image, or set --test-size.")
     return x.to(device, memory_format=torch.channels_last)
 
 
 def see_image(net, image, cfg, device):
     """uint8 (3,H,W) -> Seen."""
-    return see(net, network_input(image, cfg, device), image.shape[1:], cfg)
+    return see(net, network_input(image, cfg.test_size, device), image.shape[1:], cfg)
 
 
-def colours(image, ids):
+def thumbnail(image):
+    """uint8 (3,H,W), at most WIDTH wide: a figure shows no more."""
+    height = round(WIDTH * image.shape[1] / image.shape[2])
+    return image if image.shape[2] <= WIDTH else resize(image, [height, WIDTH])
+
+
+def in_colours(image, ids):
     """Class colours over the image, for a figure."""
-    return shrink(figures.overlay(image, ids.to(torch.uint8).cpu()))
+    return thumbnail(figures.overlay(image, ids.to(torch.uint8).cpu()))
 
 
-def strokes(image, scribbles):
-    """Image with its strokes, widened by a pixel on all sides so that they are still seen when shrunk."""
-    ids = scribbles.float()[None, None]
-    near = -F.max_pool2d(-ids, 3, 1, 1)                              # 255 where no stroke is near
-    return shrink(figures.overlay(image, near[0, 0].to(torch.uint8), opacity=1.0))
+def with_strokes(image, scribbles):
+    """Image with its strokes, widened by a pixel on all sides so that they are still seen in a thumbnail."""
+    near = -F.max_pool2d(-scribbles.float()[None, None], 3, 1, 1)    # 255 where no stroke is near
+    return thumbnail(figures.overlay(image, near[0, 0].to(torch.uint8), opacity=1.0))
 
 
-def spread(data, count):
-    """`count` image numbers, evenly spaced."""
-    return sorted({round(k * (len(data) - 1) / max(1, count - 1)) for k in range(count)})
+def save_examples(path, data, cells_of, title, count=5):
+    """A row of pictures for `count` images, evenly spaced. cells_of(image, label) -> {caption: ids (H,W)}."""
+    rows, shown = [], set()
+    for i in sorted({round(k * (len(data) - 1) / max(1, count - 1)) for k in range(count)}):
+        image, label = data.read(i)
+        cells = cells_of(i, image, label)
+        rows.append([(thumbnail(image), data.name_of(i))]
+                    + [(in_colours(image, ids), text) for text, ids in cells.items()])
+        shown |= {c for ids in cells.values() for c in ids.unique().tolist()} - {255}
+    figures.save_grid(path, rows, title=title, legend={c: data.classes[c] for c in sorted(shown)})
 
 
-def draw_figures(net, cfg, sets, scores, other, progress, device):
+def draw_figures(net, cfg, sets, scores, baseline, progress, device):
     """All figures of a run; the README says what each shows."""
     net.eval()
     folder = Path(cfg.out) / "figures"
-    draw_examples(net, cfg, sets["test"], scores, other, device, folder)
+    draw_colours(sets["test"].classes, folder)
+    draw_examples(net, cfg, sets["test"], scores, baseline, device, folder)
     draw_training(net, cfg, sets["train"], device, folder)
-    draw_scores(progress["log"], folder)
-    if paths_of(net, cfg):
+    draw_log(progress["log"], cfg, folder)
+    if paths_of(net):
         draw_confidence(net, cfg, sets["train"], device, folder)
         draw_attention(net, cfg, sets["test"], device, folder)
 
 
-def draw_examples(net, cfg, data, scores, other, device, folder, count=5):
-    """examples.png (Fig. 4, 9, 10, 11): test images, predictions of every branch, true classes given, label."""
-    rows, present, paths, headline = [], set(), paths_of(net, cfg), headline_mode(scores, cfg)
-    words = {"scores": "classes of the scores", "classifier": "classes of the classifier"}
-    for i in spread(data, count):
-        image, label = data.read(i)
+def draw_colours(classes, folder):
+    """colours.png: what to paint the strokes of --draw with."""
+    colours = figures.palette(len(classes)).tolist()
+    entries = [(rgb, f"{c} {name}: {', '.join(map(str, rgb))}") for c, (rgb, name) in enumerate(zip(colours, classes))]
+    title = figures.text_piece("Colours of the classes (red, green, blue)", 700, 18)
+    figures.save_stack(folder / "colours.png", [title, figures.legend_piece(entries, 700)])
+
+
+def draw_examples(net, cfg, data, scores, baseline, device, folder):
+    """examples.png (Fig. 4, 9, 10): test images, predictions of every branch, true classes given, label."""
+    paths, headline = paths_of(net), headline_mode(scores, cfg)
+    whose = {"scores": "classes of the scores", "classifier": "classes of the classifier"}
+
+    def cells_of(i, image, label):
         seen = see_image(net, image, cfg, device)
-        given = (seen.plain, data.num_classes, [headline, "oracle"], label.long().to(device))
-        sets = class_sets(*given, scores[data.name_of(i)] if scores else None, cfg.score_threshold)
-        cells = [("image", None)]                                    # the label comes last
-        if other:
-            cells.append((f"baseline ({other[1].method})", see_image(other[0], image, other[1], device).plain))
-        cells.append(("plain", seen.plain))
+        sets = class_sets(seen.plain, data.num_classes, [headline, "oracle"], label.long().to(device),
+                          scores[data.name_of(i)] if scores else None, cfg.score_threshold)
+        cells = {}
+        if baseline:
+            cells[f"baseline ({baseline[1].method})"] = see_image(baseline[0], image, baseline[1], device).plain
+        cells["plain"] = seen.plain
         for path, ids in augmented_ids(net, seen, sets[headline], paths, cfg).items():
-            cells.append((f"{path}, {words.get(headline, f'classes > {cfg.filter} pixels')}", ids))
+            cells[f"{path}, {whose.get(headline, f'classes > {cfg.filter} pixels')}"] = ids
         for path, ids in augmented_ids(net, seen, sets["oracle"], paths[-1:], cfg).items():
-            cells.append((f"{path}, true classes given", ids))
-        cells.append(("label", label))
-        rows.append([(shrink(image), data.name_of(i)) if ids is None else (colours(image, ids), name)
-                     for name, ids in cells])
-        present |= {c for _, ids in cells if ids is not None for c in ids.unique().tolist()} - {255}
-    figures.save_grid(folder / "examples.png", rows, title=f"{data.split} images",
-                      legend={c: data.classes[c] for c in sorted(present)})
+            cells[f"{path}, true classes given"] = ids
+        return cells | {"label": label}
+    save_examples(folder / "examples.png", data, cells_of, f"{data.split} images")
 
 
-def draw_training(net, cfg, data, device, folder, count=5):
+def draw_training(net, cfg, data, device, folder):
     """training.png: training images with their strokes, and what the network makes of them."""
-    rows, present, paths = [], set(), paths_of(net, cfg)
-    for i in spread(data, count):
-        image, scribbles = data.read(i)
+    def cells_of(i, image, scribbles):
         seen = see_image(net, image, cfg, device)
-        here = classes_in(scribbles[None].long(), data.num_classes)[0].to(device)
-        found = dict(plain=seen.plain) | augmented_ids(net, seen, here, paths, cfg)
-        labelled = colours(image, scribbles) if cfg.method == "full" else strokes(image, scribbles)
-        rows.append([(labelled, f"{data.name_of(i)}: what is labelled")]
-                    + [(colours(image, ids), name) for name, ids in found.items()])
-        present |= {c for ids in (scribbles, *found.values()) for c in ids.unique().tolist()} - {255}
-    figures.save_grid(folder / "training.png", rows, legend={c: data.classes[c] for c in sorted(present)},
-                      title="training images; augmented with the classes of the strokes")
+        present = classes_in(scribbles[None].long(), data.num_classes)[0].to(device)
+        near = -F.max_pool2d(-scribbles.float()[None, None], 3, 1, 1)[0, 0]              # a pixel wider, to be seen
+        labelled = scribbles if cfg.method == "full" else near.to(torch.uint8)
+        found = augmented_ids(net, seen, present, paths_of(net), cfg)
+        return {"what is labelled": labelled, "plain": seen.plain} | found
+    save_examples(folder / "training.png", data, cells_of,
+                  "training images; augmented with the classes of the strokes")
 
 
-def draw_scores(log, folder):
-    """miou.png: val mIoU of the three predictions over the training."""
-    names = [f"{row['iteration']} {row['phase']}" for row in log]
+def draw_log(log, cfg, folder):
+    """miou.png: val mIoU of the predictions over the training."""
     series = {name[4:]: [row[name] for row in log] for name in ("val_plain", "val_local", "val_global")
               if any(row[name] is not None for row in log)}
     if log:
-        figures.save_bars(folder / "miou.png", series, names,
-                          title="val mIoU by iteration and phase; classes by the filter")
+        figures.save_bars(folder / "miou.png", series, [f"{row['iteration']} {row['phase']}" for row in log],
+                          title=f"{cfg.val_split} mIoU by iteration and phase; classes by the filter")
+
+
+def some_classes(present, most):
+    """Ids of a few classes present (N,) bool: the background and the last ones."""
+    ids = present.nonzero()[:, 0].tolist()
+    return ids[:1] + ids[1:][-(most - 1):]
 
 
 @torch.inference_mode()
 def draw_confidence(net, cfg, data, device, folder, count=4):
-    """confidence.png: of every class with a stroke, how sure each pixel is, and the K pixels of its prototype."""
+    """confidence.png: of classes with a stroke, how sure each pixel is, and the K pixels of the local prototype."""
     rows = []
-    for i in spread(data, count):
+    for i in range(0, len(data), max(1, len(data) // count))[:count]:
         image, scribbles = data.read(i)
         seen = see_image(net, image, cfg, device)
         present = classes_in(scribbles[None].long(), data.num_classes).to(device)
         p = confidence(seen.logits, present, cfg.confidence)[0].cpu()                    # (N,h,w)
         K = max(1, int(cfg.top_fraction * p[0].numel()))
-        cells = [(strokes(image, scribbles), f"{data.name_of(i)}: strokes")]
-        for c in present[0].nonzero()[:, 0].tolist()[:4]:
+        cells = [(with_strokes(image, scribbles), f"{data.name_of(i)}: strokes")]
+        for c in some_classes(present[0], 4):
             surest = torch.full(p[0].shape, 255, dtype=torch.uint8)
             surest.view(-1)[p[c].flatten().topk(K).indices] = c
-            surest = F.interpolate(surest[None, None].float(), image.shape[1:])[0, 0].to(torch.uint8)
-            cells += [(figures.heatmap(shrink(image), p[c], vmin=0, vmax=1), f"{data.classes[c]}: confidence"),
-                      (colours(image, surest), f"its {K} surest pixels")]
+            surest = F.interpolate(surest[None, None].float(), image.shape[1:])[0, 0]
+            cells += [(figures.heatmap(thumbnail(image), p[c], vmin=0, vmax=1), f"{data.classes[c]}: confidence"),
+                      (in_colours(image, surest), f"its {K} surest pixels")]
         rows.append(cells)
     figures.save_grid(folder / "confidence.png", rows, cell=200,
                       title="Confidence, and the pixels that form the local prototype (Eq. 1 to 3)")
@@ -1172,47 +1241,31 @@ def draw_confidence(net, cfg, data, device, folder, count=4):
 @torch.inference_mode()
 def draw_attention(net, cfg, data, device, folder, count=4):
     """attention.png, attention_matrix.png: how pixels attend to the prototypes of their image's classes, Eq. (6)."""
-    path, rows = paths_of(net, cfg)[-1], []
-    for i in spread(data, count):
+    path, rows, matrix = paths_of(net)[-1], [], None
+    for i in range(0, len(data), max(1, len(data) // count))[:count]:
         image, label = data.read(i)
         seen = see_image(net, image, cfg, device)
         present = classes_in(label[None].long(), data.num_classes)[0].to(device)
-        omega = attention_maps(net, path, seen, present, cfg).cpu()                      # (N,h,w)
-        classes = present.nonzero()[:, 0].tolist()[:5]
-        rows.append([(shrink(image), data.name_of(i))] + [
-            (figures.heatmap(shrink(image), omega[c], vmin=0, vmax=1), f"to {data.classes[c]}") for c in classes])
-        if i == spread(data, count)[-1]:
-            draw_attention_matrix(net, path, seen, label, present, data.classes, cfg, folder)
+        keys, mask = keys_of(net, path, seen, present, cfg)
+        e_f, e_fp = net.augmenter.embed(seen.features)[1], net.augmenter.project_prototype(keys)
+        omega = net.augmenter.attention(e_f, e_fp, mask)[0].cpu()    # (hw,M)
+        h, w = seen.features.shape[2:]
+        of_class = omega.T.unflatten(0, (data.num_classes, -1)).sum(1).unflatten(1, (h, w))         # (N,h,w)
+        rows.append([(thumbnail(image), data.name_of(i))] + [
+            (figures.heatmap(thumbnail(image), of_class[c], vmin=0, vmax=1), f"to {data.classes[c]}")
+            for c in some_classes(present, 5)])
+        small = F.interpolate(label[None, None].float(), (h, w), mode="nearest-exact").flatten()    # (hw,)
+        there = [c for c in range(data.num_classes) if (small == c).any()]
+        if there:
+            matrix = torch.stack([omega[small == c].mean(0) for c in there])[:, mask[0].cpu()], there, mask[0]
     figures.save_grid(folder / "attention.png", rows, cell=200, title=f"Attention of every pixel to the {path} "
                       "prototypes of the true classes (Eq. 6; sums to 1 over the classes)")
-
-
-@torch.inference_mode()
-def attention_weights(net, path, seen, present, cfg):
-    """omega of an image: (hw,K), and mask (K,)."""
-    keys, mask = keys_of(net, path, seen, present, cfg)
-    f = full_precision(seen.features).flatten(2).transpose(1, 2)
-    augmenter = net.augmenter
-    return augmenter.attention(augmenter.project_feature(f), augmenter.project_prototype(keys), mask)[0], mask[0]
-
-
-def attention_maps(net, path, seen, present, cfg):
-    """(N,h,w): attention of every pixel to a class, summed over its prototypes."""
-    omega, _ = attention_weights(net, path, seen, present, cfg)
-    return omega.T.unflatten(0, (len(present), -1)).sum(1).unflatten(1, seen.features.shape[2:])
-
-
-def draw_attention_matrix(net, path, seen, label, present, classes, cfg, folder):
-    """attention_matrix.png: the mean pixel of every class (rows) over the single prototypes (columns)."""
-    omega, mask = attention_weights(net, path, seen, present, cfg)
-    small = F.interpolate(label[None, None].float(), seen.features.shape[2:], mode="nearest-exact").flatten()
-    small = small.to(omega.device)                                   # (hw,)
-    there = [c for c in present.nonzero()[:, 0].tolist() if (small == c).any()]
-    used, slots = mask.nonzero()[:, 0], len(mask) // len(classes)
-    matrix = torch.stack([omega[small == c].mean(0)[used] for c in there])
-    names = [classes[k // slots] + (f" {k % slots + 1}" if slots > 1 else "") for k in used.tolist()]
-    figures.save_matrix(folder / "attention_matrix.png", matrix, [classes[c] for c in there], names, vmin=0, vmax=1,
-                        title=f"Mean attention of a class's pixels (rows) to the {path} prototypes")
+    if matrix:
+        values, there, mask = matrix
+        slots = len(mask) // data.num_classes
+        names = [data.classes[k // slots] + f" {k % slots + 1}" * (slots > 1) for k in mask.nonzero()[:, 0].tolist()]
+        figures.save_matrix(folder / "attention_matrix.png", values, [data.classes[c] for c in there], names, vmin=0,
+                            vmax=1, title=f"Mean attention of a class's pixels (rows) to the {path} prototypes")
 
 
 # ---- use a trained run ---------------------------------------------------------------------------------------
@@ -1220,141 +1273,153 @@ def draw_attention_matrix(net, path, seen, label, present, classes, cfg, folder)
 def evaluate_run(cfg, device, rank, world):
     """--eval-only: the run in OUT on --test-split, into metrics.json and figures/ again."""
     sets = open_sets(cfg)
-    scores = read_scores(cfg, sets["test"])
+    scores = scores_of_file(cfg, sets["test"])
     net, progress = load_network(cfg, device, sets["test"].classes)
-    other = load_baseline(cfg, device, sets["test"].classes)
-    if scores is None and cfg.train_classifier:
+    baseline = load_baseline(cfg, device, sets["test"].classes)
+    if scores is None and cfg.train_classifier and cfg.method == "pfa":
         scores = scores_of_classifier(cfg, sets, device, rank, world)
-    return report(net, cfg, sets, scores, other, progress, device, rank, world)
+    return report(net, cfg, sets, scores, baseline, progress, device, rank, world)
 
 
-def classes_for(cfg, classes, device):
-    """--infer -> function (name, image, plain ids) -> (N,) bool, or None for the plain branch."""
-    if cfg.infer == "plain":
-        return None
-    N = len(classes)
-    if cfg.infer == "filter":
-        return lambda name, image, plain: class_sets(plain, N, [f"filter_{cfg.filter}"])[f"filter_{cfg.filter}"]
-    if cfg.infer == "scores":
-        rows = {}
-
-        def from_file(name, image, plain):
-            if name not in rows:
-                rows.update(read_scores(cfg, Named([name], N)))
-            return class_sets(plain, N, ["scores"], scores=rows[name], threshold=cfg.score_threshold)["scores"]
-        return from_file
+def load_classifier(cfg, num_classes, device):
+    """The classifier that --train-classifier left in cfg.out."""
     path = Path(cfg.out) / "classifier.pt"
     if not path.exists():
-        raise UserError(f"--infer classifier: {cfg.out} has no classifier.pt; train with --train-classifier, or "
-                        "choose another --infer.")
-    net = build_classifier(cfg, N).to(device, memory_format=torch.channels_last)
+        raise UserError(f"--infer classifier: {cfg.out} has no classifier.pt; make one with --eval-only "
+                        "--train-classifier, or choose another --infer.")
+    net = build_classifier(cfg, num_classes).to(device, memory_format=torch.channels_last)
     run.load_checkpoint(path, dict(model=net), device)
-    net.eval()
-    return lambda name, image, plain: class_sets(plain, N, ["classifier"], scores=classify(net, image, cfg, device),
-                                                 threshold=cfg.score_threshold)["classifier"]
-
-
-class Named:
-    """Images of which only the names are known, for read_scores."""
-    split = "--predict"
-
-    def __init__(self, names, num_classes):
-        self.names, self.num_classes = names, num_classes
-
-    def __len__(self):
-        return len(self.names)
-
-    def name_of(self, i):
-        return self.names[i]
+    return net.eval()
 
 
 def predict(cfg, device):
     """--predict: for every image OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png."""
     net, progress = load_network(cfg, device)
-    paths = paths_of(net, cfg)
-    if cfg.infer != "plain" and not paths:
+    classes, folder, path = progress["classes"], Path(cfg.out) / "predictions", (paths_of(net) or ["plain"])[-1]
+    N, files = len(classes), datasets.list_images(cfg.predict)
+    mode = f"filter_{cfg.filter}" if cfg.infer == "filter" else cfg.infer
+    if mode != "plain" and path == "plain":
         raise UserError(f"--infer {cfg.infer}: the run in {cfg.out} has no prototypes; use --infer plain.")
-    classes, folder = progress["classes"], Path(cfg.out) / "predictions"
-    choose = classes_for(cfg, classes, device)
-    for path in tqdm(datasets.list_images(cfg.predict), desc="predict", disable=None):
-        image = datasets.read_image(path)
+    classifier = load_classifier(cfg, N, device) if mode == "classifier" else None
+    scores = read_scores(cfg.class_scores, [file.stem for file in files], N) if mode == "scores" else {}
+    print("plain prediction; --infer filter, classifier or scores augments it" if mode == "plain" else
+          f"{path} prediction, classes by the {cfg.infer}")
+    for file in tqdm(files, desc="predict", disable=None):
+        image = datasets.read_image(file)
         seen = see_image(net, image, cfg, device)
         ids = seen.plain
-        if choose is not None:
-            ids = augmented_ids(net, seen, choose(path.stem, image, seen.plain), paths[-1:], cfg)[paths[-1]]
-        figures.save_prediction(folder, path.stem, image, ids.to(torch.uint8).cpu())
-        share = 100 * torch.bincount(ids.flatten(), minlength=len(classes)) / ids.numel()
-        top = [f"{classes[c]} {share[c]:.0f} %" for c in share.topk(min(3, len(share))).indices if share[c] > 0]
-        tqdm.write(f"{path}: {', '.join(top)} -> {folder / path.stem}_overlay.png")
+        if mode != "plain":
+            row = classify(classifier, image, cfg, device) if classifier else scores.get(file.stem)
+            present = class_sets(seen.plain, N, [mode], scores=row, threshold=cfg.score_threshold)[mode]
+            ids = augmented_ids(net, seen, present, [path], cfg)[path]
+        figures.save_prediction(folder, file.stem, image, ids.to(torch.uint8).cpu())
+        share = 100 * torch.bincount(ids.flatten(), minlength=N) / ids.numel()
+        top = [f"{classes[c]} {share[c]:.0f} %" for c in share.topk(min(3, N)).indices if share[c] > 0]
+        tqdm.write(f"{file}: {', '.join(top)} -> {folder / file.stem}_overlay.png")
 
 
-def adapt(net, x, labels, present, paths, cfg):
+def read_strokes(path, image, classes):
+    """STROKES of --draw -> uint8 (H,W): class ids, 255 = none.
+
+    An index PNG as data/README.md describes it, or a painting in the colours of figures.palette: on transparency, on
+    white, or on the image (3,H,W) uint8 itself, whose unchanged pixels are no strokes. A painted pixel has the class
+    whose colour is at most 40 away in each of R, G and B. UserError: other size, nothing labelled.
+    """
+    picture = datasets.load_picture(path)
+    if (picture.width, picture.height) != (image.shape[2], image.shape[1]):
+        raise UserError(f"--draw: the image is {image.shape[2]} x {image.shape[1]} pixels, but its strokes {path} are "
+                        f"{picture.width} x {picture.height}: both must have the same size.")
+    if len(picture.getbands()) == 1:
+        ids = datasets.read_index_map(path, len(classes))
+    else:
+        painted = torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1)   # (4,H,W)
+        strokes = (painted[3] > 127) & (painted[:3] != image).any(0)
+        distance = (painted[:3].int() - figures.palette(len(classes)).int()[:, :, None, None]).abs().amax(1)  # (N,H,W)
+        nearest, colour = distance.min(0)
+        ids = torch.where(strokes & (nearest <= 40), colour, 255).to(torch.uint8)
+    if (ids == 255).all():
+        raise UserError(f"--draw: {path} has no stroke: it must hold class ids along strokes and 255 elsewhere, or "
+                        "strokes painted in the colours of figures/colours.png.")
+    return ids
+
+
+def adapt(net, x, scribbles, paths, cfg):
     """Train net, in place, for cfg.draw_steps steps on the strokes of one image and its mirror image. Ours.
 
-    x (1,3,h,w), labels (1,H,W) int64, 255 = no stroke, present (N,) bool: their classes. The loss is L_pce of the
-    plain and of the augmented prediction. Batch norm, dropout and memory stay as in evaluation.
+    x (1,3,h,w), scribbles (1,H,W) int64, 255 = no stroke. The loss is L_pce of the plain and of the augmented
+    prediction. Batch norm, dropout and memory stay as in evaluation.
     """
-    optimizer = build_optimizer(net, cfg, x.device)[0]
-    for group in optimizer.param_groups:
-        group["lr"] *= cfg.draw_lr
+    backbone = list(net.network.backbone.parameters())
+    rest = [p for name, p in net.named_parameters() if not name.startswith("network.backbone.")]
+    optimizer = torch.optim.AdamW([dict(params=backbone, lr=cfg.draw_lr / 10), dict(params=rest, lr=cfg.draw_lr)],
+                                  weight_decay=cfg.weight_decay)
+    H, W = scribbles.shape[1:]
+    _, row, column = (scribbles != 255).nonzero().T
+    place = torch.stack([2 * column / max(1, W - 1) - 1, 2 * row / max(1, H - 1) - 1], 1).float()[None, None]
+    present = classes_in(scribbles, len(net.occurs))[0]
     for step in tqdm(range(cfg.draw_steps), desc="draw", leave=False, disable=None):
-        flip = (lambda t: t.flip(-1)) if step % 2 else (lambda t: t)
+        flip = step % 2
         with run.autocast(x.device, cfg.amp):
-            features, logits = net(flip(x))
+            features, logits = net(x.flip(-1) if flip else x)
             predictions = [logits]
             for path in paths:
                 keys = keys_of(net, path, Seen(features.detach(), logits.detach(), None), present, cfg)
                 keys = [tensor.clone() for tensor in keys]           # made in inference mode
                 predictions += net.augmented(features, **{path: keys}).values()
-        loss = sum(partial_cross_entropy(p, flip(labels)) for p in predictions)
+        loss = 0.0
+        for maps in predictions:                                     # L_pce without a map of the photo's size
+            maps = maps.float().flip(-1) if flip else maps.float()
+            loss = loss + F.cross_entropy(F.grid_sample(maps, place, align_corners=True)[0, :, 0].T,
+                                          scribbles[0, row, column])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
 
 def draw(cfg, device):
-    """--draw IMAGE SCRIBBLES: the run adapted to this image's strokes; OUT/drawings/NAME*.png. It is not changed."""
+    """--draw IMAGE STROKES: the run adapted to this image's strokes; OUT/drawings/NAME*.png. It is not changed."""
     net, progress = load_network(cfg, device)
-    classes, paths = progress["classes"], paths_of(net, cfg)[-1:]
-    image_path, scribble_path = map(Path, cfg.draw)
-    image, scribbles = datasets.read_image(image_path), datasets.read_index_map(scribble_path, len(classes))
-    if image.shape[1:] != scribbles.shape:
-        (h, w), (sh, sw) = image.shape[1:], scribbles.shape
-        raise UserError(f"--draw: {image_path} is {w} x {h} pixels, but its strokes {scribble_path} are {sw} x {sh}: "
-                        "both must have the same size.")
-    if (scribbles == 255).all():
-        raise UserError(f"--draw: {scribble_path} labels nothing: it must hold class ids along strokes, 255 "
-                        "elsewhere.")
-    x = datasets.normalise(datasets.resize_to_short_side(image, min(cfg.crop, *image.shape[1:])))[None].to(device)
+    classes, paths, file = progress["classes"], paths_of(net)[-1:], Path(cfg.draw[0])
+    image = datasets.read_image(file)
+    scribbles = read_strokes(cfg.draw[1], image, classes)
+    if not (scribbles == 0).any():
+        print(f"note: no stroke of {classes[0]}; a few help to tell where the others end")
     labels = scribbles[None].long().to(device)
     present = classes_in(labels, len(classes))[0]
+    factor = min(1, cfg.crop / min(image.shape[1:]))
+    x = network_input(resize(image, [round(side * factor) for side in image.shape[1:]]), 0, device)
     before = see(net, x, image.shape[1:], cfg).plain
-    adapt(net, x, labels, present, paths, cfg)
-    after = see(net, x, image.shape[1:], cfg)
-    found = {"after, plain": after.plain} | {f"after, {path}, classes of the strokes": ids for path, ids in
-                                             augmented_ids(net, after, present, paths, cfg).items()}
-    ids = list(found.values())[-1]
-    folder, stem = Path(cfg.out) / "drawings", image_path.stem
-    figures.save_prediction(folder, stem, image, ids.to(torch.uint8).cpu())
+    adapt(net, x, labels, paths, cfg)
+    seen = see(net, x, image.shape[1:], cfg)
+    found = {"after, plain": seen.plain} | {f"after, {path}, classes of the strokes": ids for path, ids in
+                                            augmented_ids(net, seen, present, paths, cfg).items()}
+    after, folder = list(found.values())[-1], Path(cfg.out) / "drawings"
+    figures.save_prediction(folder, file.stem, image, after.to(torch.uint8).cpu())
     shown = {c for ids in (scribbles, before, *found.values()) for c in ids.unique().tolist()} - {255}
-    figures.save_grid(folder / f"{stem}_before_after.png", [
-        [(strokes(image, scribbles), "strokes"), (colours(image, before), "before"),
-         *((colours(image, ids), name) for name, ids in found.items())]], legend={c: classes[c] for c in sorted(shown)})
+    figures.save_grid(folder / f"{file.stem}_before_after.png", [
+        [(with_strokes(image, scribbles), "strokes"), (in_colours(image, before), "before"),
+         *((in_colours(image, ids), text) for text, ids in found.items())]],
+        legend={c: classes[c] for c in sorted(shown)})
     drawn = scribbles != 255
-    right = [100 * (ids.cpu()[drawn] == scribbles[drawn]).float().mean().item() for ids in (before, ids)]
+    right = [100 * (ids.cpu()[drawn] == scribbles[drawn]).float().mean().item() for ids in (before, after)]
     print(f"{right[0]:.0f} % of the stroke pixels had their class before, {right[1]:.0f} % after {cfg.draw_steps} "
-          f"steps; see {folder / stem}_before_after.png; ids in {folder / stem}.png")
+          f"steps; see {folder / file.stem}_before_after.png; ids in {folder / file.stem}.png")
 
 
 # ---- tables and figures of the paper -------------------------------------------------------------------------
 
 # Paper: VOC 2012 val. Name of the row -> (changed options, what the paper prints).
-TABLE_2 = {                                                          # mIoU basic, local, global
-    "baseline": (dict(method="pce"), (67.5, None, None)),
-    "local": (dict(augment="local"), (75.7, 76.9, None)),
-    "global": (dict(augment="global"), (76.0, None, 77.4)),
-    "both, L_pce on local": (dict(pce="local"), (76.4, 77.7, 77.1)),
-    "both": ({}, (76.8, 77.3, 77.9)),
+PFA_ROW = dict(method="pfa", augment="both", pce="moves")
+TABLES = {
+    2: {"baseline": (dict(method="pce"), (67.5, None, None)),        # mIoU basic, local, global
+        "local": (dict(augment="local"), (75.7, 76.9, None)),
+        "global": (dict(augment="global"), (76.0, None, 77.4)),
+        "both, L_pce on local": (dict(pce="local"), (76.4, 77.7, 77.1)),
+        "both": ({}, (76.8, 77.3, 77.9))},
+    5: {"both": ({}, (77.9,))} | {                                   # mIoU
+        f"lambda_l {w}": (dict(w_local=w, w_local_first=w), (rate,))
+        for w, rate in ((0.005, 77.7), (0.02, 77.2), (0.05, 76.8))} | {
+        f"lambda_g {w}": (dict(w_global=w), (rate,)) for w, rate in ((0.005, 77.4), (0.02, 77.6), (0.05, 77.1))},
 }
 TABLE_3 = {                                                          # parameters M, FLOPs G, mIoU full, scribble
     "DeepLabv2 ResNet-101": (R101 | dict(head="deeplabv2"), (43.6, 75.2, 77.7, 76.2)),
@@ -1366,35 +1431,33 @@ TABLE_3 = {                                                          # parameter
 }
 TABLE_4 = {"oracle": 80.4, "plain": 76.8, "classifier": 77.9, "scores": 77.9, "filter_0": 74.1, "filter_100": 75.2,
            "filter_500": 75.7, "filter_1000": 74.3}                  # mIoU; the classifier's is Q2L's, mAP 96.6
-TABLE_5 = {                                                          # mIoU
-    "both": ({}, 77.9), "lambda_l 0.005": (dict(w_local=0.005, w_local_first=0.005), 77.7),
-    "lambda_l 0.02": (dict(w_local=0.02, w_local_first=0.02), 77.2),
-    "lambda_l 0.05": (dict(w_local=0.05, w_local_first=0.05), 76.8), "lambda_g 0.005": (dict(w_global=0.005), 77.4),
-    "lambda_g 0.02": (dict(w_global=0.02), 77.6), "lambda_g 0.05": (dict(w_global=0.05), 77.1),
-}
 FIGURES = {                                                          # the paper plots no numbers; the ratios are ours
-    5: {f"n = {n}": dict(augment="global", slots=n) for n in (1, 2, 5, 10)},
-    6: {f"{p} %": dict(augment="local", top_fraction=p / 100) for p in (1, 2, 4, 8, 16, 32)},
-    8: {f"{kind} {ratio:g}, {path}": {"augment": path, f"scribble_{kind}": ratio} for path in ("local", "global")
+    5: {f"n = {n}": (dict(augment="global", slots=n), ()) for n in (1, 2, 5, 10)},
+    6: {f"{p} %": (dict(augment="local", top_fraction=p / 100), ()) for p in (1, 2, 4, 8, 16, 32)},
+    8: {f"{kind} {ratio:g}, {path}": ({"augment": path, f"scribble_{kind}": ratio}, ()) for path in ("local", "global")
         for kind, ratios in (("drop", (0.0, 0.25, 0.5, 0.75)), ("shrink", (0.25, 0.5, 0.75, 1.0)))
         for ratio in ratios},
 }
-FIGURE_TITLES = {5: "Fig. 5: global prototypes of a class", 6: "Fig. 6: share of pixels that make a prototype",
-                 8: "Fig. 8: strokes dropped and shrunk"}
+TITLES = {5: "Fig. 5: global prototypes of a class", 6: "Fig. 6: share of pixels that make a prototype",
+          8: "Fig. 8: strokes dropped and shrunk"}
+PRINTED = {2: ("paper basic", "paper local", "paper global"), 5: ("paper",)}
+
+
+def row_config(cfg, changes):
+    """Config of a row, a run in OUT/rows/NAME; the name tells what differs, so that tables share rows."""
+    base = replace(cfg, table=0, figure=0, **PFA_ROW)
+    different = [f"{name}-{value}" for name, value in changes.items()
+                 if name != "weights" and value != getattr(base, name)]
+    return replace(base, **changes, out=str(Path(cfg.out) / "rows" / ("_".join(different) or "pfa")))
 
 
 def trained_row(cfg, name, changes, device, rank, world):
-    """Metrics of one row, a run in OUT/rows/; finished rows are kept, so tables share them."""
-    folder = Path(cfg.out) / "rows" / name.replace(",", "").replace(" = ", "").replace(" %", "").replace(" ", "-")
-    row_cfg = replace(cfg, **{"table": 0, "figure": 0, "method": "pfa", "out": str(folder)} | changes)
+    """Metrics of one row; a finished run is kept."""
+    row_cfg = row_config(cfg, changes)
     check_config(row_cfg)
     if rank == 0:
-        print(f"row {name} in {folder}", flush=True)
+        print(f"row {name} in {row_cfg.out}", flush=True)
     return run.finished_row(train, row_cfg, device, rank, world)
-
-
-def rate_text(value, digits=1):
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def rates_of(m):
@@ -1410,17 +1473,30 @@ def best_rate(m):
 
 
 def markdown(columns, rows):
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    """A table; numbers with one decimal, None as "-"."""
+    cells = [["-" if x is None else f"{x:.1f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [columns, ["---"] * len(columns), *cells])
 
 
 def run_table(cfg, device, rank, world):
     """--table, --figure: every row as a run in OUT/rows/, then OUT/tableN.md or OUT/figureN.md and .png."""
-    build = {2: table_2, 3: table_3, 4: table_4, 5: table_5}
-    found, text = (build[cfg.table] if cfg.table else figure_rows)(cfg, device, rank, world)
+    if cfg.table in (3, 4):
+        found, text = (table_3 if cfg.table == 3 else table_4)(cfg, device, rank, world)
+    else:
+        rows = TABLES[cfg.table] if cfg.table else FIGURES[cfg.figure]
+        found = {name: trained_row(cfg, name, changes, device, rank, world) for name, (changes, _) in rows.items()}
+        whose = sorted({m["headline"] for m in found.values() if m["method"] == "pfa"})
+        text = markdown(["row", "plain", "local", "global", "local, true classes", "global, true classes",
+                         *PRINTED.get(cfg.table, ())],
+                        [[name, *rates_of(m), *rows[name][1]] for name, m in found.items()])
+        text += f"\n\nClasses for local and global: {', '.join(whose)}."
+        if rank == 0 and cfg.table == 2:
+            draw_components(cfg, device)
+        if rank == 0 and cfg.figure:
+            draw_curve(cfg, found)
     if rank == 0:
         about = (f"Preset {cfg.preset}, {cfg.iterations} iterations, seed {cfg.seed}, {cfg.test_split} split, "
-                 f"{device.type}. Paper: VOC 2012 val.")
+                 f"{device.type}. Paper: VOC 2012 val" + ("; it plots no numbers." if cfg.figure else "."))
         name = f"table{cfg.table}" if cfg.table else f"figure{cfg.figure}"
         with run.replacing(Path(cfg.out) / f"{name}.md") as file:
             file.write(f"{about}\n\n{text}\n")
@@ -1428,55 +1504,55 @@ def run_table(cfg, device, rank, world):
     return found
 
 
-RATES = ("plain", "local", "global", "local, true classes", "global, true classes")
+def draw_curve(cfg, found):
+    """OUT/figureN.png: mIoU of the augmented prediction, and in Fig. 5 and 6 of the plain one."""
+    values = {name: best_rate(m) for name, m in found.items()}
+    names, series = list(values), {"plain": [m["miou"]["plain"]["plain"] for m in found.values()],
+                                   "augmented": list(values.values())}
+    if cfg.figure == 8:
+        names = [name.removesuffix(", local") for name in values if name.endswith("local")]
+        series = {path: [values[f"{name}, {path}"] for name in names] for path in ("local", "global")}
+    figures.save_bars(Path(cfg.out) / f"figure{cfg.figure}.png", series, names, title=TITLES[cfg.figure])
 
 
-def table_2(cfg, device, rank, world):
-    found = {name: trained_row(cfg, name, changes, device, rank, world) for name, (changes, _) in TABLE_2.items()}
-    rows = [[name, *map(rate_text, rates_of(m)), *map(rate_text, TABLE_2[name][1])] for name, m in found.items()]
-    if rank == 0:
-        draw_components(cfg, device)
-    modes = {m["headline"] for m in found.values() if m["method"] == "pfa"}
-    return found, (markdown(("row", *RATES, "paper basic", "paper local", "paper global"), rows)
-                   + f"\n\nClasses for local and global: {', '.join(modes)}. Pictures: components.png (Fig. 4, 11).")
-
-
-def draw_components(cfg, device, count=5):
-    """OUT/components.png (Fig. 4, 11): test images, the last prediction of every row of Table 2, label."""
-    data, runs = datasets.open_dataset(cfg.dataset, cfg.data, cfg.test_split), {}
+def draw_components(cfg, device):
+    """OUT/components.png (Fig. 4, 11): test images, the last prediction of the rows of Table 2, label."""
+    data, runs, mode = open_full(cfg, cfg.test_split), {}, f"filter_{cfg.filter}"
     for name in ("baseline", "local", "global", "both"):
-        row_cfg = replace(run.read_config(Config, Path(cfg.out) / "rows" / name), data=cfg.data, workers=cfg.workers)
+        row_cfg = row_config(cfg, TABLES[2][name][0])
         runs[name] = load_network(row_cfg, device, data.classes)[0], row_cfg
-    rows, present = [], set()
-    for i in spread(data, count):
-        image, label = data.read(i)
-        cells = [(shrink(image), data.name_of(i))]
+
+    def cells_of(i, image, label):
+        cells = {}
         for name, (net, row_cfg) in runs.items():
-            seen, paths = see_image(net, image, row_cfg, device), paths_of(net, row_cfg)[-1:]
-            here = class_sets(seen.plain, data.num_classes, [f"filter_{cfg.filter}"])[f"filter_{cfg.filter}"]
-            ids = augmented_ids(net, seen, here, paths, row_cfg)[paths[0]] if paths else seen.plain
-            cells.append((colours(image, ids), f"{name}: {paths[0] if paths else 'plain'} prediction"))
-            present |= set(ids.unique().tolist())
-        rows.append(cells + [(colours(image, label), "label")])
-        present |= set(label.unique().tolist()) - {255}
-    figures.save_grid(Path(cfg.out) / "components.png", rows, legend={c: data.classes[c] for c in sorted(present)},
-                      title=f"Components (Fig. 4, 11); classes with more than {cfg.filter} predicted pixels")
+            seen, paths = see_image(net, image, row_cfg, device), paths_of(net)[-1:]
+            present = class_sets(seen.plain, data.num_classes, [mode])[mode]
+            found = augmented_ids(net, seen, present, paths, row_cfg)
+            cells[f"{name}: {(paths or ['plain'])[0]} prediction"] = found[paths[0]] if paths else seen.plain
+        return cells | {"label": label}
+    save_examples(Path(cfg.out) / "components.png", data, cells_of,
+                  f"Components (Fig. 4, 11); classes with more than {cfg.filter} predicted pixels")
 
 
 def table_3(cfg, device, rank, world):
+    """Backbones -> metrics of the rows, Markdown."""
+    options = {name: changes and changes | dict(weights=weights_of(cfg, changes["backbone"]))
+               for name, (changes, _) in TABLE_3.items()}
+    for changes in filter(None, options.values()):                   # missing weights are told before days of training
+        if changes["weights"] != "none":
+            locate_weights(changes["weights"], changes["backbone"])
     found, rows = {}, []
-    for name, (changes, paper) in TABLE_3.items():
-        cells = ["not run: no design of F is known"] + ["-"] * 3
+    for name, changes in options.items():
+        cells = ["not run: no design of F is known", None, None, None]
         if changes is not None:
-            changes = changes | dict(weights=weights_of(cfg, changes["backbone"]))
             full, own = (trained_row(cfg, f"{name} {method}", changes | dict(method=method), device, rank, world)
                          for method in ("full", "pfa"))
             found[name] = dict(full=full, scribble=own)
             parameters, gmacs = cost(replace(cfg, method="pce", **changes), len(own["iou"]["plain"]["plain"]))
-            cells = [*map(rate_text, (parameters / 1e6, gmacs, full["miou"]["plain"]["plain"], best_rate(own)))]
-        rows.append([name, *cells, *map(rate_text, paper)])
-    columns = ("row", "M parameters", "G multiply-adds at 512", "full", "scribble", *(f"paper {c}" for c in (
-        "M", "G", "full", "scribble")))
+            cells = [parameters / 1e6, gmacs, full["miou"]["plain"]["plain"], best_rate(own)]
+        rows.append([name, *cells, *TABLE_3[name][1]])
+    columns = ["row", "M parameters", "G multiply-adds at 512", "full", "scribble", "paper M", "paper G", "paper full",
+               "paper scribble"]
     return found, markdown(columns, rows) + ("\n\nParameters and multiply-adds as the paper counts them: without "
                                              "augmenter and attention products. scribble: global prediction.")
 
@@ -1518,43 +1594,20 @@ def counted(module, x):
 
 
 def table_4(cfg, device, rank, world):
+    """Whose classes? -> metrics of the one run, Markdown."""
     m = trained_row(cfg, "both", {}, device, rank, world)
-    rows = []
-    for mode, rates in m["miou"].items():
-        map_text = rate_text(m["class_map"]) if mode in ("scores", "classifier") else "-"
-        rates = [rates.get(path) for path in ("plain", "local", "global")] + [TABLE_4.get(mode)]
-        rows.append([mode + (" (true classes given)" if mode == "oracle" else ""), map_text, *map(rate_text, rates)])
-    text = markdown(("classes from", "mAP", "plain", "local", "global", "paper"), rows)
-    return m, text + ("\n\nPaper: global prediction; beside classifier and scores stands Q2L (mAP 96.6), MCAR (94.3) "
-                      "has 76.2.")
-
-
-def table_5(cfg, device, rank, world):
-    found = {name: trained_row(cfg, name, changes, device, rank, world) for name, (changes, _) in TABLE_5.items()}
-    rows = [[name, *map(rate_text, rates_of(m)), rate_text(TABLE_5[name][1])] for name, m in found.items()]
-    return found, markdown(("row", *RATES, "paper"), rows)
-
-
-def figure_rows(cfg, device, rank, world):
-    found = {name: trained_row(cfg, name, changes, device, rank, world)
-             for name, changes in FIGURES[cfg.figure].items()}
-    rows = [[name, *map(rate_text, rates_of(m))] for name, m in found.items()]
-    if rank == 0:
-        values = {name: best_rate(m) for name, m in found.items()}
-        if cfg.figure == 8:
-            names = [name.removesuffix(", local") for name in values if name.endswith("local")]
-            series = {path: [values[f"{name}, {path}"] for name in names] for path in ("local", "global")}
-        else:
-            names, series = list(values), {"plain": [m["miou"]["plain"]["plain"] for m in found.values()],
-                                           "augmented": list(values.values())}
-        figures.save_bars(Path(cfg.out) / f"figure{cfg.figure}.png", series, names, title=FIGURE_TITLES[cfg.figure])
-    return found, markdown(("row", *RATES), rows) + f"\n\nDrawn in figure{cfg.figure}.png; the paper plots no numbers."
+    rows = [[mode + " (true classes given)" * (mode == "oracle"), m["class_map"] if mode in ("scores", "classifier")
+             else None, *(rates.get(path) for path in ("plain", "local", "global")), TABLE_4.get(mode)]
+            for mode, rates in m["miou"].items()]
+    return m, markdown(["classes from", "mAP", "plain", "local", "global", "paper"], rows) + (
+        "\n\nPaper: global prediction; beside classifier and scores stands Q2L (mAP 96.6), MCAR (94.3) has 76.2.")
 
 
 def main(cfg):
     """Returns what the task returns, for use from Python."""
     check_config(cfg)
     device, rank, world = run.setup(cfg.device, cfg.seed)
+    torch.backends.cudnn.benchmark = False                           # train() turns it on for its crops
     if cfg.table or cfg.figure:
         return run_table(cfg, device, rank, world)
     if cfg.eval_only:

@@ -1,5 +1,5 @@
 """Segmentation scores from one confusion matrix over a whole split (the protocol of mmsegmentation); at the end
-of the file: do the regions that prototypes point at hold the same part of the object?
+of the file: mAP of several labels an image, and do the regions that prototypes point at hold the same part?
 
     matrix = ConfusionMatrix(num_classes, device)
     for each batch: matrix.update(labels, logits.argmax(1))   # logits already at the label's own size
@@ -93,6 +93,19 @@ class ConfusionMatrix:
 def percent_or_none(rates):
     """(N,) fractions -> list of N percentages, None for nan."""
     return [None if rate != rate else 100 * rate for rate in rates.tolist()]
+
+
+def mean_average_precision(scores, truth):
+    """mAP in percent: mean over the classes that occur of the area under precision against recall.
+
+    scores (M,N) float, truth (M,N) bool, both without the background: precision averaged over the positives, images
+    ranked by falling score (stable). nan if no class occurs.
+    """
+    order = scores.argsort(dim=0, descending=True, stable=True)
+    hits = truth.gather(0, order).double()                           # (M,N)
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)[:, None]
+    positives = hits.sum(0)
+    return 100 * ((precision * hits).sum(0) / positives)[positives > 0].mean().item()
 
 
 # ---- parts: does a prototype's region hold the same part of the object? ---------------------------------------

@@ -259,7 +259,8 @@ def start_run(cfg, rank=0):
                             "choose another folder.") from None
         earlier = [p for p in out.iterdir() if p.name in
                    ("config.json", "log.csv", "metrics.json", "last.pt", "best.pt", "stage1.pt", "classifier.pt",
-                    "class_scores.npz", "figures", "predictions", "explanations", "failures", "drawings")]
+                    "figures", "predictions", "explanations", "failures", "drawings")
+                   or p.name.startswith("class_scores")]
         if (out / "config.json").exists():
             number = 1
             while (out / f"previous-{number}").exists():
@@ -302,20 +303,26 @@ def write_csv(path, rows):
 def finished_row(train, cfg, device, rank, world):
     """Metrics of one row of a table, whose run is in cfg.out: read if finished, else trained or resumed.
 
-    train(cfg, device, rank, world) leaves metrics.json in cfg.out. A run that was made with other settings,
-    weights, data, or other options that change its metrics, does not count and is made again.
+    train(cfg, device, rank, world) leaves metrics.json in cfg.out. A run that was made with other settings, data or
+    weights does not count and is made again; one that was evaluated otherwise is evaluated again.
     """
     out = Path(cfg.out)
     if (out / "config.json").exists():
         saved = read_json(out / "config.json", "")
         now = json.loads(json.dumps(asdict(cfg)))       # tuples become lists, as in the file
-        fixed = [f.name for f in fields(cfg) if not f.metadata["runtime"]
-                 or f.name in ("weights", "data", "test_split", "threshold", "quantiles", "filter", "class_scores",
-                               "score_threshold", "classifier_weights")]
-        same = all(saved.get(name) == now[name] for name in fixed)
-        if same and (out / "metrics.json").exists():
+
+        def same(names):
+            return all(saved.get(name) == now[name] for name in names if name in now)
+        trained = same([f.name for f in fields(cfg) if not f.metadata["runtime"]]
+                       + ["data", "weights", "classifier_weights"])
+        evaluated = same(["test_split", "test_size", "threshold", "quantiles", "filter", "class_scores",
+                          "score_threshold", "train_classifier"])
+        if trained and evaluated and (out / "metrics.json").exists():
             return read_json(out / "metrics.json", "")
-        cfg = replace(cfg, resume=same)
+        cfg = replace(cfg, resume=trained)
+        if trained and rank == 0:
+            (out / "metrics.json").unlink(missing_ok=True)
+            write_json(out / "config.json", asdict(replace(cfg, resume=False)))
     if dist.is_initialized():
         dist.barrier()                                 # every rank has read what rank 0 may now move aside
     train(cfg, device, rank, world)
