@@ -171,8 +171,8 @@ class Config(RunConfig):
                        runtime=True, uses_run=True)
     infer: str = opt("plain", "classes whose prototypes --predict uses: plain = no augmentation; filter, classifier, "
                      "scores as in Table 4", choices=("plain", "filter", "classifier", "scores"), runtime=True)
-    draw: list = opt((), "IMAGE STROKES: adapt the run in OUT to the strokes on this image, write before and after to "
-                     "OUT/drawings, and stop. STROKES is an index PNG, or a PNG painted in the colours of "
+    draw: list = opt((), "IMAGE STROKES: adapt the run in OUT to the strokes on this image, write before and after "
+                     "to OUT/drawings, and stop. STROKES is an index PNG, or a PNG painted in the colours of "
                      "OUT/figures/colours.png, on the image itself or on nothing", runtime=True, uses_run=True)
     draw_steps: int = opt(40, "steps of --draw", runtime=True)
     draw_lr: float = opt(2e-4, "learning rate of --draw; the backbone's is a tenth", runtime=True)
@@ -199,9 +199,9 @@ READINGS = {                                                         # [D3] [D11
 R101 = dict(backbone="resnet101")
 PRESETS = {
     "toy": dict(dataset="toy_scenes", scribbles="scribbles", train_split="train", test_split="test", backbone="tiny",
-                weights="none", head_channels=64, hidden=32, crop=96, batch_size=16, iterations=1200, warmup=150,
+                weights="none", head_channels=64, hidden=32, crop=96, batch_size=16, iterations=900, warmup=120,
                 lr=2e-3, head_lr=1.0, train_classifier=True, classifier_backbone="tiny", classifier_weights="none",
-                classifier_size=96, classifier_iterations=500, classifier_lr=2e-3, score_threshold=0.1, eval_every=300,
+                classifier_size=96, classifier_iterations=400, classifier_lr=2e-3, score_threshold=0.1, eval_every=300,
                 save_every=150, workers=0),                          # [D17]
     "small": dict(dataset="folder", scribbles="scribbles", train_split="train", backbone="mobilenet_v2", crop=320,
                   batch_size=8, iterations=4000, warmup=800, lr=1e-4, classifier_backbone="mobilenet_v2",
@@ -635,6 +635,7 @@ def open_sets(cfg):
 
 
 def training_view(data, cfg):
+    """Strokes with Sec. 4.2's augmentation: scale, rotation, blur, flip, crop."""
     return datasets.ScribbleView(data, 0, cfg.crop, (cfg.scale_min, cfg.scale_max), cfg.rotation, cfg.blur)   # [D14]
 
 
@@ -977,7 +978,7 @@ def evaluate(net, data, cfg, device, rank=0, world=1, modes=(), scores=None):
     """
     run.share_buffers(net)
     net.eval()
-    tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False        # every image has its own size
+    tuned, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False        # sizes differ
     paths, N = paths_of(net), data.num_classes
     matrices = {("plain", "plain"): ConfusionMatrix(N, device)}
     matrices |= {(mode, path): ConfusionMatrix(N, device) for mode in modes for path in paths}
@@ -1013,11 +1014,12 @@ def headline_mode(scores, cfg):
     return all_modes(scores, cfg)[-2] if scores is not None else f"filter_{cfg.filter}"
 
 
-def scores_quality(scores, data):
-    """mAP of the scores against the classes of the labels (Table 4)."""
+def scores_quality(scores, data, learned):
+    """mAP of the scores against the classes of the labels (Table 4), over the classes learned (N,) bool."""
     rows = torch.stack([scores[data.name_of(i)] for i in range(len(data))])
     truth = torch.cat([classes_in(data.read_mask(i)[None].long(), data.num_classes) for i in range(len(data))])
-    return mean_average_precision(rows[:, 1:], truth[:, 1:])
+    columns = [c for c in learned.nonzero()[:, 0].tolist() if c]     # without the background
+    return mean_average_precision(rows[:, columns], truth[:, columns])
 
 
 def report(net, cfg, sets, scores, baseline, progress, device, rank, world):
@@ -1036,9 +1038,9 @@ def report(net, cfg, sets, scores, baseline, progress, device, rank, world):
              for mode, paths in found.items()},
         macc=plain["macc"], pixel_acc=plain["pixel_acc"], absent=[data.classes[c] for c in plain["absent"]],
         headline=headline, iterations_until_bank_full=progress["full_at"], phases=progress["phases"],
-        class_map=None if scores is None else scores_quality(scores, data), split=cfg.test_split, preset=cfg.preset,
-        method=cfg.method, augment=cfg.augment, reading=cfg.reading, seed=cfg.seed, iterations=progress["iteration"],
-        seconds=round(progress["seconds"], 1), device=device.type, processes=world,
+        class_map=None if scores is None else scores_quality(scores, data, net.occurs), split=cfg.test_split,
+        preset=cfg.preset, method=cfg.method, augment=cfg.augment, reading=cfg.reading, seed=cfg.seed,
+        iterations=progress["iteration"], seconds=round(progress["seconds"], 1), device=device.type, processes=world,
         parameters=sum(p.numel() for p in net.parameters()))
     run.write_json(out / "metrics.json", metrics)
     print(summary(metrics, cfg), flush=True)
@@ -1327,16 +1329,17 @@ def read_strokes(path, image, classes):
     """
     picture = datasets.load_picture(path)
     if (picture.width, picture.height) != (image.shape[2], image.shape[1]):
-        raise UserError(f"--draw: the image is {image.shape[2]} x {image.shape[1]} pixels, but its strokes {path} are "
-                        f"{picture.width} x {picture.height}: both must have the same size.")
+        raise UserError(f"--draw: the image is {image.shape[2]} x {image.shape[1]} pixels, but its strokes {path} "
+                        f"are {picture.width} x {picture.height}: both must have the same size.")
     if len(picture.getbands()) == 1:
         ids = datasets.read_index_map(path, len(classes))
     else:
         painted = torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1)   # (4,H,W)
-        strokes = (painted[3] > 127) & (painted[:3] != image).any(0)
-        distance = (painted[:3].int() - figures.palette(len(classes)).int()[:, :, None, None]).abs().amax(1)  # (N,H,W)
-        nearest, colour = distance.min(0)
-        ids = torch.where(strokes & (nearest <= 40), colour, 255).to(torch.uint8)
+        changed = (painted[3] > 127) & (painted[:3] != image).any(0) # (H,W)
+        distance = (painted[:3, changed].int() - figures.palette(len(classes)).int()[:, :, None]).abs().amax(1)
+        nearest, colour = distance.min(0)                            # over (N,S)
+        ids = torch.full(changed.shape, 255, dtype=torch.uint8)
+        ids[changed] = torch.where(nearest <= 40, colour, 255).to(torch.uint8)
     if (ids == 255).all():
         raise UserError(f"--draw: {path} has no stroke: it must hold class ids along strokes and 255 elsewhere, or "
                         "strokes painted in the colours of figures/colours.png.")

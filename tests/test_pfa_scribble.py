@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import pfa_scribble as pfa
-from common import datasets, run
+from common import datasets, figures, run
+from common.metrics import mean_average_precision
 from data import toy_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,14 +66,14 @@ def picture(rng, height, width, things):
 def make_pictures(root, classes=CLASSES, change=0):
     """Data set `folder` of 51 x 37 pictures with strokes/train. No train picture has a ghost, two have a
     kite; of the others picture 3 has a stroke of the meadow alone, picture 5 none at all. In `test` p0 is
-    void and p1 is 44 x 30. change > 0: other full masks in train and test, all else the same."""
+    void and p1 is 44 x 34. change > 0: other full masks in train and test, all else the same."""
     house, bird = (1, (200, 40, 30), 17), (2, (30, 30, 220), 13)
     ghost, kite = (3, (250, 250, 250), 9), (4, (250, 220, 0), 14)
     for split, count in (("train", 6), ("val", 2), ("test", 5)):
         for kind in ("images", "masks", "strokes")[:3 if split == "train" else 2]:
             (root / kind / split).mkdir(parents=True)
         for k in range(count):
-            size, last = (30, 44) if (split, k) == ("test", 1) else (37, 51), kite if k in (2, 4) else bird
+            size, last = (34, 44) if (split, k) == ("test", 1) else (37, 51), kite if k in (2, 4) else bird
             things = [house, bird, ghost] if split == "test" else [house, last]
             image, mask, strokes = picture(np.random.default_rng([k, len(split)]), *size, things)
             if split == "train" and k in (3, 5):
@@ -405,6 +406,35 @@ def test_every_preset_passes_the_checks_and_vocs_are_the_papers_recipe(name):
         "voc-r101-deeplabv3plus": ("resnet101", "deeplabv3plus")}[name]
 
 
+def test_only_data_with_strokes_can_be_chosen(tmp_path):
+    choices = {f.name: f.metadata["choices"] for f in fields(pfa.Config)}
+    assert set(choices["dataset"]) == {"toy_scenes", "voc_scribble", "voc", "folder"}
+    said = mistake("--dataset", "ade20k", "--out", tmp_path / "out")
+    assert "--dataset" in said and "ade20k" in said and "voc_scribble" in said
+
+
+def test_voc_scribble_is_always_scored_on_full_masks(tmp_path):
+    """Whatever the split: it trains on strokes of 7 and scores on masks of 3, trainaug's of 5."""
+    names = dict(train=["a"], val=["b"], trainaug=["a", "c"])
+    kinds = dict(ScribbleLabels=("abc", 7), SegmentationClass=("ab", 3), SegmentationClassAug=("abc", 5))
+    for folder in ("JPEGImages", "ImageSets/Segmentation", *kinds):
+        (tmp_path / folder).mkdir(parents=True)
+    for split, listed in names.items():
+        (tmp_path / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(listed))
+    for name in "abc":
+        Image.new("RGB", (40, 36)).save(tmp_path / "JPEGImages" / f"{name}.jpg")
+    for folder, (there, value) in kinds.items():
+        for name in there:
+            Image.fromarray(np.full((36, 40), value, np.uint8)).save(tmp_path / folder / f"{name}.png")
+    for split, value in dict(train=3, val=3, trainaug=5).items():
+        sets = pfa.open_sets(preset("voc-b1", data=str(tmp_path), test_split=split))
+        found = {name: [set(data.read_mask(i).unique().tolist()) for i in range(len(data))]
+                 for name, data in sets.items()}
+        assert found == dict(train=[{7}, {7}], val=[{3}], test=[{value}] * len(names[split]))
+    full = pfa.open_sets(preset("voc-b1", data=str(tmp_path), method="full"))["train"]
+    assert [full.read_mask(i).unique().tolist() for i in range(2)] == [[5], [5]]
+
+
 # ---- the network ----
 
 def test_parameters_of_segformer_b1_with_and_without_augmenter():
@@ -476,10 +506,10 @@ def test_warmup_ends_with_its_last_iteration(augment, full):
 
 
 @pytest.mark.parametrize("method", ["pce", "full"])
-def test_methods_without_prototypes_stay_in_the_warmup(method):
+def test_methods_without_prototypes_have_one_phase_their_own(method):
     net, cfg = small_net(method=method)
-    assert net.augmenter is None and net.memory is None
-    assert {pfa.phase_of(net, i, cfg) for i in (0, WARMUP - 1, WARMUP, ITERATIONS - 1)} == {"warmup"}
+    assert net.augmenter is None and net.memory is None and pfa.paths_of(net) == []
+    assert {pfa.phase_of(net, i, cfg) for i in (0, WARMUP - 1, WARMUP, ITERATIONS - 1)} == {method}
 
 
 def test_the_global_phase_waits_for_the_last_slot_of_every_class_that_occurs():
@@ -538,8 +568,8 @@ def test_phases_of_a_run_follow_from_its_training_masks(base, pictures):
     last = base.steps[-1]
     assert last.count.tolist() == [SLOTS, SLOTS, SLOTS, 0, SLOTS] and not last.bank[3].any()
     assert f"from iteration {WARMUP + 1} on: phase local" in base.stdout
-    assert (f"from iteration {full_at + 1} on: phase global (the memory was full after {full_at} iterations)"
-            in base.stdout)
+    assert (f"from iteration {full_at + 1} on: phase global (memory full after {full_at} iterations, "
+            "warm-up included)" in base.stdout)
 
 
 @pytest.mark.parametrize("seed, warmup, slots, augment", [
@@ -553,6 +583,35 @@ def test_other_runs_fill_their_memory_as_the_masks_say(pictures, tmp_path, seed,
     assert found.metrics["iterations_until_bank_full"] == expected and found.steps[-1].augmenter is not None
     if augment == "local":
         assert not found.steps[-1].bank.any() and not found.steps[-1].count.any()
+
+
+@pytest.mark.parametrize("augment, paths", [("both", ["local"]), ("global", [])])
+def test_a_memory_full_with_the_last_iteration_gives_no_global_prediction(
+        base, pictures, tmp_path, no_figures, augment, paths):
+    """Nothing has ever been trained on it: no scores, no log, no --predict, and no "full after" either."""
+    last, image = base.metrics["iterations_until_bank_full"], pictures / "images" / "test" / "p2.png"
+    said = done("--out", tmp_path, *on(pictures, iterations=last, eval_every=last, augment=augment))
+    (net, _), metrics = load(tmp_path), read(tmp_path / "metrics.json")
+    assert net.memory_full() and net.trained.tolist() == ["local" in paths, False]
+    assert pfa.paths_of(net) == paths
+    assert metrics["iterations_until_bank_full"] is None
+    assert metrics["phases"] == dict(warmup=WARMUP, local=last - WARMUP)
+    assert all(set(rates) == set(paths) for mode, rates in metrics["miou"].items() if mode != "plain")
+    assert "memory never filled in time" in said and "phase global" not in said
+    assert [row["val_global"] for row in rows_of_log(tmp_path)] == [""]
+    for option in ("--eval-only", "--resume"):
+        assert "memory never filled in time" in done("--out", tmp_path, option)
+        assert numbers(read(tmp_path / "metrics.json")) == numbers(metrics)
+    argv = ["--out", tmp_path, "--predict", image, "--infer", "filter"]
+    assert "local prediction" in done(*argv) if paths else "no prototypes" in mistake(*argv)
+
+
+def test_a_network_knows_the_predictions_that_it_was_trained_for(base, local, memory_only, pce, official):
+    expected = {"both": ["local", "global"], "local": ["local"], "global": ["global"]}
+    for found in (base, local, memory_only, official):
+        assert pfa.paths_of(load(found.out)[0]) == expected[found.metrics["augment"]]
+    assert pfa.paths_of(load(pce.out)[0]) == [] == pfa.paths_of(small_net(full=True)[0])
+    assert "never filled" not in base.stdout
 
 
 def test_prototypes_are_counted_from_the_first_iteration_after_the_warmup(base, pictures):
@@ -573,8 +632,10 @@ def test_each_phase_has_its_predictions(base, local, memory_only, pce):
     for name, found in (("both", base), ("local", local), ("global", memory_only)):
         assert {step.phase for step in found.steps} == set(expected[name])
         assert all(set(step.predictions) == expected[name][step.phase] for step in found.steps)
-    assert all(step.phase == "warmup" and set(step.terms) == {"pce"} for step in pce.steps)
-    assert len(pce.steps) == ITERATIONS and local.metrics["phases"]["global"] == 0
+    assert all(step.phase == "pce" and set(step.terms) == {"pce"} for step in pce.steps)
+    assert pce.metrics["phases"] == dict(pce=ITERATIONS)                # only phases that were entered
+    assert local.metrics["phases"] == dict(warmup=WARMUP, local=ITERATIONS - WARMUP)
+    assert [row["phase"] for row in rows_of_log(pce.out)] == ["pce"] * 3
 
 
 def test_the_paper_takes_the_classes_of_the_crop_and_the_background(base):
@@ -629,7 +690,8 @@ def test_terms_of_the_loss_by_phase(augment, option):
         slopes = torch.autograd.grad(losses["pce"], list(made.values()), allow_unused=True)
         assert {name for name, slope in zip(made, slopes) if slope is not None and slope.any()} == {under}
         assert losses["pce"].item() == pytest.approx(slow_pce(made[under].detach(), scribbles), rel=1e-5)
-        weights = dict(con_local=0.7 if phase == "local" else 0.3, con_global=0.2)
+        first = phase == "local" and augment == "both"                  # while the memory fills
+        weights = dict(con_local=0.7 if first else 0.3, con_global=0.2)
         assert set(losses) == {"pce"} | {f"con_{name}" for name in made if name != "initial"}
         initial = made.pop("initial").detach()
         for name, logits in made.items():
@@ -681,9 +743,9 @@ def test_a_phase_trains_its_parameters_and_nothing_else(augment, phase):
     names = set(net.state_dict())
     augmenter = {name for name in names if name.startswith("augmenter.")}
     memory = {"memory.bank"} | ({"memory.count"} if phase == "local" else set())
-    expected = names - augmenter - {"memory.bank", "memory.count", "occurs"}
+    expected = names - augmenter - {"memory.bank", "memory.count", "occurs", "trained"}
     if phase != "warmup" and (augment, phase) != ("global", "local"):
-        expected |= augmenter
+        expected |= augmenter | {"trained"}
     if phase != "warmup" and augment != "local":
         expected |= memory
     assert augmenter and changed == expected
@@ -823,6 +885,39 @@ def test_the_summary_says_which_numbers_were_given_the_true_classes(base, pce):
     assert "TRUE CLASSES" not in pce.stdout and "oracle" not in pce.stdout
 
 
+def test_filters_that_agree_share_a_line(base):
+    """Every filter is in one line, with its own numbers."""
+    told = {}
+    for line in base.stdout.splitlines():
+        if found := re.fullmatch(r"  classes with more than ([\d or]+) predicted pixels: (.*)", line):
+            assert found[2] not in told.values()                        # equal numbers are said once
+            told |= dict.fromkeys(found[1].split(" or "), found[2])
+    rates = {mode: base.metrics["miou"][mode] for mode in FILTER_MODES}
+    assert told == {mode.removeprefix("filter_"): f"local {r['local']:.1f}, global {r['global']:.1f}"
+                    for mode, r in rates.items()}
+    metrics = copy.deepcopy(base.metrics)
+    for mode in FILTER_MODES[:4]:
+        metrics["miou"][mode] = dict(local=50.0, **{"global": 60.0})
+    metrics["miou"]["filter_1000"] = dict(local=50.0, **{"global": 60.2})
+    said = pfa.summary(metrics, load(base.out)[1])
+    assert "more than 0 or 60 or 100 or 500 predicted pixels: local 50.0, global 60.0\n" in said
+    assert "more than 1000 predicted pixels: local 50.0, global 60.2\n" in said
+
+
+def test_the_scores_are_told_and_written_before_anything_is_drawn(local, tmp_path, monkeypatch):
+    out = copy_of(local.out, tmp_path / "run")
+    (out / "metrics.json").unlink()
+
+    def draw_figures(*args):
+        raise run.UserError("the disk is full.")
+
+    monkeypatch.setattr(pfa, "draw_figures", draw_figures)
+    ended = script("--out", out, "--eval-only")
+    assert ended.returncode == 2 and "the disk is full" in ended.stderr
+    assert "test mIoU: plain" in ended.stdout
+    assert numbers(read(out / "metrics.json")) == numbers(local.metrics)
+
+
 def test_the_headline_is_never_told_the_true_classes(base, local, pictures):
     assert base.metrics["headline"] == "classifier" and local.metrics["headline"] == "filter_60"
     cfg, scores = config("unused", pictures), {"p0": torch.zeros(N)}
@@ -898,16 +993,40 @@ def assert_pictures(folder, names):
 
 
 def test_figures_of_a_run(base, pce):
-    every = {"examples.png", "training.png", "miou.png"}
+    every = {"colours.png", "examples.png", "training.png", "miou.png"}
     more = {"confidence.png", "attention.png", "attention_matrix.png"}
     assert_pictures(base.out / "figures", every | more)
     assert_pictures(pce.out / "figures", every)
 
 
-def test_a_last_test_picture_without_labels_is_drawn_too(base, pictures, tmp_path):
-    data = Path(shutil.copytree(pictures, tmp_path / "data"))
-    Image.fromarray(np.full((37, 51), 255, np.uint8)).save(data / "masks" / "test" / "p4.png")
-    done("--out", copy_of(base.out, tmp_path / "run"), "--eval-only", "--data", data)
+def test_the_colours_of_the_classes_are_there_to_be_picked(base):
+    """A swatch of at least 10 x 10 pixels of every class, in the colour of the overlays."""
+    drawn = ids_in(base.out / "figures" / "colours.png")
+    for colour in figures.palette(N).numpy():
+        assert (drawn == colour).all(2).sum() >= 100
+
+
+def test_a_last_test_picture_without_labels_is_drawn_too(base, pictures, tmp_path, monkeypatch):
+    """attention_matrix.png is of the last of the four pictures drawn that has labels."""
+    for name in ("draw_examples", "draw_training", "draw_confidence"):
+        monkeypatch.setattr(pfa, name, lambda *args: None)
+    drawn, save = [], figures.save_matrix
+    monkeypatch.setattr(figures, "save_matrix", lambda *args, **how: drawn.append(args) or save(*args, **how))
+    data, out = Path(shutil.copytree(pictures, tmp_path / "data")), copy_of(base.out, tmp_path / "run")
+    Image.fromarray(np.full((37, 51), 255, np.uint8)).save(data / "masks" / "test" / "p3.png")
+    done("--out", out, "--eval-only", "--data", data)
+    (path, values, rows, columns), = drawn
+    there = np.unique(ids_in(pictures / "masks" / "test" / "p2.png")).tolist()
+    assert rows == [CLASSES[c] for c in there] and path.exists() and values.shape == (len(rows), len(columns))
+    trained = [c for c in there if c != 3]                              # nobody drew a ghost: empty slots
+    assert columns == [f"{CLASSES[c]} {slot}" for c in trained for slot in (1, 2)]
+    assert torch.allclose(values.sum(1), torch.ones(len(rows)), atol=1e-5)
+    for k in range(5):
+        size = ids_in(data / "images" / "test" / f"p{k}.png").shape[:2]
+        if k != 4:                                                      # the fifth is not drawn
+            Image.fromarray(np.full(size, 255, np.uint8)).save(data / "masks" / "test" / f"p{k}.png")
+    done("--out", out, "--eval-only", "--data", data)
+    assert len(drawn) == 1
 
 
 def test_a_seed_decides_and_announcing_the_time_changes_nothing(base, pictures, tmp_path):
@@ -961,25 +1080,29 @@ def assert_same_run(a, b):
         assert same(run.read_checkpoint(a / name), run.read_checkpoint(b / name)), name
     assert numbers(read(a / "metrics.json")) == numbers(read(b / "metrics.json"))
     assert [numbers(row) for row in rows_of_log(a)] == [numbers(row) for row in rows_of_log(b)]
-    if "class_scores.npz" in files(a):
-        first, second = (dict(np.load(path / "class_scores.npz")) for path in (a, b))
+    if "class_scores-test.npz" in files(a):
+        first, second = (dict(np.load(path / "class_scores-test.npz")) for path in (a, b))
         assert set(first) == set(second) and all(np.array_equal(first[name], second[name]) for name in first)
 
 
+KILLS = [("train", 2, 2), ("train", 4, 2), ("train", 6, 2), ("train", 11, 3), ("train", 14, 2), ("classifier", 1, 2),
+         ("classifier", 4, 2), ("report", 0, 2)]                        # place, call, --save-every
+
+
 def test_the_kills_below_meet_every_phase(base):
-    phases = [base.steps[call - 1].phase for call in (2, 4, 6, 8, 11, 14)]
-    assert phases == ["warmup"] * 2 + ["local"] * 2 + ["global"] * 2
+    phases = [base.steps[call - 1].phase for place, call, _ in KILLS if place == "train"]
+    assert phases == ["warmup"] * 2 + ["local"] + ["global"] * 2
+    assert base.metrics["iterations_until_bank_full"] == 9              # 11, 3: full, and nobody has noticed
 
 
-@pytest.mark.parametrize("place, call", [
-    ("train", 2), ("train", 4), ("train", 6), ("train", 8), ("train", 11), ("train", 14), ("classifier", 1),
-    ("classifier", 4), ("report", 0)])
-def test_resume_in_every_phase_ends_with_the_same_numbers(base, pictures, tmp_path, no_figures, place, call):
-    """Checkpoints come at even iterations: odd ones are lost, with their row of the log."""
-    interrupt(place, call, "--out", tmp_path, *on(pictures, train_classifier=True))
+@pytest.mark.parametrize("place, call, every", KILLS)
+def test_resume_in_every_phase_ends_with_the_same_numbers(base, pictures, tmp_path, no_figures, place, call, every):
+    """Iterations since the last checkpoint are lost, with their row of the log."""
+    interrupt(place, call, "--out", tmp_path, *on(pictures, train_classifier=True, save_every=every))
     assert not (tmp_path / "metrics.json").exists() and (tmp_path / "last.pt").exists() == (call != 2)
     if place == "train" and call > 2:
-        assert run.read_checkpoint(tmp_path / "last.pt")["progress"]["iteration"] == (call - 1) // 2 * 2
+        saved = run.read_checkpoint(tmp_path / "last.pt")["progress"]
+        assert saved["iteration"] == (call - 1) // every * every
     if place == "classifier":
         assert (tmp_path / "classifier.pt").exists() == (call == 4)
     done("--out", tmp_path, "--resume")
@@ -1108,8 +1231,8 @@ def assert_rates(found, expected, tolerance=0.5):                      # a pixel
     assert {(mode, path) for mode, paths in found.items() for path in paths} == set(expected)
 
 
-def scores_of_run(out):
-    with np.load(out / "class_scores.npz") as file:
+def scores_of_run(out, split="test"):
+    with np.load(out / f"class_scores-{split}.npz") as file:
         return {name: file[name] for name in file.files}
 
 
@@ -1200,11 +1323,12 @@ def test_mean_average_precision_by_hand():
     scores = torch.tensor([[0.9, 0.1], [0.5, 0.1], [0.5, 0.7], [0.1, 0.1]])
     truth = torch.tensor([[True, False], [False, True], [True, False], [False, False]])
     # class 0: hits at ranks 1 and 3; class 1: the first of three ties is a miss, so its hit has rank 3
-    assert pfa.mean_average_precision(scores, truth) == pytest.approx(100 * ((1 + 2 / 3) / 2 + 1 / 3) / 2)
+    assert mean_average_precision(scores, truth) == pytest.approx(100 * ((1 + 2 / 3) / 2 + 1 / 3) / 2)
     truth[:, 1] = False
-    assert pfa.mean_average_precision(scores, truth) == pytest.approx(100 * (1 + 2 / 3) / 2)
-    assert math.isnan(pfa.mean_average_precision(scores, torch.zeros_like(truth)))
-    assert pfa.mean_average_precision(truth.float(), truth) == pytest.approx(100)
+    assert mean_average_precision(scores, truth) == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert math.isnan(mean_average_precision(scores, torch.zeros_like(truth)))
+    assert mean_average_precision(truth.float(), truth) == pytest.approx(100)
+    assert pfa.mean_average_precision is mean_average_precision         # the script's own name for it
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -1213,7 +1337,7 @@ def test_mean_average_precision_is_the_loop(seed):
     scores = torch.randint(4, (17, 6), generator=generator) / 3         # many ties
     truth = torch.rand(17, 6, generator=generator) < 0.3
     expected = slow_map(scores.numpy(), truth.numpy())
-    assert pfa.mean_average_precision(scores, truth) == pytest.approx(expected)
+    assert mean_average_precision(scores, truth) == pytest.approx(expected)
 
 
 def test_the_map_of_a_run_is_that_of_its_scores(base, pictures):
@@ -1258,8 +1382,17 @@ def test_evaluation_takes_images_at_the_size_that_is_asked_for(base, pictures, t
     pfa.evaluate(net, test, cfg, CPU)
     pfa.evaluate(net, test, replace(cfg, test_size=64), CPU)
     hook.remove()
-    assert sizes[:5] == [(37, 51), (30, 44)] + [(37, 51)] * 3           # [D16]: whole images
-    assert sizes[5:7] == [(64, 88), (64, 94)]
+    assert sizes[:5] == [(37, 51), (34, 44)] + [(37, 51)] * 3           # [D16]: whole images
+    assert sizes[5:7] == [(64, 88), (64, 83)]
+
+
+def test_the_size_of_test_images_may_be_chosen_after_the_training(local, tmp_path, no_figures):
+    out = copy_of(local.out, tmp_path / "run")
+    done("--out", out, "--eval-only", "--test-size", 64)
+    assert read(out / "metrics.json")["miou"] != local.metrics["miou"]
+    assert read(out / "config.json")["test_size"] == 0                  # the run is as it was
+    done("--out", out, "--eval-only")
+    assert numbers(read(out / "metrics.json")) == numbers(local.metrics)
 
 
 # ---- strokes, full masks and the classifier ----
@@ -1282,10 +1415,35 @@ def reading_masks():
     ("pfa", "strokes/train"), ("pce", "strokes/train"), ("full", "masks/train")])
 def test_training_reads_strokes_or_full_masks_and_never_both(pictures, tmp_path, method, masks):
     with reading_masks() as found:
-        flags = dict(method=method, train_classifier=method == "pfa", iterations=5)
-        metrics = train(config(tmp_path, pictures, **flags))
+        metrics = train(config(tmp_path, pictures, method=method, train_classifier=True, iterations=5))
     assert found == {masks, "masks/val", "masks/test"} and math.isfinite(metrics["miou"]["plain"]["plain"])
     assert metrics["method"] == method and set(metrics["miou"]["plain"]) == {"plain"}
+    assert metrics["phases"] == {"pfa": dict(warmup=4, local=1)}.get(method, {method: 5})
+    made = {"classifier.pt", "class_scores-test.npz"} & files(tmp_path)
+    assert len(made) == (2 if method == "pfa" else 0)                   # of no use to baselines
+
+
+def test_a_classifier_may_follow_when_the_run_is_done(base, local, pce, pictures, tmp_path, no_figures):
+    """It is the one that a run of the same seed trains at once; the network stays."""
+    out, image = copy_of(local.out, tmp_path / "run"), pictures / "images" / "test" / "p2.png"
+    before = (out / "last.pt").read_bytes()
+    said = done("--out", out, "--eval-only", "--train-classifier")
+    mine, theirs = (run.read_checkpoint(folder / "classifier.pt")["model"] for folder in (out, base.out))
+    assert same(mine, theirs) and (out / "last.pt").read_bytes() == before
+    metrics = read(out / "metrics.json")
+    assert metrics["headline"] == "classifier" and metrics["class_map"] == base.metrics["class_map"]
+    assert metrics["miou"].pop("classifier") and metrics["miou"] == local.metrics["miou"]
+    assert "classes from the trained classifier" in said
+    assert "local prediction" in done("--out", out, "--predict", image, "--infer", "classifier")
+    made = (out / "classifier.pt").stat().st_mtime_ns
+    done("--out", out, "--eval-only", "--train-classifier", "--test-split", "val")  # no second training
+    assert {"class_scores-test.npz", "class_scores-val.npz"} <= files(out)
+    assert (out / "classifier.pt").stat().st_mtime_ns == made
+    assert set(scores_of_run(out, "val")) == {"p0", "p1"}
+    baseline = copy_of(pce.out, tmp_path / "pce")
+    done("--out", baseline, "--eval-only", "--train-classifier")
+    assert numbers(read(baseline / "metrics.json")) == numbers(pce.metrics)
+    assert not (baseline / "classifier.pt").exists()
 
 
 @pytest.fixture(scope="module")
@@ -1349,7 +1507,7 @@ def test_a_runs_own_scores_can_be_handed_back(base, tmp_path, no_figures):
     out = copy_of(base.out, tmp_path / "run")
     without = {name: row[1:].astype(np.float64) for name, row in scores_of_run(base.out).items()}
     np.savez(tmp_path / "without_background.npz", **without, unused=np.zeros(3))
-    for path in (base.out / "class_scores.npz", tmp_path / "without_background.npz"):
+    for path in (base.out / "class_scores-test.npz", tmp_path / "without_background.npz"):
         done("--out", out, "--eval-only", "--class-scores", path)
         metrics = read(out / "metrics.json")
         assert metrics["headline"] == "scores" and "classifier" not in metrics["miou"]
@@ -1360,10 +1518,40 @@ def test_a_runs_own_scores_can_be_handed_back(base, tmp_path, no_figures):
 def test_the_background_is_there_whatever_its_score(pictures, tmp_path):
     test = datasets.open_dataset("folder", pictures, "test")
     path = write_scores(tmp_path / "s.npz", p0=np.zeros(N), p1=np.arange(N), p2=np.arange(1, N))
-    scores = pfa.read_scores(config("unused", class_scores=str(path)), test)
+    cfg = config("unused", pictures, class_scores=str(path))
+    scores = pfa.scores_of_file(cfg, test)
+    assert same(scores, pfa.read_scores(path, [f"p{k}" for k in range(5)], N))
     assert scores["p0"].tolist() == [1, 0, 0, 0, 0] and scores["p1"].tolist() == [1, 1, 2, 3, 4]
     assert scores["p2"].tolist() == [1, 1, 2, 3, 4] and set(scores) == {f"p{k}" for k in range(5)}
-    assert pfa.read_scores(config("unused"), test) is None
+    assert pfa.scores_of_file(replace(cfg, class_scores=""), test) is None
+    assert all(row.dtype == torch.float32 and row.shape == (N,) for row in scores.values())
+
+
+@pytest.mark.parametrize("low, high, noted", [(0.0, 1.0, ""), (-0.01, 0.9, "from -0.01 to 1"),
+                                              (0.0, 7.25, "from 0 to 7.25")])
+def test_scores_that_are_no_probabilities_are_noted(tmp_path, capsys, low, high, noted):
+    row = np.array([low, high, 0.5, 0.5])
+    scores = pfa.read_scores(write_scores(tmp_path / "s.npz", names=("p0",), p1=row), ["p0", "p1"], N)
+    said = capsys.readouterr().out
+    assert scores["p1"].tolist() == pytest.approx([1, *row])            # taken as they are
+    if noted:
+        assert said.startswith(f"note: {tmp_path / 's.npz'} ") and said.count("\n") == 1
+        assert noted in said and "sigmoid" in said and "--score-threshold" in said
+    else:
+        assert said == ""
+
+
+def test_an_image_may_have_any_name(base, pictures, tmp_path, no_figures):
+    """numpy.savez has a parameter called "file"."""
+    data, out = Path(shutil.copytree(pictures, tmp_path / "data")), copy_of(base.out, tmp_path / "run")
+    for kind in ("images", "masks"):
+        (data / kind / "test" / "p2.png").rename(data / kind / "test" / "file.png")
+    done("--out", out, "--eval-only", "--data", data)
+    theirs = scores_of_run(base.out)
+    assert {"file" if name == "p2" else name for name in theirs} == set(scores_of_run(out))
+    assert np.array_equal(scores_of_run(out)["file"], theirs["p2"])
+    done("--out", out, "--eval-only", "--data", data, "--class-scores", out / "class_scores-test.npz")
+    assert read(out / "metrics.json")["miou"]["scores"] == base.metrics["miou"]["classifier"]
 
 
 WRONG_SCORES = {
@@ -1416,9 +1604,11 @@ def mode_ids(base, pictures, k, infer, filter=60):
                                           ("classifier", []), ("scores", ["--class-scores"])])
 def test_predict_writes_the_last_prediction_at_the_pictures_own_size(base, pictures, tmp_path, infer, flags):
     out = copy_of(base.out, tmp_path / "run")
-    flags = flags + [base.out / "class_scores.npz"] * (infer == "scores")
+    flags = flags + [base.out / "class_scores-test.npz"] * (infer == "scores")
     before, folder = (out / "last.pt").read_bytes(), pictures / "images" / "test"
-    done("--out", out, "--predict", folder, "--infer", infer, *flags)
+    said = done("--out", out, "--predict", folder, "--infer", infer, *flags)
+    assert ("plain prediction; --infer filter" if infer == "plain" else
+            f"global prediction, classes by the {infer}") in said and "not finished" not in said
     assert files(out / "predictions") == {f"p{k}{end}.png" for k in range(5) for end in ("", "_overlay")}
     for k in range(5):
         expected = mode_ids(base, pictures, k, infer, flags[1] if "--filter" in flags else 60)
@@ -1438,7 +1628,7 @@ def test_predict_of_runs_of_other_branches(local, memory_only, pce, pictures, tm
     for found, infer, path in ((local, "filter", "local"), (memory_only, "filter", "global"),
                                (pce, "plain", "plain")):
         out = copy_of(found.out, tmp_path / path)
-        done("--out", out, "--predict", image, "--infer", infer)
+        assert f"{path} prediction" in done("--out", out, "--predict", image, "--infer", infer)
         net, _ = load(found.out)
         features, logits, large = plain_logits(net, ids_in(image))
         expected = large.argmax(0)
@@ -1468,6 +1658,38 @@ def test_predict_asks_for_what_the_run_lacks(base, local, pce, pictures, tmp_pat
         assert not (found.out / "predictions").exists()
 
 
+def test_images_below_32_pixels_a_side_are_one_sentence(local, pictures, tmp_path):
+    out, whole = copy_of(local.out, tmp_path / "run"), ids_in(pictures / "images" / "test" / "p2.png")
+    for name, width, height in (("low", 51, 31), ("narrow", 31, 37), ("least", 32, 32)):
+        image, drawn = tmp_path / f"{name}.png", tmp_path / f"{name}_strokes.png"
+        Image.fromarray(whole[:height, :width]).save(image)
+        strokes = np.full((height, width), 255, np.uint8)
+        strokes[3], strokes[20, 5:25] = 0, 1
+        Image.fromarray(strokes).save(drawn)
+        predict = ["--out", out, "--predict", image]
+        draw = ["--out", out, "--draw", image, drawn, "--draw-steps", 1]
+        if name != "least":
+            for argv in (predict, draw):
+                said = mistake(*argv)
+                assert f"{width} x {height}" in said and "32" in said
+            predict += ["--test-size", 32]
+        done(*predict)
+        assert ids_in(out / "predictions" / f"{name}.png").shape == (height, width)
+    done(*draw)
+    assert {path.name for path in (out / "drawings").iterdir()} == {
+        "least.png", "least_overlay.png", "least_before_after.png"}
+
+
+def test_an_unfinished_run_is_told(pictures, photo, tmp_path, no_figures):
+    interrupt("train", 8, "--out", tmp_path, *on(pictures))
+    note = f"note: the run in {tmp_path} is not finished: iteration 6 of {ITERATIONS}"
+    for argv in (["--eval-only"], ["--predict", photo.image],
+                 ["--draw", photo.image, photo.strokes, "--draw-steps", 1]):
+        assert done("--out", tmp_path, *argv).count(note) == 1
+    assert read(tmp_path / "metrics.json")["iterations"] == 6
+    assert "not finished" not in done("--out", tmp_path, "--resume") + done("--out", tmp_path, "--eval-only")
+
+
 # ---- strokes of one's own ----
 
 @pytest.fixture(scope="module")
@@ -1481,7 +1703,7 @@ def photo(pictures, tmp_path_factory):
     return SimpleNamespace(image=image, strokes=folder / "strokes.png", ids=strokes)
 
 
-@pytest.mark.parametrize("which", ["base", "local", "pce", "official"])
+@pytest.mark.parametrize("which", ["base", "local", "pce"])
 def test_draw_adapts_a_copy_of_the_run_to_the_strokes(which, photo, tmp_path, request):
     found = request.getfixturevalue(which)
     out = copy_of(found.out, tmp_path / "run")
@@ -1494,6 +1716,7 @@ def test_draw_adapts_a_copy_of_the_run_to_the_strokes(which, photo, tmp_path, re
     assert written.shape == photo.ids.shape and after > first and after >= 60
     assert after == pytest.approx(100 * (written == photo.ids)[drawn].mean(), abs=0.51)
     plain = plain_logits(load(found.out)[0], ids_in(photo.image))[2].argmax(0)
+    assert "note: no stroke of" not in said
     if which == "base":  # crop 32: the picture is seen smaller
         assert abs(first - 100 * (plain == photo.ids)[drawn].mean()) < 25
     assert (out / "last.pt").read_bytes() == before and read(out / "metrics.json") == found.metrics
@@ -1514,14 +1737,120 @@ def test_drawing_leaves_memory_and_batch_norm_as_they_were(base, photo, tmp_path
     done("--out", out, "--draw", photo.image, photo.strokes, "--draw-steps", 3)
     before, after = load(base.out)[0].state_dict(), nets[0][0].state_dict()
     buffers = {name for name, _ in load(base.out)[0].named_buffers()}
-    assert {"memory.bank", "memory.count", "occurs"} < buffers
+    assert {"memory.bank", "memory.count", "occurs", "trained"} < buffers
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert not changed & buffers and len(changed) > 40
 
 
+@pytest.mark.parametrize("paths", [[], ["local"], ["global"]])
+def test_drawing_steps_along_the_loss_of_the_strokes_at_the_pictures_own_size(paths, monkeypatch):
+    """Logits read at the strokes' pixels have the gradient of L_pce on enlarged ones; step 2 is mirrored."""
+    net, cfg = small_net(draw_steps=2, draw_lr=1e-12)                   # the weights stand still
+    net.eval()
+    generator = torch.Generator().manual_seed(1)
+    x, scribbles = torch.randn(1, 3, 32, 44, generator=generator), torch.full((1, 71, 90), 255)
+    for c, (row, column) in enumerate([(0, 3), (70, 40), (33, 89), (50, 0)]):
+        scribbles[0, row, column:column + 17], scribbles[0, 5 + 9 * c:9 + 11 * c, 60 - c] = c, c
+    found, rates = [], {}
+    names = {id(p): name for name, p in net.named_parameters()}
+
+    class Watched(torch.optim.AdamW):
+        def step(self):
+            found.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+            rates.update({names[id(p)]: group["lr"] for group in self.param_groups for p in group["params"]})
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    pfa.adapt(net, x, scribbles, paths, cfg)
+    assert rates == {name: pytest.approx(1e-13 if name.startswith("network.backbone.") else 1e-12)
+                     for name in names.values()}                        # an absolute rate
+    assert len(found) == 2
+    for mirrored, slopes in enumerate(found):
+        seen, labels = (x.flip(3), scribbles.flip(2)) if mirrored else (x, scribbles)
+        present = pfa.classes_in(labels, N)
+        features, logits = net(seen)
+        prototypes = pfa.extract_prototypes(features, logits.softmax(1), present)
+        keys = {"local": (prototypes, present), "global": pfa.global_keys(net.memory, present)}
+        loss = pfa.partial_cross_entropy(logits, labels)
+        for path in paths:
+            augmented = net.augmented(features, **{path: keys[path]})[path]
+            loss = loss + pfa.partial_cross_entropy(augmented, labels)
+        net.zero_grad()
+        loss.backward()
+        expected = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+        assert set(slopes) == set(expected) and ("augmenter.fuse.weight" in slopes) == bool(paths)
+        for name, slope in expected.items():
+            size = float(slope.abs().max())
+            assert torch.allclose(slopes[name], slope, rtol=1e-3, atol=1e-5 * size + 1e-9), name
+
+
+COLOURS = figures.palette(N).numpy()
+
+
+def painted(ids, image, kind):
+    """Strokes (H,W), 255 = none, in the colours of the classes: a Pillow image."""
+    drawn, colours = ids != 255, COLOURS[np.where(ids == 255, 0, ids)]
+    if kind == "transparent":
+        layer = np.dstack([np.where(drawn[..., None], colours, 0), 255 * drawn])
+        return Image.fromarray(layer.astype(np.uint8))
+    ground = np.full_like(image, 255) if kind == "white" else image
+    return Image.fromarray(np.where(drawn[..., None], colours, ground))
+
+
+def test_strokes_may_be_painted_in_the_colours_of_the_classes(photo, tmp_path):
+    """On nothing, on white, on the image: as the index PNG, also where the picture has such colours."""
+    image = ids_in(photo.image).copy()
+    image[6:10, 40:50] = COLOURS[1]                                     # looks like strokes of a house
+    ids = photo.ids.copy()
+    ids[6:10, 40:50] = 255
+    x = torch.from_numpy(image).permute(2, 0, 1)
+    Image.fromarray(ids).save(tmp_path / "index.png")
+    assert np.array_equal(pfa.read_strokes(tmp_path / "index.png", x, CLASSES), ids)
+    assert {0, 1, 2, 3} < set(np.unique(ids).tolist())
+    for kind in ("transparent", "white", "image"):
+        painted(ids, image, kind).save(tmp_path / f"{kind}.png")
+        found = pfa.read_strokes(tmp_path / f"{kind}.png", x, CLASSES)
+        assert found.dtype == torch.uint8 and np.array_equal(found, ids), kind
+    painted(ids, image, "image").convert("RGBA").save(tmp_path / "opaque.png")
+    assert np.array_equal(pfa.read_strokes(tmp_path / "opaque.png", x, CLASSES), ids)
+
+
+def test_a_painted_pixel_has_the_class_of_a_colour_close_by(tmp_path):
+    """At most 40 away in each of R, G, B; what shines through is no stroke."""
+    layer, expected = np.zeros((4, 10, 4), np.uint8), np.full((4, 10), 255)
+    for c in range(N):
+        inwards = np.where(COLOURS[c] > 127, -1, 1)
+        for row, (distance, alpha) in enumerate([(0, 255), (40, 255), (41, 255), (0, 127)]):
+            layer[row, c] = *(COLOURS[c].astype(int) + distance * inwards), alpha
+            colours = np.abs(COLOURS.astype(int) - layer[row, c, :3]).max(1)
+            if alpha > 127 and colours.min() <= 40:
+                expected[row, c] = colours.argmin()
+    assert expected[0, :N].tolist() == expected[1, :N].tolist() == list(range(N))
+    assert (expected[3] == 255).all() and 255 in expected[2, :N]
+    layer[:, 7] = 255, 255, 255, 255
+    layer[:, 8] = 0, 0, 0, 255
+    Image.fromarray(layer).save(tmp_path / "painted.png")
+    found = pfa.read_strokes(tmp_path / "painted.png", torch.full((3, 4, 10), 90, dtype=torch.uint8), CLASSES)
+    assert np.array_equal(found, expected)
+
+
+def test_painted_strokes_adapt_the_run_as_an_index_png_does(local, photo, tmp_path):
+    """Without the background: a note."""
+    out, ids = copy_of(local.out, tmp_path / "run"), np.where(photo.ids == 0, 255, photo.ids)
+    files_ = dict(index=Image.fromarray(ids), painted=painted(ids, ids_in(photo.image), "image"))
+    written = []
+    for name, strokes in files_.items():
+        strokes.save(tmp_path / f"{name}.png")
+        said = done("--out", out, "--draw", photo.image, tmp_path / f"{name}.png", "--draw-steps", 3)
+        assert f"note: no stroke of {CLASSES[0]}" in said
+        written.append(ids_in(out / "drawings" / "p2.png"))
+    assert np.array_equal(*written)
+
+
 @pytest.mark.parametrize("problem, words", [
-    ("size", ["51 x 37", "51 x 36", "same size"]), ("empty", ["labels nothing"]),
-    ("ids", ["7", "5 classes"]), ("colours", ["colour"]), ("gone", ["gone.png"]), ("no image", ["gone.png"]),
+    ("size", ["51 x 37", "51 x 36", "same size"]), ("empty", ["no stroke", "figures/colours.png"]),
+    ("ids", ["7", "5 classes"]), ("colours", ["no stroke", "colours"]), ("gone", ["gone.png"]),
+    ("no image", ["gone.png"]),
     ("broken", ["broken.png", "cannot be read"]), ("one file", ["--draw", "two files"]),
     ("three files", ["--draw", "two files"])])
 def test_wrong_strokes_are_one_sentence(base, photo, tmp_path, problem, words):
@@ -1555,7 +1884,7 @@ def width_of(path):
 
 
 def test_a_baseline_adds_a_column_to_the_examples(local, pce, tmp_path, monkeypatch):
-    for name in ("draw_training", "draw_scores", "draw_confidence", "draw_attention"):
+    for name in ("draw_training", "draw_log", "draw_confidence", "draw_attention"):
         monkeypatch.setattr(pfa, name, lambda *args: None)
     out = copy_of(local.out, tmp_path / "run")
     done("--out", out, "--eval-only")
@@ -1576,19 +1905,19 @@ def test_a_wrong_baseline_is_one_sentence_before_anything_is_written(base, pictu
         said = mistake("--out", out, *on(pictures), "--baseline", tmp_path / name)
         assert words in said and name in said
     said = mistake("--out", out, *on(more), "--baseline", base.out)
-    assert str(base.out) in said and "5 classes" in said and "6" in said and str(more) in said, said
+    assert str(base.out) in said and "5 classes" in said and "data have 6 (meadow, house" in said, said
     assert not out.exists()
 
 
 # ---- tables and figures of the paper ----
 
-SHORT = dict(iterations=4, warmup=1, slots=1, eval_every=4)
+SHORT = dict(iterations=5, warmup=1, slots=1, eval_every=5)             # global in the last
 
 
 def rows_of(text):
     """First cell -> the other cells, of the rows under the header of a markdown table."""
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines[1:]}
+    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines[2:]}
 
 
 def paper_run(out, data, **flags):
@@ -1618,7 +1947,8 @@ def tables(pictures, tmp_path_factory):
 def test_table_2_has_a_run_for_every_row(tables):
     rows, trained, text = tables.two
     names = ["baseline", "local", "global", "both, L_pce on local", "both"]
-    assert list(rows) == names and len(trained) == 5
+    assert list(rows) == names
+    assert trained == ["method-pce", "augment-local", "augment-global", "pce-local", "pfa"]
     assert {path.name for path in (tables.out / "rows").iterdir()} > set(trained)
     folders = dict(zip(names, trained))
     configs = {name: read(tables.out / "rows" / folders[name] / "config.json") for name in names}
@@ -1626,7 +1956,8 @@ def test_table_2_has_a_run_for_every_row(tables):
     assert changed == {"baseline": ("pce", "both", "moves"), "local": ("pfa", "local", "moves"),
                        "global": ("pfa", "global", "moves"), "both": ("pfa", "both", "moves"),
                        "both, L_pce on local": ("pfa", "both", "local")}
-    assert all(c["table"] == 0 and c["iterations"] == 4 for c in configs.values())
+    assert all(c["table"] == 0 and c["iterations"] == 5 for c in configs.values())
+    assert rows["both"][2] != "-" and rows["global"][1] == "-"
     for name, folder in zip(names, trained):
         miou = read(tables.out / "rows" / folder / "metrics.json")["miou"]
         own, oracle = miou.get("filter_60", {}), miou.get("oracle", {})
@@ -1636,15 +1967,18 @@ def test_table_2_has_a_run_for_every_row(tables):
     printed = {"baseline": "67.5 - -", "local": "75.7 76.9 -", "global": "76.0 - 77.4",
                "both, L_pce on local": "76.4 77.7 77.1", "both": "76.8 77.3 77.9"}
     assert {name: " ".join(row[5:]) for name, row in rows.items()} == printed
-    assert "true classes" in text.splitlines()[2] and "4 iterations" in text
+    assert "true classes" in text.splitlines()[2] and "5 iterations" in text
     with Image.open(tables.out / "components.png") as drawn:            # Fig. 4 and 11
         assert drawn.mode == "RGB" and drawn.size[0] >= 6 * 256 and drawn.size[1] > 300
 
 
 def test_figure_6_has_a_run_for_every_share(tables):
-    rows, trained, _ = tables.six
-    assert list(rows) == [f"{p} %" for p in (1, 2, 4, 8, 16, 32)] and len(trained) == 6
-    for name, folder in zip(rows, trained):
+    rows, trained, text = tables.six
+    assert list(rows) == [f"{p} %" for p in (1, 2, 4, 8, 16, 32)] and "plots no numbers" in text
+    shares = {name: f"augment-local_top_fraction-{float(name.removesuffix(' %')) / 100}" for name in rows}
+    shares["8 %"] = "augment-local"                                     # the paper's, from Table 2
+    assert trained == [folder for name, folder in shares.items() if name != "8 %"]
+    for name, folder in shares.items():
         row = tables.out / "rows" / folder
         settings, found = read(row / "config.json"), read(row / "metrics.json")
         assert settings["augment"] == "local"
@@ -1671,13 +2005,60 @@ def test_tables_share_rows_and_table_4_takes_scores_that_come_later(tables, pict
     out = Path(shutil.copytree(tables.out, tmp_path / "out"))
     rows, trained, text = paper_run(out, pictures, table=4)
     assert trained == [] and list(rows) == ["plain", *FILTER_MODES, "oracle (true classes given)"]
-    miou = read(out / "rows" / "both" / "metrics.json")["miou"]
+    row = out / "rows" / "pfa"
+    before, settings = (row / "last.pt").read_bytes(), read(row / "config.json")
+    miou = read(row / "metrics.json")["miou"]
     assert rows["filter_500"] == ["-", "-", f"{miou['filter_500']['local']:.1f}",
                                   f"{miou['filter_500']['global']:.1f}", "75.7"]
     assert rows["oracle (true classes given)"][-1] == "80.4" and rows["plain"][-1] == "76.8"
     path = write_scores(tmp_path / "s.npz")
-    rows, trained, _ = paper_run(out, pictures, table=4, class_scores=str(path))
+    with watching() as found:                                          # evaluated again, not trained
+        rows, _, _ = paper_run(out, pictures, table=4, class_scores=str(path))
+    assert found.steps == [] and (row / "last.pt").read_bytes() == before
+    assert read(row / "config.json") == settings | dict(class_scores=str(path), out=str(row))
     assert rows["scores"][0] != "-" and rows["scores"][-1] == "77.9"
+    rows, trained, _ = paper_run(out, pictures, table=4, class_scores=str(path))
+    assert trained == [] and rows["scores"][-1] == "77.9"
+
+
+def test_a_row_gets_its_classifier_later(tables, pictures, tmp_path):
+    """Table 4 with --train-classifier after Table 2 without."""
+    out = Path(shutil.copytree(tables.out, tmp_path / "out"))
+    before = (out / "rows" / "pfa" / "last.pt").read_bytes()
+    with watching() as found:
+        rows, _, text = paper_run(out, pictures, table=4, train_classifier=True)
+    assert found.steps == [] and (out / "rows" / "pfa" / "last.pt").read_bytes() == before
+    assert rows["classifier"][-1] == "77.9" and "Q2L" in text
+    metrics = read(out / "rows" / "pfa" / "metrics.json")
+    rates = metrics["miou"]["classifier"]
+    assert rows["classifier"][:4] == [f"{metrics['class_map']:.1f}", "-", f"{rates['local']:.1f}",
+                                      f"{rates['global']:.1f}"]
+
+
+@pytest.mark.parametrize("name, flags", [("voc-b1", {}), ("voc-b3", dict(reading="official")), ("toy", {})])
+def test_rows_have_one_folder_if_and_only_if_they_have_the_same_settings(name, flags):
+    cfg, found = preset(name, **flags), {}
+    for number, rows in [*pfa.TABLES.items(), *pfa.FIGURES.items()]:
+        found |= {(number, row): changes for row, (changes, _) in rows.items()}
+    found |= {(3, f"{row}, {method}"): changes | dict(method=method, weights="none")
+              for row, (changes, _) in pfa.TABLE_3.items() if changes for method in ("full", "pfa")}
+    configs = {key: pfa.row_config(cfg, changes) for key, changes in found.items()}
+    by_folder, by_settings = {}, {}
+    for key, row in configs.items():
+        assert Path(row.out).parent == Path(cfg.out) / "rows"
+        by_folder.setdefault(row.out, set()).add(key)
+        by_settings.setdefault(repr(replace(row, out="", weights="")), set()).add(key)
+    assert sorted(map(sorted, by_folder.values())) == sorted(map(sorted, by_settings.values()))
+    folders = {key: Path(row.out).name for key, row in configs.items()}
+    assert folders[2, "both"] == folders[5, "both"] == "pfa" and folders[2, "baseline"] == "method-pce"
+    assert folders[2, "local"] == folders[8, "drop 0, local"] == "augment-local"
+    assert folders[2, "global"] == folders[8, "drop 0, global"] == "augment-global"
+    if name == "voc-b1":                                                # the paper's own settings
+        assert folders[6, "8 %"] == "augment-local" and folders[5, "n = 5"] == "augment-global"
+        assert folders[3, "SegFormer MiT-B1, pfa"] == "pfa"
+    if flags:
+        assert folders[6, "8 %"] == "augment-local_top_fraction-0.08"
+        assert folders[3, "SegFormer MiT-B3, full"] == "method-full"
 
 
 def rows_without_training(monkeypatch, base, *argv, **flags):
@@ -1717,7 +2098,7 @@ def test_table_3_compares_backbones_in_full_and_with_strokes(base, pictures, tmp
         return 13.7e6, 19.4
 
     monkeypatch.setattr(pfa, "cost", cost)
-    for name in ("mit_b1", "mit_b3"):
+    for name in ("mit_b1", "mit_b3", "mit_b5"):
         (tmp_path / f"{name}.pth").touch()
     argv = ["--out", tmp_path, *on(pictures), "--weights", tmp_path]
     asked = rows_without_training(monkeypatch, base, *argv, table=3)
@@ -1728,12 +2109,26 @@ def test_table_3_compares_backbones_in_full_and_with_strokes(base, pictures, tmp
         (*network, method) for network in networks for method in ("full", "pfa")]
     assert counted == [(*network, "pce", N) for network in networks]
     weights = {c.backbone: c.weights for c in asked.values()}
-    mit = {f"mit_b{k}": str(tmp_path / f"mit_b{k}.pth") for k in (1, 3, 5)}   # a lacking file is named
+    mit = {f"mit_b{k}": str(tmp_path / f"mit_b{k}.pth") for k in (1, 3, 5)}
     assert weights == {"resnet101": "imagenet", **mit}
     assert list(rows) == ["DeepLabv2 ResNet-101", "DeepLabv3+ ResNet-101", "LTF ResNet-101",
                           *(f"SegFormer MiT-B{k}" for k in (1, 3, 5))]
     assert rows["SegFormer MiT-B1"] == ["13.7", "19.4", "15.0", "56.0", "13.6", "19.4", "79.2", "77.9"]
     assert rows["LTF ResNet-101"][0].startswith("not run")
+
+
+@pytest.mark.parametrize("weights, words", [("folder", ["mit_b5.pth"]), ("imagenet", ["mit_b1", "imagenet"]),
+                                            ("gone.pth", ["gone.pth"])])
+def test_table_3_asks_for_missing_weights_before_the_first_training(
+        base, pictures, tmp_path, monkeypatch, weights, words):
+    """Rows one and two would be days of training."""
+    monkeypatch.setattr(run, "finished_row", lambda *args: pytest.fail("a row was trained"))
+    (tmp_path / "folder").mkdir()
+    for name in ("mit_b1", "mit_b3"):
+        (tmp_path / "folder" / f"{name}.pth").touch()
+    weights = tmp_path / "folder" if weights == "folder" else weights
+    said = mistake("--out", tmp_path / "out", *on(pictures), "--weights", weights, "--table", 3)
+    assert all(word.lower() in said.lower() for word in words) and not (tmp_path / "out").exists(), said
 
 
 @pytest.mark.parametrize("number, rows", [(5, 4), (8, 16)])
@@ -1742,6 +2137,7 @@ def test_figures_5_and_8_ask_for_their_runs(base, pictures, tmp_path, monkeypatc
     assert len(asked) == rows and all(c.figure == 0 for c in asked.values())
     if number == 5:
         assert [(c.augment, c.slots) for c in asked.values()] == [("global", n) for n in (1, 2, 5, 10)]
+        assert list(asked)[:3] == ["augment-global_slots-1", "augment-global", "augment-global_slots-5"]
     else:
         weak = {(c.augment, c.scribble_drop, c.scribble_shrink) for c in asked.values()}
         ratios = [(d, 0) for d in (0, 0.25, 0.5, 0.75)] + [(0, s) for s in (0.25, 0.5, 0.75, 1)]
@@ -1776,8 +2172,10 @@ SHARES = "scribble-drop scribble-shrink momentum top-fraction score-threshold".s
     (["--scribble-shrink", 0.5, "--method", "full"], ["--scribble-shrink", "--method full"]),
     (["--table", 6], ["--table"]), (["--figure", 7], ["--figure"]), (["--method", "gan"], ["gan"]),
     (["--schedule", 0], ["--schedule"]), (["--reading", "mine"], ["mine"]), (["--crops", 3], ["--crop"]),
-    (["--preset", "voc-b1", "--data", ""], ["--data"]),
-    (["--data", "nowhere"], ["nowhere"]), (["--dataset", "toy_scenes"], ["toy_scenes", "--dataset folder"]),
+    (["--data", ""], ["--data"]), (["--preset", "voc-b1", "--dataset", "voc", "--data", ""], ["--data"]),
+    (["--crop", 31], ["--crop 31", "32"]), (["--dataset", "cityscapes"], ["--dataset", "cityscapes"]),
+    (["--data", "nowhere"], ["nowhere"]), 
+    (["--dataset", "toy_scenes", "--scribbles", "scribbles"], ["toy_scenes", "--dataset folder"]),
     (["--scribbles", ""], ["--dataset folder", "--scribbles", "--method full"]),
     (["--scribbles", "gone"], ["gone"]), (["--test-split", "exam"], ["exam"]),
     (["--val-split", "exam"], ["exam"]), (["--weights", "gone.pth"], ["gone.pth"]),
@@ -1827,15 +2225,22 @@ def test_a_test_split_without_labels_is_one_sentence(base, pictures, tmp_path, n
 
 def test_a_run_meets_data_of_other_classes(base, tmp_path, no_figures):
     """Whatever is refused leaves the run as it was."""
-    more = make_pictures(tmp_path / "more", CLASSES + ("cloud",))
+    more = make_pictures(tmp_path / "more", ("sky", "sea", "kite", "bird", "boat", "cloud"))
     out = copy_of(base.out, tmp_path / "run")
     settings = read(out / "config.json")
     for option in ("--eval-only", "--resume"):
         said = mistake("--out", out, option, "--data", more)
+        assert str(out) in said and "5 classes" in said and "data have 6 (sky, sea, kite, ...)" in said
         assert read(out / "metrics.json") == base.metrics
         assert read(out / "config.json") == settings, option
-    said = mistake("--out", out, "--eval-only", "--data", more)
-    assert "5 classes" in said and str(more) in said
+
+
+def test_one_class_alone_is_one_sentence(pictures, tmp_path):
+    data = Path(shutil.copytree(pictures, tmp_path / "data"))
+    (data / "classes.txt").write_text("meadow")
+    said = mistake("--out", tmp_path / "out", *on(data))
+    assert str(data) in said and "one class" in said and "background" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_checkpoints_and_settings_of_other_scripts_are_refused(base, tmp_path):
@@ -1878,6 +2283,17 @@ def checked(model, net, optimizer, scheduler, x, scribbles, classes, phase, cfg)
         open(f"{cfg.out}.steps{dist.get_rank()}", "a").write(phase[0])
     return out
 
+def slopes_of(net, model, cfg, rank=0, world=1):
+    # of every labelled batch, in eval mode, in the last phase
+    found, net = [], net.eval()
+    for x, labels in torch.load(f"{cfg.out}.labelled", weights_only=True):
+        x, labels = x[rank::world], labels[rank::world]
+        net.zero_grad()
+        made = pfa.predictions_of(model, net, x, pfa.classes_in(labels, len(net.occurs)), "global", cfg)
+        sum(pfa.losses_of(made, labels, "global", cfg).values()).backward()
+        found.append({name: p.grad.clone() for name, p in net.named_parameters()})
+    return found
+
 def main(cfg):
     pfa.main(cfg)
     rank, order = dist.get_rank(), torch.arange(6).view(6, 1) * torch.ones(2)
@@ -1888,13 +2304,24 @@ def main(cfg):
     for x, present in torch.load(f"{cfg.out}.batches", weights_only=True):
         pfa.predictions_of(net, net, x[rank::2], present[rank::2], "local", cfg)
     same_everywhere(net)
+    memory = net.memory.bank.clone(), net.memory.count.clone()
+    slopes = slopes_of(net, run.distribute(net, torch.device("cpu"), 2), cfg, rank, 2)
     if rank == 0:
-        torch.save((net.memory.bank, net.memory.count), f"{cfg.out}.memory")
+        torch.save((*memory, slopes), f"{cfg.out}.found")
 
-pfa.train_step = checked
-pfa.draw_figures = lambda *args: None
-run.run_script(main, pfa.Config, pfa.PRESETS)
+if __name__ == "__main__":
+    pfa.train_step = checked
+    pfa.draw_figures = lambda *args: None
+    run.run_script(main, pfa.Config, pfa.PRESETS)
 """
+
+
+def labelled_batches():
+    """Two batches of four: rank 0 (pictures 0, 2) has many labels and rank 1 few, then none."""
+    x, strokes, _ = small_batch(count=4)
+    few, none = strokes.clone(), strokes.clone()
+    few[1, :, 8:], few[3], none[1::2] = 255, 255, 255
+    return (x, few), (x.flip(0), none)
 
 
 def test_two_processes_share_weights_and_memory_and_evaluate_as_one(pictures, tmp_path, no_figures):
@@ -1903,6 +2330,7 @@ def test_two_processes_share_weights_and_memory_and_evaluate_as_one(pictures, tm
     batches = [(torch.randn(4, 3, 32, 32, generator=generator), torch.rand(4, N, generator=generator) < 0.6)
                for _ in range(4)]
     torch.save(batches, f"{out}.batches")
+    torch.save(labelled_batches(), f"{out}.labelled")
     argv = ["--standalone", "--nproc-per-node", 2, tmp_path / "two.py", "--out", out,
             *on(pictures, batch_size=4, iterations=14, eval_every=7, train_classifier=True)]
     ended = subprocess.run([sys.executable, "-m", "torch.distributed.run", *map(str, argv)], cwd=ROOT,
@@ -1917,9 +2345,15 @@ def test_two_processes_share_weights_and_memory_and_evaluate_as_one(pictures, tm
     net.memory.bank.zero_(), net.memory.count.zero_()
     for x, present in batches:
         pfa.predictions_of(net, net, x, present, "local", cfg)
-    bank, count = torch.load(f"{out}.memory", weights_only=True)
+    bank, count, slopes = torch.load(f"{out}.found", weights_only=True)
     assert torch.equal(net.memory.count, count) and (count == SLOTS).all()
     assert torch.allclose(net.memory.bank, bank, atol=1e-5)
+    exec(TWO, two_py := {})                                             # L_pce: over all labelled pixels
+    for mine, theirs in zip(two_py["slopes_of"](net, net, cfg), slopes):
+        assert set(mine) == set(theirs)
+        for name, slope in mine.items():
+            size = float(slope.abs().max())
+            assert torch.allclose(theirs[name], slope, rtol=1e-3, atol=1e-4 * size + 1e-8), name
     done("--out", out, "--eval-only")
     one = read(out / "metrics.json")
     assert (two.pop("processes"), one.pop("processes")) == (2, 1) and numbers(one) == numbers(two)

@@ -10,7 +10,7 @@ from common import run
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-USES_A_RUN = ("--predict", "--explain", "--compare", "--failure", "--draw")      # they need the run that --out names
+USES_A_RUN = ("--predict", "--explain", "--compare", "--failure", "--draw", "--eval-only")      # they need the run that --out names
 
 
 @pytest.mark.parametrize("name", ["cbp_occl", "protopool", "scaleprotoseg", "pfa_scribble"])
@@ -21,7 +21,7 @@ def test_every_command_is_one_that_the_script_takes(name):
     assert len(commands) >= 8
     for command in commands:
         argv = shlex.split(command)
-        for flag in {*USES_A_RUN, "--class", "--infer"} & set(argv):
+        for flag in {*USES_A_RUN, "--class", "--infer", "--class-scores"} & set(argv):
             after = [word.startswith("--") for word in argv[argv.index(flag) + 1:]] + [True]
             del argv[argv.index(flag):argv.index(flag) + 1 + after.index(True)]
         script.check_config(run.parse_config(script.Config, script.PRESETS, argv))

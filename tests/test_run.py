@@ -266,6 +266,54 @@ def test_a_row_is_read_if_finished_resumed_if_interrupted_else_trained(tmp_path)
     assert row(lr=0.2, parts=("a",)) == 6 and row(lr=0.2, parts=("a",)) == 6              # like a list
 
 
+@dataclass
+class ScoredRowConfig(RowConfig):
+    test_split: str = opt("val", "evaluated at the end", runtime=True)
+    test_size: int = opt(0, "short side of test images", runtime=True)
+    threshold: float = opt(0.5, "of the report", runtime=True)
+    quantiles: list = opt(("0.1",), "of the report", runtime=True)
+    filter: int = opt(500, "pixels", runtime=True)
+    class_scores: str = opt("", "file", runtime=True)
+    score_threshold: float = opt(0.5, "of the scores", runtime=True)
+    train_classifier: bool = opt(False, "at the end", runtime=True)
+    classifier_weights: str = opt("imagenet", "start of the classifier", runtime=True)
+    save_every: int = opt(100, "steps", runtime=True)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("test_split", "test"), ("test_size", 64), ("threshold", 0.4), ("quantiles", ["0.1", "0.9"]), ("filter", 0),
+    ("class_scores", "a.npz"), ("score_threshold", 0.1), ("train_classifier", True)])
+def test_a_row_that_was_evaluated_otherwise_is_evaluated_again_and_not_trained(tmp_path, name, value):
+    calls, out = [], tmp_path / "row"
+
+    def train(cfg, device, rank, world):
+        assert not (cfg.resume and (out / "metrics.json").exists())    # old ones cannot pass for the new ones
+        calls.append((getattr(cfg, name), cfg.resume))
+        run.start_run(cfg)
+        if cfg.save_every == 1:
+            raise KeyboardInterrupt
+        run.write_json(out / "metrics.json", dict(run=len(calls)))
+
+    def row(**flags):
+        cfg = run.make_config(ScoredRowConfig, {"toy": {}}, "toy", out=str(out), **flags)
+        found = run.finished_row(train, cfg, "cpu", 0, 1)["run"]
+        saved = json.loads((out / "config.json").read_text())
+        assert saved == json.loads(json.dumps(asdict(cfg))) | dict(save_every=saved["save_every"])
+        return found
+
+    first = row()
+    usual = calls[0][0]
+    assert first == row() == row(save_every=7) == 1
+    assert row(**{name: value}) == 2 and calls[1:] == [(value, True)]  # resumed: nothing is left to train
+    assert row(**{name: value}) == 2 and row() == 3 and calls[2:] == [(usual, True)]      # and back again
+    with pytest.raises(KeyboardInterrupt):                             # killed before the scores are there
+        row(**{name: value}, save_every=1)
+    assert row(**{name: value}) == 5 and calls[3:] == [(value, True)] * 2
+    for changes in (dict(lr=0.2), dict(weights="a.pth"), dict(data="x"), dict(classifier_weights="none")):
+        assert row(**changes) == len(calls) and calls[-1] == (usual, False)        # another run
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_a_row_that_leaves_no_metrics_is_named(tmp_path):
     cfg = run.make_config(RowConfig, {"toy": {}}, "toy", out=str(tmp_path))
     with pytest.raises(UserError, match="metrics.json is missing"):
