@@ -198,7 +198,7 @@ READINGS = {                                                         # [D3] [D11
 }
 R101 = dict(backbone="resnet101")
 PRESETS = {
-    "toy": dict(dataset="toy_scenes", scribbles="scribbles", train_split="train", test_split="test", backbone="tiny",
+    "toy": dict(dataset="toy_scenes", train_split="train", test_split="test", backbone="tiny",
                 weights="none", head_channels=64, hidden=32, crop=96, batch_size=16, iterations=900, warmup=120,
                 lr=2e-3, head_lr=1.0, train_classifier=True, classifier_backbone="tiny", classifier_weights="none",
                 classifier_size=96, classifier_iterations=400, classifier_lr=2e-3, score_threshold=0.1, eval_every=300,
@@ -235,8 +235,9 @@ def check_config(cfg):
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must lie between 0 and 1.")
     if cfg.scribble_drop == 1:
         raise UserError("--scribble-drop 1 leaves no stroke to learn from: choose less.")
-    if cfg.crop < 32:
-        raise UserError(f"--crop {cfg.crop}: networks need 32 pixels or more.")
+    for name in ("crop", "test_size"):
+        if 0 < getattr(cfg, name) < 32:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: networks need 32 pixels or more.")
     if cfg.scale_max < cfg.scale_min:
         raise UserError(f"--scale-max {cfg.scale_max} is below --scale-min {cfg.scale_min}: swap them.")
     if cfg.warmup >= cfg.iterations and cfg.method == "pfa":
@@ -612,10 +613,11 @@ def open_train_set(cfg):
     """The training images with their strokes, or for --method full with their full masks."""
     if cfg.method == "full":
         return open_full(cfg, cfg.train_split)
-    if cfg.dataset != "voc_scribble" and not cfg.scribbles:
+    if cfg.dataset in ("voc", "folder") and not cfg.scribbles:
         raise UserError(f"--dataset {cfg.dataset} has full masks: name the folder of the strokes, --scribbles FOLDER "
-                        "(data/README.md; toy_scenes: scribbles), or take --method full.")
-    data = datasets.open_dataset(cfg.dataset, cfg.data, cfg.train_split, mask_dir=cfg.scribbles)
+                        "(data/README.md), or take --method full.")
+    folder = "scribbles" if cfg.dataset == "toy_scenes" else cfg.scribbles
+    data = datasets.open_dataset(cfg.dataset, cfg.data, cfg.train_split, mask_dir=folder)
     if cfg.scribble_drop or cfg.scribble_shrink:
         data = datasets.WeakerScribbles(data, cfg.scribble_drop, cfg.scribble_shrink, cfg.seed)
     return data
@@ -1040,7 +1042,9 @@ def report(net, cfg, sets, scores, baseline, progress, device, rank, world):
         headline=headline, iterations_until_bank_full=progress["full_at"], phases=progress["phases"],
         class_map=None if scores is None else scores_quality(scores, data, net.occurs), split=cfg.test_split,
         preset=cfg.preset, method=cfg.method, augment=cfg.augment, reading=cfg.reading, seed=cfg.seed,
-        iterations=progress["iteration"], seconds=round(progress["seconds"], 1), device=device.type, processes=world,
+        evaluated={name: getattr(cfg, name) for name in run.EVALUATION if hasattr(cfg, name)},
+        finished=progress["iteration"] >= cfg.iterations, iterations=progress["iteration"],
+        seconds=round(progress["seconds"], 1), device=device.type, processes=world,
         parameters=sum(p.numel() for p in net.parameters()))
     run.write_json(out / "metrics.json", metrics)
     print(summary(metrics, cfg), flush=True)
@@ -1092,9 +1096,10 @@ def load_network(cfg, device, classes=None):
 def check_classes(known, classes, out):
     """UserError if the run in the folder `out` knows other classes than the data have."""
     if known != classes:
-        raise UserError(f"the run in {out} knows {len(known)} classes ({', '.join(known[:3])}, ...), but the data "
-                        f"have {len(classes)} ({', '.join(classes[:3])}, ...): pass the --data of that run, or "
-                        "another run.")
+        c = next((c for c, (a, b) in enumerate(zip(known, classes)) if a != b), min(len(known), len(classes)))
+        theirs, ours = (names[c] if c < len(names) else "none" for names in (known, classes))
+        raise UserError(f"the run in {out} knows {len(known)} classes, but the data have {len(classes)}; class {c} is "
+                        f"{theirs} there and {ours} here: pass the --data of that run, or another run.")
 
 
 def load_baseline(cfg, device, classes):
@@ -1106,11 +1111,8 @@ def load_baseline(cfg, device, classes):
 
 
 def network_input(image, size, device):
-    """uint8 (3,H,W) -> (1,3,h,w), short side `size` or 0 = as it is. UserError below 32 pixels a side."""
+    """uint8 (3,H,W) -> (1,3,h,w), short side `size` or 0 = as it is."""
     x = datasets.normalise(datasets.resize_to_short_side(image, size))[None]
-    if min(x.shape[2:]) < 32:
-        raise UserError(f"an image is {x.shape[3]} x {x.shape[2]} pixels for the network, which needs 32 a side: "
-                        "enlarge the image, or set --test-size.")
     return x.to(device, memory_format=torch.channels_last)
 
 
@@ -1290,8 +1292,18 @@ def load_classifier(cfg, num_classes, device):
         raise UserError(f"--infer classifier: {cfg.out} has no classifier.pt; make one with --eval-only "
                         "--train-classifier, or choose another --infer.")
     net = build_classifier(cfg, num_classes).to(device, memory_format=torch.channels_last)
-    run.load_checkpoint(path, dict(model=net), device)
+    done = run.load_checkpoint(path, dict(model=net), device)["iteration"]
+    if done < cfg.classifier_iterations:
+        print(f"note: the classifier in {path} is not finished: iteration {done} of {cfg.classifier_iterations}")
     return net.eval()
+
+
+def read_large_enough(file):
+    """An image of the user's, uint8 (3,H,W). UserError below 32 pixels a side, which is too small for a network."""
+    image = datasets.read_image(file)
+    if min(image.shape[1:]) < 32:
+        raise UserError(f"{file} is {image.shape[2]} x {image.shape[1]} pixels, but 32 a side are needed: enlarge it.")
+    return image
 
 
 def predict(cfg, device):
@@ -1304,10 +1316,10 @@ def predict(cfg, device):
         raise UserError(f"--infer {cfg.infer}: the run in {cfg.out} has no prototypes; use --infer plain.")
     classifier = load_classifier(cfg, N, device) if mode == "classifier" else None
     scores = read_scores(cfg.class_scores, [file.stem for file in files], N) if mode == "scores" else {}
-    print("plain prediction; --infer filter, classifier or scores augments it" if mode == "plain" else
-          f"{path} prediction, classes by the {cfg.infer}")
+    print(f"{path} prediction, classes by the {cfg.infer}" if mode != "plain" else "plain prediction"
+          + "; --infer filter, classifier or scores augments it" * (path != "plain"))
     for file in tqdm(files, desc="predict", disable=None):
-        image = datasets.read_image(file)
+        image = read_large_enough(file)
         seen = see_image(net, image, cfg, device)
         ids = seen.plain
         if mode != "plain":
@@ -1336,10 +1348,12 @@ def read_strokes(path, image, classes):
     else:
         painted = torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1)   # (4,H,W)
         changed = (painted[3] > 127) & (painted[:3] != image).any(0) # (H,W)
-        distance = (painted[:3, changed].int() - figures.palette(len(classes)).int()[:, :, None]).abs().amax(1)
-        nearest, colour = distance.min(0)                            # over (N,S)
+        r, g, b = painted[:3, changed].int()
+        rgb, which = (r * 65536 + g * 256 + b).unique(return_inverse=True)               # few colours, many pixels
+        rgb = torch.stack([rgb // 65536, rgb // 256 % 256, rgb % 256], 1)                # (U,3)
+        nearest, c = (rgb[:, None] - figures.palette(len(classes)).int()).abs().amax(2).min(1)      # (U,)
         ids = torch.full(changed.shape, 255, dtype=torch.uint8)
-        ids[changed] = torch.where(nearest <= 40, colour, 255).to(torch.uint8)
+        ids[changed] = torch.where(nearest <= 40, c, 255).to(torch.uint8)[which]
     if (ids == 255).all():
         raise UserError(f"--draw: {path} has no stroke: it must hold class ids along strokes and 255 elsewhere, or "
                         "strokes painted in the colours of figures/colours.png.")
@@ -1383,7 +1397,7 @@ def draw(cfg, device):
     """--draw IMAGE STROKES: the run adapted to this image's strokes; OUT/drawings/NAME*.png. It is not changed."""
     net, progress = load_network(cfg, device)
     classes, paths, file = progress["classes"], paths_of(net)[-1:], Path(cfg.draw[0])
-    image = datasets.read_image(file)
+    image = read_large_enough(file)
     scribbles = read_strokes(cfg.draw[1], image, classes)
     if not (scribbles == 0).any():
         print(f"note: no stroke of {classes[0]}; a few help to tell where the others end")

@@ -300,6 +300,10 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
+EVALUATION = ("test_split", "test_size", "threshold", "quantiles", "filter", "class_scores", "score_threshold",
+              "train_classifier")                       # options that change metrics.json, not the training
+
+
 def finished_row(train, cfg, device, rank, world):
     """Metrics of one row of a table, whose run is in cfg.out: read if finished, else trained or resumed.
 
@@ -315,10 +319,11 @@ def finished_row(train, cfg, device, rank, world):
             return all(saved.get(name) == now[name] for name in names if name in now)
         trained = same([f.name for f in fields(cfg) if not f.metadata["runtime"]]
                        + ["data", "weights", "classifier_weights"])
-        evaluated = same(["test_split", "test_size", "threshold", "quantiles", "filter", "class_scores",
-                          "score_threshold", "train_classifier"])
-        if trained and evaluated and (out / "metrics.json").exists():
-            return read_json(out / "metrics.json", "")
+        if trained and same(EVALUATION) and (out / "metrics.json").exists():
+            metrics = read_json(out / "metrics.json", "")              # what --eval-only left may tell otherwise
+            alike = all(now[name] == value for name, value in metrics.get("evaluated", {}).items())
+            if alike and metrics.get("finished", True):
+                return metrics
         cfg = replace(cfg, resume=trained)
         if trained and rank == 0:
             (out / "metrics.json").unlink(missing_ok=True)

@@ -1085,8 +1085,8 @@ def assert_same_run(a, b):
         assert set(first) == set(second) and all(np.array_equal(first[name], second[name]) for name in first)
 
 
-KILLS = [("train", 2, 2), ("train", 4, 2), ("train", 6, 2), ("train", 11, 3), ("train", 14, 2), ("classifier", 1, 2),
-         ("classifier", 4, 2), ("report", 0, 2)]                        # place, call, --save-every
+KILLS = [("train", 2, 2), ("train", 4, 2), ("train", 6, 2), ("train", 11, 3), ("train", 14, 2),
+         ("classifier", 1, 2), ("classifier", 4, 2), ("report", 0, 2)]  # place, call, --save-every
 
 
 def test_the_kills_below_meet_every_phase(base):
@@ -1096,7 +1096,8 @@ def test_the_kills_below_meet_every_phase(base):
 
 
 @pytest.mark.parametrize("place, call, every", KILLS)
-def test_resume_in_every_phase_ends_with_the_same_numbers(base, pictures, tmp_path, no_figures, place, call, every):
+def test_resume_in_every_phase_ends_with_the_same_numbers(
+        base, pictures, tmp_path, no_figures, place, call, every):
     """Iterations since the last checkpoint are lost, with their row of the log."""
     interrupt(place, call, "--out", tmp_path, *on(pictures, train_classifier=True, save_every=every))
     assert not (tmp_path / "metrics.json").exists() and (tmp_path / "last.pt").exists() == (call != 2)
@@ -1347,7 +1348,9 @@ def test_the_map_of_a_run_is_that_of_its_scores(base, pictures):
         labels = ids_in(pictures / "masks" / "test" / f"p{k}.png")
         truth[k, np.unique(labels[labels != 255])] = True
     rows = np.stack([scores[f"p{k}"] for k in range(5)])
-    assert base.metrics["class_map"] == pytest.approx(slow_map(rows[:, 1:], truth[:, 1:]), abs=1e-3)
+    learned = [c for c in sorted(classes_of_strokes(pictures / "strokes" / "train")) if c]
+    assert learned == [1, 2, 4] and truth[:, 3].any() and not truth[:, 4].any()       # no stroke of a ghost
+    assert base.metrics["class_map"] == pytest.approx(slow_map(rows[:, learned], truth[:, learned]), abs=1e-3)
     assert (rows[:, 0] == 1).all() and (0 <= rows).all() and (rows <= 1).all()
 
 
@@ -1442,7 +1445,8 @@ def test_a_classifier_may_follow_when_the_run_is_done(base, local, pce, pictures
     assert set(scores_of_run(out, "val")) == {"p0", "p1"}
     baseline = copy_of(pce.out, tmp_path / "pce")
     done("--out", baseline, "--eval-only", "--train-classifier")
-    assert numbers(read(baseline / "metrics.json")) == numbers(pce.metrics)
+    again = read(baseline / "metrics.json")
+    assert again["miou"] == pce.metrics["miou"] and again["headline"] == pce.metrics["headline"]
     assert not (baseline / "classifier.pt").exists()
 
 
@@ -1671,10 +1675,9 @@ def test_images_below_32_pixels_a_side_are_one_sentence(local, pictures, tmp_pat
         if name != "least":
             for argv in (predict, draw):
                 said = mistake(*argv)
-                assert f"{width} x {height}" in said and "32" in said
-            predict += ["--test-size", 32]
-        done(*predict)
-        assert ids_in(out / "predictions" / f"{name}.png").shape == (height, width)
+                assert str(image) in said and f"{width} x {height}" in said and "32" in said
+    done(*predict)
+    assert ids_in(out / "predictions" / "least.png").shape == (32, 32)
     done(*draw)
     assert {path.name for path in (out / "drawings").iterdir()} == {
         "least.png", "least_overlay.png", "least_before_after.png"}
@@ -1745,7 +1748,7 @@ def test_drawing_leaves_memory_and_batch_norm_as_they_were(base, photo, tmp_path
 @pytest.mark.parametrize("paths", [[], ["local"], ["global"]])
 def test_drawing_steps_along_the_loss_of_the_strokes_at_the_pictures_own_size(paths, monkeypatch):
     """Logits read at the strokes' pixels have the gradient of L_pce on enlarged ones; step 2 is mirrored."""
-    net, cfg = small_net(draw_steps=2, draw_lr=1e-12)                   # the weights stand still
+    net, cfg = small_net(draw_steps=2, draw_lr=1e-12, lr=0.3, head_lr=7.0)      # the weights stand still
     net.eval()
     generator = torch.Generator().manual_seed(1)
     x, scribbles = torch.randn(1, 3, 32, 44, generator=generator), torch.full((1, 71, 90), 255)
@@ -1762,8 +1765,8 @@ def test_drawing_steps_along_the_loss_of_the_strokes_at_the_pictures_own_size(pa
 
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
     pfa.adapt(net, x, scribbles, paths, cfg)
-    assert rates == {name: pytest.approx(1e-13 if name.startswith("network.backbone.") else 1e-12)
-                     for name in names.values()}                        # an absolute rate
+    rate = {name: 1e-13 if name.startswith("network.backbone.") else 1e-12 for name in names.values()}
+    assert rates == pytest.approx(rate, rel=1e-6, abs=0)                # whatever --lr and --head-lr say
     assert len(found) == 2
     for mirrored, slopes in enumerate(found):
         seen, labels = (x.flip(3), scribbles.flip(2)) if mirrored else (x, scribbles)
@@ -1905,7 +1908,7 @@ def test_a_wrong_baseline_is_one_sentence_before_anything_is_written(base, pictu
         said = mistake("--out", out, *on(pictures), "--baseline", tmp_path / name)
         assert words in said and name in said
     said = mistake("--out", out, *on(more), "--baseline", base.out)
-    assert str(base.out) in said and "5 classes" in said and "data have 6 (meadow, house" in said, said
+    assert str(base.out) in said and "5 classes" in said and "data have 6;" in said, said
     assert not out.exists()
 
 
@@ -2230,7 +2233,7 @@ def test_a_run_meets_data_of_other_classes(base, tmp_path, no_figures):
     settings = read(out / "config.json")
     for option in ("--eval-only", "--resume"):
         said = mistake("--out", out, option, "--data", more)
-        assert str(out) in said and "5 classes" in said and "data have 6 (sky, sea, kite, ...)" in said
+        assert str(out) in said and "5 classes" in said and "data have 6; class 0 is meadow there and sky here" in said
         assert read(out / "metrics.json") == base.metrics
         assert read(out / "config.json") == settings, option
 
@@ -2407,7 +2410,7 @@ def test_gpu_a_training_step_is_finite_in_bf16_and_never_waits_for_the_device(re
 @pytest.mark.gpu
 def test_gpu_a_run_passes_through_every_phase_in_bf16(pictures, tmp_path):
     metrics = pfa.main(config(tmp_path, pictures, device="cuda", train_classifier=True))
-    assert metrics["device"] == "cuda" and all(metrics["phases"].values())
+    assert metrics["device"] == "cuda" and set(metrics["phases"]) == {"warmup", "local", "global"}
     assert all(math.isfinite(rate) for paths in metrics["miou"].values() for rate in paths.values())
     done("--out", tmp_path, "--resume")
     image = pictures / "images" / "test" / "p2.png"

@@ -281,8 +281,8 @@ class ScoredRowConfig(RowConfig):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("test_split", "test"), ("test_size", 64), ("threshold", 0.4), ("quantiles", ["0.1", "0.9"]), ("filter", 0),
-    ("class_scores", "a.npz"), ("score_threshold", 0.1), ("train_classifier", True)])
+    ("test_split", "test"), ("test_size", 64), ("threshold", 0.4), ("quantiles", ["0.1", "0.9"]),
+    ("filter", 0), ("class_scores", "a.npz"), ("score_threshold", 0.1), ("train_classifier", True)])
 def test_a_row_that_was_evaluated_otherwise_is_evaluated_again_and_not_trained(tmp_path, name, value):
     calls, out = [], tmp_path / "row"
 
@@ -312,6 +312,27 @@ def test_a_row_that_was_evaluated_otherwise_is_evaluated_again_and_not_trained(t
     for changes in (dict(lr=0.2), dict(weights="a.pth"), dict(data="x"), dict(classifier_weights="none")):
         assert row(**changes) == len(calls) and calls[-1] == (usual, False)        # another run
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_row_whose_metrics_say_another_evaluation_or_an_unfinished_run_is_evaluated_again(tmp_path):
+    """--eval-only on a row's folder rewrites its metrics.json, not its config.json."""
+    calls, out = [], tmp_path / "row"
+
+    def train(cfg, device, rank, world):
+        calls.append(cfg.resume)
+        run.start_run(cfg)
+        run.write_json(out / "metrics.json", dict(evaluated=dict(test_split=cfg.test_split), finished=True))
+
+    def row():
+        cfg = run.make_config(ScoredRowConfig, {"toy": {}}, "toy", out=str(out))
+        return run.finished_row(train, cfg, "cpu", 0, 1)
+
+    right = row()
+    assert row() == right and calls == [False]
+    run.write_json(out / "metrics.json", dict(evaluated=dict(test_split="elsewhere"), finished=True))
+    assert row() == right and calls == [False, True]
+    run.write_json(out / "metrics.json", right | dict(finished=False))
+    assert row() == right and calls == [False, True, True]
 
 
 def test_a_row_that_leaves_no_metrics_is_named(tmp_path):
