@@ -894,12 +894,16 @@ def scores_of_classifier(cfg, sets, device, rank=0, world=1):
         dist.all_gather_object(every, found)
         found = {name: row for part in every for name, row in part.items()}
     if rank == 0:
-        with run.replacing(Path(cfg.out) / f"class_scores-{cfg.test_split}.npz", "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:              # numpy.savez knows no image called "file"
-                for name, row in found.items():
-                    with archive.open(f"{name}.npy", "w") as entry:
-                        np.lib.format.write_array(entry, row.numpy())
+        save_scores(Path(cfg.out) / f"class_scores-{cfg.test_split}.npz", found)
     return found
+
+
+def save_scores(path, scores):
+    """{image name: (N,) float32} -> .npz for --class-scores; numpy.savez would refuse an image called "file"."""
+    with run.replacing(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        for name, row in scores.items():
+            with archive.open(f"{name}.npy", "w") as entry:
+                np.lib.format.write_array(entry, row.numpy())
 
 
 @torch.inference_mode()
@@ -1156,7 +1160,7 @@ def draw_figures(net, cfg, sets, scores, baseline, progress, device):
     folder = Path(cfg.out) / "figures"
     draw_colours(sets["test"].classes, folder)
     draw_examples(net, cfg, sets["test"], scores, baseline, device, folder)
-    draw_training(net, cfg, sets["train"], device, folder)
+    draw_training(net, cfg, sets["train"], baseline, device, folder)
     draw_log(progress["log"], cfg, folder)
     if paths_of(net):
         draw_confidence(net, cfg, sets["train"], device, folder)
@@ -1192,15 +1196,23 @@ def draw_examples(net, cfg, data, scores, baseline, device, folder):
     save_examples(folder / "examples.png", data, cells_of, f"{data.split} images")
 
 
-def draw_training(net, cfg, data, device, folder):
-    """training.png: training images with their strokes, and what the network makes of them."""
+def draw_training(net, cfg, data, baseline, device, folder):
+    """training.png (Fig. 4): strokes of training images, what becomes of them, and the full label if there is one."""
+    try:
+        full = open_full(cfg, cfg.train_split)
+    except UserError:                                                # strokes are all there is
+        full = None
+
     def cells_of(i, image, scribbles):
         seen = see_image(net, image, cfg, device)
         present = classes_in(scribbles[None].long(), data.num_classes)[0].to(device)
         near = -F.max_pool2d(-scribbles.float()[None, None], 3, 1, 1)[0, 0]              # a pixel wider, to be seen
         labelled = scribbles if cfg.method == "full" else near.to(torch.uint8)
-        found = augmented_ids(net, seen, present, paths_of(net), cfg)
-        return {"what is labelled": labelled, "plain": seen.plain} | found
+        cells = {"what is labelled": labelled}
+        if baseline:
+            cells[f"baseline ({baseline[1].method})"] = see_image(baseline[0], image, baseline[1], device).plain
+        cells |= {"plain": seen.plain} | augmented_ids(net, seen, present, paths_of(net), cfg)
+        return cells | ({"label": full.read_mask(i)} if full else {})
     save_examples(folder / "training.png", data, cells_of,
                   "training images; augmented with the classes of the strokes")
 

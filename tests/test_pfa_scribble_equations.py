@@ -1037,7 +1037,7 @@ def test_attention_on_cuda(autocast):
     """Logits near 50, against float64."""
     augmenter, features, keys, mask = sharp_augmenter()
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
-        out = augmenter.cuda()(features.cuda(), keys.cuda(), mask.cuda())
+        out = augmenter.to("cuda")(features.to("cuda"), keys.to("cuda"), mask.to("cuda"))
     expected = slow_augment(array(features), array(keys), mask.numpy(), weights_of(augmenter))
     assert_near(out[:, 1:], expected[:, 1:], 1e-2 if autocast else 1e-4)
 
@@ -1045,9 +1045,9 @@ def test_attention_on_cuda(autocast):
 @pytest.mark.gpu
 @pytest.mark.parametrize("momentum", [0.99, 0.5])
 def test_memory_on_cuda_is_the_loop(momentum):
-    memory, slow = PrototypeMemory(4, 3, 5, momentum=momentum).cuda(), SlowMemory(4, 3, momentum)
+    memory, slow = PrototypeMemory(4, 3, 5, momentum=momentum).to("cuda"), SlowMemory(4, 3, momentum)
     for prototypes, present in some_updates(25, 3, 4, 5):
-        memory.update(prototypes.cuda(), present.cuda())
+        memory.update(prototypes.to("cuda"), present.to("cuda"))
         slow.update(array(prototypes), present.numpy())
         assert memory.bank.is_cuda and memory.count.is_cuda and memory.full is slow.full()
         assert_near(memory.bank, slow.bank(5), 1e-5)

@@ -10,7 +10,7 @@ from common import run
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-USES_A_RUN = ("--predict", "--explain", "--compare", "--failure", "--draw", "--eval-only")      # they need the run that --out names
+USES_A_RUN = ("--predict", "--explain", "--compare", "--failure", "--draw", "--eval-only")      # the run in --out
 
 
 @pytest.mark.parametrize("name", ["cbp_occl", "protopool", "scaleprotoseg", "pfa_scribble"])
