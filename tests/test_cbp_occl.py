@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import cbp_occl
+from commands import call
 from common import run
 from common.run import UserError
 
@@ -392,16 +393,12 @@ def test_masked_rows_are_the_backbones_class_means():
     (["--table", "2"], ["--table"]), (["--test-split", "exam"], ["exam"]),
     (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "x"], ["--device"]),
 ])
-def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, argv, words):
-    """In this process, as a new one spends its time on importing torch; the next test starts one."""
+def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path, argv, words):
     out = tmp_path / "out"
-    monkeypatch.setattr(sys, "argv", ["cbp_occl.py", *["--out", str(out)] * ("OUT" not in argv),
-                                      *[str(out) if a == "OUT" else a for a in argv]])
-    with pytest.raises(SystemExit) as stop:
-        run.run_script(cbp_occl.main, cbp_occl.Config, cbp_occl.PRESETS, cbp_occl.__doc__)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") <= 8, said
-    assert all(word in said for word in words), said
+    done = call(cbp_occl, *["--out", out] * ("OUT" not in argv), *[out if a == "OUT" else a for a in argv])
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("\n") <= 8 and "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
     assert not out.exists()                                            # nothing half-written
 
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import pfa_scribble as pfa
+from commands import call, flags_of
 from common import datasets, figures, run
 from common.metrics import mean_average_precision
 from data import toy_scenes
@@ -109,18 +110,6 @@ def config(out, data="", **flags):
     return run.make_config(pfa.Config, pfa.PRESETS, "toy", out=str(out), **{**TINY, **where(data), **flags})
 
 
-def flags_of(settings):
-    """{name: value} -> command line."""
-    argv = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            argv.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            argv += [f"--{flag}", *(value if isinstance(value, (list, tuple)) else [value])]
-    return argv
-
-
 def on(data, **flags):
     """Command line of a tiny run on a `folder`."""
     return flags_of({**TINY, **where(data), **flags})
@@ -128,17 +117,7 @@ def on(data, **flags):
 
 def script(*argv):
     """`python pfa_scribble.py ARGV` in this process: returncode, stdout, stderr."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["pfa_scribble.py", *map(str, argv)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run.run_script(pfa.main, pfa.Config, pfa.PRESETS, pfa.__doc__)
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        sys.argv = before
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    return call(pfa, *argv)
 
 
 def done(*argv):

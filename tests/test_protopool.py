@@ -24,6 +24,7 @@ import torch.nn as nn
 from PIL import Image
 
 import protopool
+from commands import call, flags_of
 from common import images, run
 from common.run import UserError
 from data import toy_birds
@@ -63,31 +64,9 @@ def config(out, data, **flags):
                            **{**TINY, **flags})
 
 
-def flags_of(settings):
-    """{name: value} -> command line."""
-    argv = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            argv.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            argv += [f"--{flag}", value]
-    return argv
-
-
 def script(*argv):
     """`python protopool.py ARGV` in this process: returncode, stdout, stderr."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["protopool.py", *map(str, argv)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run.run_script(protopool.main, protopool.Config, protopool.PRESETS, protopool.__doc__)
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        sys.argv = before
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    return call(protopool, *argv)
 
 
 def mistake(*argv):

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import scaleprotoseg
+from commands import call, flags_of
 from common import datasets, run
 from data import toy_scenes
 from scaleprotoseg import Source, project_prototypes, prune_prototypes
@@ -98,18 +99,6 @@ def config(out, data="", **flags):
                            **{**TINY, **where, **flags})
 
 
-def flags_of(settings):
-    """{name: value} -> command line."""
-    argv = []
-    for name, value in settings.items():
-        flag = name.rstrip("_").replace("_", "-")
-        if isinstance(value, bool):
-            argv.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            argv += [f"--{flag}", *(value if isinstance(value, (list, tuple)) else [value])]
-    return argv
-
-
 def on(data, **flags):
     """Command line of a tiny run on a `folder`."""
     return ["--dataset", "folder", "--data", data, *flags_of({**TINY, **flags})]
@@ -117,18 +106,7 @@ def on(data, **flags):
 
 def script(*argv):
     """`python scaleprotoseg.py ARGV` in this process: returncode, stdout, stderr."""
-    out, err, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["scaleprotoseg.py", *map(str, argv)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run.run_script(scaleprotoseg.main, scaleprotoseg.Config, scaleprotoseg.PRESETS,
-                           scaleprotoseg.__doc__)
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        sys.argv = before
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+    return call(scaleprotoseg, *argv)
 
 
 def done(*argv):
