@@ -1136,10 +1136,15 @@ def in_colours(image, ids):
     return thumbnail(figures.overlay(image, ids.to(torch.uint8).cpu()))
 
 
-def with_strokes(image, scribbles):
-    """Image with its strokes, widened by a pixel on all sides so that they are still seen in a thumbnail."""
+def widened(scribbles):
+    """uint8 (H,W) -> the same with strokes a pixel wider on all sides, so that they are still seen in a thumbnail."""
     near = -F.max_pool2d(-scribbles.float()[None, None], 3, 1, 1)    # 255 where no stroke is near
-    return thumbnail(figures.overlay(image, near[0, 0].to(torch.uint8), opacity=1.0))
+    return near[0, 0].to(torch.uint8)
+
+
+def with_strokes(image, scribbles):
+    """Image with its strokes, for a figure."""
+    return thumbnail(figures.overlay(image, widened(scribbles), opacity=1.0))
 
 
 def save_examples(path, data, cells_of, title, count=5):
@@ -1206,9 +1211,7 @@ def draw_training(net, cfg, data, baseline, device, folder):
     def cells_of(i, image, scribbles):
         seen = see_image(net, image, cfg, device)
         present = classes_in(scribbles[None].long(), data.num_classes)[0].to(device)
-        near = -F.max_pool2d(-scribbles.float()[None, None], 3, 1, 1)[0, 0]              # a pixel wider, to be seen
-        labelled = scribbles if cfg.method == "full" else near.to(torch.uint8)
-        cells = {"what is labelled": labelled}
+        cells = {"what is labelled": scribbles if cfg.method == "full" else widened(scribbles)}
         if baseline:
             cells[f"baseline ({baseline[1].method})"] = see_image(baseline[0], image, baseline[1], device).plain
         cells |= {"plain": seen.plain} | augmented_ids(net, seen, present, paths_of(net), cfg)
