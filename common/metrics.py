@@ -108,6 +108,17 @@ def mean_average_precision(scores, truth):
     return 100 * ((precision * hits).sum(0) / positives)[positives > 0].mean().item()
 
 
+def row_quantile(values, q):
+    """Quantile of every row (R,n) -> (R,), linear between neighbours; torch.quantile stops at 16 million values."""
+    if values.device.type == "mps":                                  # old torch lacks kthvalue there
+        return row_quantile(values.cpu(), q).to("mps")
+    place = q * (values.shape[1] - 1)
+    low = int(place)
+    below = values.kthvalue(low + 1, 1).values
+    above = values.kthvalue(min(low + 2, values.shape[1]), 1).values
+    return torch.lerp(below, above, place - low)
+
+
 # ---- parts: does a prototype's region hold the same part of the object? ---------------------------------------
 # N images, M prototypes, P annotated parts. inside bool (N,M,P): the part is visible in the prototype's region.
 

@@ -1,12 +1,18 @@
-"""Run plumbing for the four scripts: options, seed and device, checkpoints, logs, learning rate, torchrun.
+"""Run plumbing for the four scripts: options, device and ranks, the run folder, log, checkpoints, learning rate.
 
 Nothing here belongs to one of the papers. A script uses it in this order:
 
     cfg = parse_config(Config, PRESETS)                # dataclass + presets + flags
-    device, rank, world = setup(cfg.device, cfg.seed)  # also joins the other ranks under torchrun
-    start_run(cfg, rank)                               # run folder with config.json
-    save_checkpoint / load_checkpoint, write_csv, write_json
-    finished_row                                       # one row of a table of the paper
+    machine = setup(cfg.device, cfg.seed)              # also joins the other processes under torchrun
+    start_run(cfg, machine)                            # run folder with config.json
+    log = Log(cfg.out, progress, machine)
+    for each iteration:
+        log.add(losses)                                # sums on the device: a step never waits for it
+        if due(iteration, cfg.eval_every, total):
+            log.row("iteration 200", {"iteration": 200}, rates, "val mIoU 31.3")
+        if due(iteration, cfg.save_every, total):
+            log.save("last.pt", parts, iteration=iteration)
+    write_json(out / "metrics.json", rates | facts(cfg, net, progress, machine))
 """
 
 import argparse
@@ -15,15 +21,19 @@ import copy
 import csv
 import difflib
 import json
+import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -39,19 +49,25 @@ class UserError(Exception):
 
 # ---- options -----------------------------------------------------------------------------------------------
 
-def opt(default, help, choices=None, schedule=False, runtime=False, uses_run=False):
+def opt(default, help, choices=None, above=None, at_least=None, below=None, at_most=None, each=str,
+        schedule=False, runtime=False, evaluation=False, source=False, uses_run=False):
     """A dataclass field that is also a command-line flag.
 
-    schedule: a number of iterations or epochs, multiplied by --schedule.   runtime: says where and how to
-    compute, not what; may differ when a run is resumed.   uses_run: the option works on the run that --out
-    names, so the settings come from that run's config.json.
+    choices; above, at_least, below, at_most: what check_options allows; with a limit nan and inf are refused too.
+    each: type of the values of a field of type `list`, which takes one or more after its flag; its default may
+    be (). The field class_ is the flag --class. A default of None is for the Config's own __post_init__ to fill,
+    and only if it is None: replace() calls it again.
 
-    A field of type `list` holds strings, one or more after its flag; its default may be (). The field class_ is
-    the flag --class. A default of None is for the Config's own __post_init__ to fill, and only if it is None:
-    replace() calls it again.
+    schedule: a number of iterations or epochs, multiplied by --schedule. The other marks say what an option
+    changes. Without one it is part of the training, and a resumed run keeps it.
+      runtime      where and how to compute, not what
+      evaluation   metrics.json, not the training: a table evaluates its rows again
+      source       where data or weights are found: a table trains its rows again
+      uses_run     the option works on the run that --out names, with the settings in that run's config.json
     """
-    about = dict(default=default, help=help, choices=choices, schedule=schedule, runtime=runtime,
-                 uses_run=uses_run)
+    about = dict(default=default, help=help, choices=choices, above=above, at_least=at_least, below=below,
+                 at_most=at_most, each=each, schedule=schedule, evaluation=evaluation, source=source,
+                 uses_run=uses_run, runtime=runtime or evaluation or source or uses_run)
     if isinstance(default, (tuple, list)):
         return field(default_factory=lambda: list(default), metadata=about)      # a new list for every Config
     return field(default=default, metadata=about)
@@ -62,7 +78,7 @@ class RunConfig:
     """The options that all four scripts have."""
     preset: str = opt("toy", "recipe to start from; any flag given beside it wins")
     data: str = opt("", "folder of the data set (data/README.md shows the tree); toy data need none",
-                    runtime=True)
+                    source=True)
     out: str = opt("", "run folder: config.json, log.csv, metrics.json, last.pt, figures/ "
                    "(default runs/SCRIPT-PRESET)", runtime=True)
     seed: int = opt(0, "same seed, same machine, same numbers")
@@ -70,11 +86,56 @@ class RunConfig:
                       runtime=True)
     amp: str = opt("auto", "bfloat16 autocast; auto = on CUDA only", choices=("auto", "bf16", "off"))
     workers: int = opt(4, "data loader processes; 0 loads in the main process "
-                       "(Windows: try 0 if loading hangs)", runtime=True)
+                       "(Windows: try 0 if loading hangs)", at_least=0, runtime=True)
     schedule: float = opt(1.0, "shortens every stage of the recipe in proportion: "
-                          "0.1 = a tenth of the iterations")
-    resume: bool = opt(False, "go on from OUT/last.pt with the settings in OUT/config.json", runtime=True,
-                       uses_run=True)
+                          "0.1 = a tenth of the iterations", above=0)
+    seeds: int = opt(1, "with --table or --figure: seeds that every row is trained with, from --seed on", at_least=1,
+                     runtime=True)
+    resume: bool = opt(False, "go on from OUT/last.pt with the settings in OUT/config.json", uses_run=True)
+
+
+def flag_of(name):
+    """Name of a field -> its flag: w_centroid -> --w-centroid, class_ -> --class."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+def limits_text(about):
+    """The limits of an option in words, "" if it has none."""
+    words = {"above": "above {:g}", "at_least": "{:g} or more", "below": "below {:g}", "at_most": "at most {:g}"}
+    limits = [text.format(about[name]) for name, text in words.items() if about[name] is not None]
+    if limits == ["0 or more"]:
+        return "must not be negative"
+    return "must be " + " and ".join(limits) if limits else ""
+
+
+def check_options(cfg):
+    """UserError for a value that is none of its option's choices, or that lies outside its limits."""
+    for f in fields(cfg):
+        value, about = getattr(cfg, f.name), f.metadata
+        if about["choices"] and value not in about["choices"]:
+            raise UserError(f"{flag_of(f.name)} {value}: choose one of {', '.join(map(str, about['choices']))}.")
+        text = limits_text(about)
+        if value is None or not text:
+            continue
+        if not math.isfinite(value):
+            raise UserError(f"{flag_of(f.name)} {value}: must be a finite number.")
+        inside = [about["above"] is None or value > about["above"],
+                  about["at_least"] is None or value >= about["at_least"],
+                  about["below"] is None or value < about["below"],
+                  about["at_most"] is None or value <= about["at_most"]]
+        if not all(inside):
+            raise UserError(f"{flag_of(f.name)} {value}: {text}.")
+    if cfg.seeds > 1 and not (getattr(cfg, "table", 0) or getattr(cfg, "figure", 0)):
+        raise UserError(f"--seeds {cfg.seeds}: goes with --table; a single run has one --seed.")
+
+
+def check_batch_size(batch_size, least=1):
+    """UserError unless every process gets the same number of images, `least` or more."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % world or batch_size // world < least:
+        more = f" and {least} at least for batch norm" if least > 1 else ""
+        raise UserError(f"--batch-size {batch_size} for {world} process(es): each needs the same number of images"
+                        f"{more}; choose a multiple of {world}.")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,14 +151,20 @@ def _parser(Config, presets, description):
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                      allow_abbrev=False)
     for f in fields(Config):
+        default = f.metadata["default"]
         choices = list(presets) if f.name == "preset" else f.metadata["choices"]
-        one, default = str if f.type is list else f.type, f.metadata["default"]
-        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
-                dict(type=one, choices=choices, metavar=None if choices else one.__name__.upper(),
-                     nargs="+" if f.type is list else None))
-        shown = " ".join(default) if f.type is list else default
-        text = f.metadata["help"] + ("" if shown in ("", False, None) else f" (default {shown})")
-        parser.add_argument("--" + f.name.rstrip("_").replace("_", "-"), dest=f.name, default=argparse.SUPPRESS,
+        of_list = f.type is list
+        one = f.metadata["each"] if of_list else f.type
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        else:
+            kind = dict(type=one, choices=choices, metavar=None if choices else one.__name__.upper(),
+                        nargs="+" if of_list else None)
+        shown = " ".join(map(str, default)) if of_list else default
+        text = f.metadata["help"]
+        if shown not in ("", False, None):
+            text += f" (default {shown})"
+        parser.add_argument(flag_of(f.name), dest=f.name, default=argparse.SUPPRESS,
                             help=text.replace("%", "%%"), **kind)
     return parser
 
@@ -115,7 +182,7 @@ def parse_config(Config, presets, argv=None, description=""):
 
 
 def make_config(Config, presets, preset="toy", **flags):
-    """The same from Python: make_config(Config, PRESETS, "toy", seed=1).
+    """The same from Python: make_config(Config, PRESETS, "toy", seed=1). UserError as check_options.
 
     Iteration counts are scaled here, once.
     """
@@ -124,13 +191,24 @@ def make_config(Config, presets, preset="toy", **flags):
     cfg = Config(**{**presets[preset], **flags, "preset": preset})
     if not cfg.out:
         cfg.out = f"runs/{Path(sys.argv[0]).stem or 'run'}-{preset}"
-    if cfg.schedule <= 0:
-        raise UserError(f"--schedule {cfg.schedule}: must be above 0 (1 = the whole recipe).")
+    _read_lists(cfg)
+    check_options(cfg)
     for f in fields(Config):
         value = getattr(cfg, f.name)
         if f.metadata["schedule"] and value is not None and value > 0:
             setattr(cfg, f.name, max(1, round(value * cfg.schedule)))
     return cfg
+
+
+def _read_lists(cfg):
+    """Values of list options become what their option says: numbers may come as text."""
+    for f in fields(cfg):
+        if f.type is list:
+            each, values = f.metadata["each"], getattr(cfg, f.name)
+            try:
+                setattr(cfg, f.name, [each(value) for value in values])
+            except (TypeError, ValueError):
+                raise UserError(f"{flag_of(f.name)} {values}: a list of {each.__name__} values is needed.") from None
 
 
 def read_config(Config, out):
@@ -139,7 +217,9 @@ def read_config(Config, out):
     saved = read_json(path, f"{out} holds no run (no config.json): train first, or pass the folder of that run.")
     if not isinstance(saved, dict) or set(saved) - {f.name for f in fields(Config)}:
         raise UserError(f"{path} is not a config of this script: pass the folder of a run of this script.")
-    return Config(**saved)
+    cfg = Config(**saved)
+    _read_lists(cfg)
+    return cfg
 
 
 def _config_of_run(cfg, given):
@@ -150,7 +230,7 @@ def _config_of_run(cfg, given):
         if f.metadata["uses_run"] or f.name == "out" or f.metadata["runtime"] and f.name in given:
             setattr(kept, f.name, now)
         elif f.name in given and now != getattr(kept, f.name):
-            raise UserError(f"--{f.name.replace('_', '-')} {now} contradicts {path}, which says "
+            raise UserError(f"{flag_of(f.name)} {now} contradicts {path}, which says "
                             f"{getattr(kept, f.name)}: drop the flag, or start a new run with another --out.")
     return kept
 
@@ -178,8 +258,20 @@ def run_script(main, Config, presets, description=""):
 
 # ---- device, seed, ranks -----------------------------------------------------------------------------------
 
+class Machine(NamedTuple):
+    """Where a process computes: its device, its number (rank) and the number of processes (torchrun's world)."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def quiet(self):
+        """For tqdm's `disable`: no bar on other processes than the first; on the first None: in a terminal only."""
+        return True if self.rank else None
+
+
 def setup(device="auto", seed=0):
-    """Device, rank and number of ranks; seeds torch.
+    """-> Machine; seeds torch.
 
     Under torchrun joins the process group (NCCL on CUDA, else gloo).
     """
@@ -201,7 +293,7 @@ def setup(device="auto", seed=0):
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
                                 timeout=timedelta(hours=6))    # rank 0 draws while the others wait
     torch.manual_seed(seed)                            # seeds CUDA and MPS too
-    return torch.device(device), rank, world
+    return Machine(torch.device(device), rank, world)
 
 
 def autocast(device, amp="auto"):
@@ -210,21 +302,24 @@ def autocast(device, amp="auto"):
                           enabled=amp == "bf16" or amp == "auto" and device.type == "cuda")
 
 
-def distribute(model, device, world):
+def distribute(model, machine, world=None):
     """DistributedDataParallel around the model; on CUDA batch norm is synchronised.
 
     One process: the model itself.
     """
-    if world == 1:
+    if world is not None:                                              # (model, device, world): to be removed
+        machine = Machine(machine, 0, world)
+    if machine.world == 1:
         return model
-    if device.type == "cuda":
+    cuda = machine.device.type == "cuda"
+    if cuda:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return torch.nn.parallel.DistributedDataParallel(                  # share_buffers takes care of the buffers
-        model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+        model, device_ids=[machine.device.index] if cuda else None, broadcast_buffers=False)
 
 
 def share_buffers(model):
-    """Rank 0's buffers (batch-norm statistics) to all ranks: before an evaluation or a checkpoint."""
+    """The first process's buffers (batch-norm statistics) to all: before an evaluation or a checkpoint."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -245,30 +340,36 @@ def replacing(path, mode="w"):
     os.replace(f"{path}.tmp", path)
 
 
-def start_run(cfg, rank=0):
-    """Make the run folder and write config.json.
+KEPT = re.compile(r"rows|previous-\d+")                                 # what a new run does not move aside
 
-    What an earlier run left there is moved to OUT/previous-1, -2, ...
+
+def start_run(cfg, machine=None):
+    """Make the run folder and write config.json; returns the folder.
+
+    What an earlier run left there is moved to OUT/previous-1, -2, ..., all but rows/ and earlier previous-N.
+    UserError: the folder cannot be made, or it is the one that is worked in.
     """
     out = Path(cfg.out)
+    rank = machine.rank if isinstance(machine, Machine) else machine or 0        # a number: to be removed
+    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"--out {out} is the folder that you work in, and a later run would move all of it "
+                        "aside: give the run a folder of its own.")
     if rank == 0 and not cfg.resume:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {out} cannot be made ({error.strerror}): "
                             "choose another folder.") from None
-        earlier = [p for p in out.iterdir() if p.name in
-                   ("config.json", "log.csv", "metrics.json", "last.pt", "best.pt", "stage1.pt", "classifier.pt",
-                    "figures", "predictions", "explanations", "failures", "drawings")
-                   or p.name.startswith("class_scores")]
         if (out / "config.json").exists():
             number = 1
             while (out / f"previous-{number}").exists():
                 number += 1
-            (out / f"previous-{number}").mkdir()
+            aside = out / f"previous-{number}"
+            earlier = [path for path in out.iterdir() if not KEPT.fullmatch(path.name)]
+            aside.mkdir()
             for path in earlier:
-                path.rename(out / f"previous-{number}" / path.name)
-            print(f"the earlier run in {out} was moved to {out / f'previous-{number}'}")
+                path.rename(aside / path.name)
+            print(f"the earlier run in {out} was moved to {aside}")
         write_json(out / "config.json", asdict(cfg))
     if dist.is_initialized():
         dist.barrier()
@@ -342,8 +443,11 @@ def save_checkpoint(path, parts, progress):
     """State dicts of `parts` (name -> module, optimizer, scheduler), RNG state of every rank, and `progress`.
 
     progress holds tensors, numbers, strings, lists and dicts only, so that weights_only=True can read it
-    back. All ranks call it; rank 0 writes.
+    back. All processes call it; the first one writes. They go on with its buffers, as a resumed run does.
     """
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            share_buffers(part)
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     rng = [dict(cpu=torch.get_rng_state(), cuda=cuda, mps=mps)]
@@ -397,6 +501,102 @@ def load_checkpoint(path, parts, device):
     if rng.get("mps") is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(rng["mps"].cpu())
     return saved["progress"]
+
+
+def read_progress(out, keys=(), classes=None):
+    """progress in OUT/last.pt. UserError: no run of this script (one of the keys is missing), or other classes."""
+    path = Path(out) / "last.pt"
+    progress = read_checkpoint(path)["progress"]
+    if not {"classes", *keys} <= set(progress):
+        raise UserError(f"{path} is not a checkpoint of this script: pass the --out of one of its runs.")
+    if classes is not None:
+        check_classes(progress["classes"], classes, out)
+    return progress
+
+
+def check_classes(known, classes, out):
+    """UserError if the run in the folder `out` knows other classes than the data have; both are lists of names."""
+    known, classes = list(known), list(classes)
+    if known == classes:
+        return
+    both = min(len(known), len(classes))
+    differing = [c for c in range(both) if known[c] != classes[c]]
+    c = differing[0] if differing else both
+    theirs, ours = (names[c] if c < len(names) else "none" for names in (known, classes))
+    raise UserError(f"the run in {out} knows {len(known)} classes, but the data have {len(classes)}; class {c} is "
+                    f"{theirs} there and {ours} here: pass the --data of that run, or another run.")
+
+
+# ---- log ---------------------------------------------------------------------------------------------------
+
+def due(iteration, every, total):
+    """Is it time for what happens every so many iterations, and after the last? Iterations count from 1."""
+    return iteration % every == 0 or iteration == total
+
+
+class Log:
+    """Losses summed on the device, log.csv, the printed lines and the clock of a run.
+
+    What it knows stands in `progress`, so that a checkpoint holds it: log (rows), seconds (of training), sums
+    {loss: [sum since the last row, steps]}. With several processes each sums its own losses, and the first one's
+    are logged.
+    """
+
+    def __init__(self, out, progress, machine):
+        self.out, self.progress, self.machine = Path(out), progress, machine
+        self.began = time.perf_counter() - progress["seconds"]
+
+    def seconds(self):
+        """Seconds of training so far, those before a --resume included."""
+        return time.perf_counter() - self.began
+
+    def add(self, losses):
+        """One step's losses {name: scalar on the device}, detached. Nothing waits for the device here."""
+        sums = self.progress["sums"]
+        for name, value in losses.items():
+            total, steps = sums.get(name, (0.0, 0))
+            sums[name] = [total + value, steps + 1]
+
+    def means(self, when):
+        """{name: mean since the last row}. UserError if one is not finite; when: "iteration 200", for the message."""
+        means = {name: float(total) / steps for name, (total, steps) in self.progress["sums"].items()}
+        if not all(map(math.isfinite, means.values())):
+            raise UserError(f"the loss is not finite ({means}) by {when}: lower --lr, or use --amp off; --resume "
+                            "goes back to the last good checkpoint.")
+        return means
+
+    def row(self, when, start, rates, text, losses=None):
+        """One more row of log.csv, and a line that says "when: losses, text, time"; the sums begin anew.
+
+        start, rates: {column: value} before and after the losses. losses: columns of the losses, else those that
+        were added; one that was not is left empty.
+        """
+        means = self.means(when)
+        columns = means if losses is None else {name: means.get(name, "") for name in losses}
+        seconds = self.seconds()
+        self.progress["log"].append({**start, **columns, **rates, "seconds": seconds})
+        self.progress["sums"].clear()
+        if self.machine.rank == 0:
+            write_csv(self.out / "log.csv", self.progress["log"])
+            words = [f"{name} {value:.3f}" for name, value in means.items()]
+            tqdm.write(f"{when}: {', '.join([*words, text, duration(seconds)])}")
+
+    def save(self, name, parts, **where):
+        """Checkpoint OUT/name of `parts`, with progress up to date: `where`, such as iteration=200, and seconds.
+
+        UserError if a loss is not finite: the last good checkpoint stays.
+        """
+        self.means(" ".join(f"{key} {value}" for key, value in where.items()))
+        self.progress |= where | dict(seconds=self.seconds())
+        save_checkpoint(self.out / name, parts, self.progress)
+
+
+def facts(cfg, net, progress, machine, *options):
+    """What metrics.json tells of every run beside its rates; options: further ones to name, such as "method"."""
+    evaluated = [f.name for f in fields(cfg) if f.metadata["evaluation"]]
+    return {name: getattr(cfg, name) for name in ("preset", "seed", *options)} | dict(
+        evaluated={name: getattr(cfg, name) for name in evaluated}, seconds=round(progress["seconds"], 1),
+        device=machine.device.type, processes=machine.world, parameters=sum(p.numel() for p in net.parameters()))
 
 
 # ---- learning rate, speed ----------------------------------------------------------------------------------

@@ -1,0 +1,109 @@
+"""How long and how much: seconds of a step, memory, multiply-adds, and the line that a run begins with."""
+import copy
+import sys
+import time
+
+import torch
+from torch.utils.data import default_collate
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.run import duration
+
+
+def synchronize(device):
+    """Wait until the device has done its work: before every reading of the clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device):
+    """Highest memory use so far in GiB: of the GPU's allocator on CUDA, else of this process.
+
+    None where unknown.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    try:
+        import resource                                 # not on Windows
+    except ImportError:
+        return None
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2 ** 30
+
+
+def measured_speed(step, parts, device, repeats=3):
+    """Seconds of one call of step(): median of `repeats` after one warm-up.
+
+    Leaves `parts` and the RNG as they were.
+    """
+    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    cpu_rng = torch.get_rng_state()
+    cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
+    times = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    for name, part in parts.items():
+        part.load_state_dict(before[name])
+    torch.set_rng_state(cpu_rng)
+    if cuda_rng is not None:
+        torch.cuda.set_rng_state(cuda_rng)
+    return sorted(times[1:])[repeats // 2]
+
+
+def announce(step, view, parts, steps, test_images, cfg, machine):
+    """Before training one line: steps, expected time at the speed measured now, peak memory. Changes nothing.
+
+    step(batch) is one training iteration on `parts`; view[(index, sample_seed)] is a training sample;
+    test_images are evaluated on the way, each counted as 0.4 of its share of a step (forward without backward).
+    """
+    def read_batch():                                   # this process's batch, as one loader process would
+        return default_collate([view[(i % len(view), i)] for i in range(cfg.batch_size // machine.world)])
+
+    read_batch()                                        # the second time the files are in the system's cache
+    start = time.perf_counter()
+    batch = read_batch()
+    loading = time.perf_counter() - start
+    one = measured_speed(lambda: step(batch), parts, machine.device)
+    one = max(one, loading / cfg.workers) if cfg.workers else one + loading
+    seconds = steps * one + 0.4 * one * test_images / cfg.batch_size
+    memory = peak_memory(machine.device)
+    if machine.rank == 0:
+        shown = f"{memory:.1f} GiB" if memory else "unknown"
+        print(f"{steps} steps of {cfg.batch_size} images on {machine.device.type} x {machine.world}: "
+              f"about {duration(seconds)} at {one:.2g} s a step, peak memory {shown}", flush=True)
+
+
+def cost_of_model(step, parts, forward, net, x, batch_size, device):
+    """What Table-like comparisons of networks need, as a dict; leaves `parts` as they were.
+
+    step(): a training step on batch_size images. forward(): from one image x (1,3,H,W) to labels.
+    gflops: 1e9 multiply-adds of net(x), as mmsegmentation counts. training_gib: memory of one training step on
+    CUDA, None elsewhere. training_images_per_second, inference_images_per_second.
+    """
+    seconds = measured_speed(step, parts, device)
+    memory = None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        memory = peak_memory(device)
+    net.eval()
+    one = measured_speed(forward, {}, device, repeats=11)
+    with torch.inference_mode():
+        _, multiply_adds = counted(net, x)
+    return dict(gflops=multiply_adds / 1e9, training_gib=memory, training_images_per_second=batch_size / seconds,
+                inference_images_per_second=1 / one)
+
+
+def counted(module, x, leave_out=()):
+    """module(x), and its multiply-adds; operators with one of the words `leave_out` in their name do not count."""
+    with FlopCounterMode(display=False) as counter:
+        y = module(x)
+    flops = counter.get_flop_counts()["Global"]
+    counts = [count for operator, count in flops.items() if not any(word in str(operator) for word in leave_out)]
+    return y, sum(counts) / 2

@@ -1,0 +1,150 @@
+"""Ablation tables: a table is data (rows, columns, the paper's numbers), and this file trains and prints it.
+
+    CBP = Table("effect of the two modules", rows={"baseline": dict(classifier="learnable"), "CBP": {}},
+                columns={"mIoU": "miou", "mAcc": "macc"},
+                paper_columns=("paper mIoU", "paper mAcc"), paper={"baseline": (33.4, 44.4)})
+    found = train_rows(CBP.rows, cfg, train, machine)          # OUT/rows/ROW, with --seeds N also OUT/rows/ROW-seedK
+    write_table(3, CBP, found, cfg, machine)                   # OUT/table3.md, OUT/table3.json
+
+Nothing here knows a method. train(cfg, machine) is the script's own, and leaves metrics.json in cfg.out.
+"""
+import json
+import re
+import statistics
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from common.run import UserError, read_json, replacing, write_json
+
+
+class Table(NamedTuple):
+    """One table of a paper.
+
+    rows: {name: options that the row changes, or in place of them a sentence why it cannot be run}.
+    columns: {heading: key of metrics.json, or a function of the metrics}. paper: {row: what is printed, one value
+    a heading of paper_columns; None = not printed}. digits: {heading: decimals} where it is not 1.
+    """
+    title: str
+    rows: dict
+    columns: dict
+    paper_columns: tuple = ()
+    paper: dict = {}
+    digits: dict = {}
+
+
+def folder_of(name):
+    """A folder's name for a row: "w/o both" -> "no-both", "T = 2" -> "T2"."""
+    return re.sub(r"[ /]+", "-", name.replace("w/o", "no").replace(" = ", "").replace(",", ""))
+
+
+def train_rows(rows, cfg, train, machine, folder=folder_of):
+    """{row: [metrics, one a seed]} for the rows that can be run; those that are done are kept, seed by seed.
+
+    A row is a run in OUT/rows/; the run of seed 0 bears its name alone, others end with their seed. folder(name):
+    see folder_of. --seeds N: seeds cfg.seed, cfg.seed + 1, ... UserError where a row sets the seed itself.
+    """
+    results = {}
+    for name, changes in rows.items():
+        if isinstance(changes, str):
+            continue
+        if cfg.seeds > 1 and "seed" in changes:
+            raise UserError(f"--seeds {cfg.seeds}: the row {name} sets the seed itself; leave --seeds out.")
+        results[name] = []
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+            ending = f"-seed{seed}" if seed and "seed" not in changes else ""
+            out = Path(cfg.out) / "rows" / f"{folder(name)}{ending}"
+            row_cfg = replace(cfg, **{"table": type(cfg.table)(), "seeds": 1, "seed": seed, "out": str(out), **changes})
+            if machine.rank == 0:
+                print(f"row {name}{f', seed {seed}' if cfg.seeds > 1 else ''} in {out}", flush=True)
+            results[name].append(finished_row(train, row_cfg, machine))
+    return results
+
+
+def finished_row(train, cfg, machine):
+    """Metrics of the run in cfg.out: read if it is finished, else trained or resumed.
+
+    A run that was made with other settings, data or weights does not count and is made again; one that was
+    evaluated otherwise is evaluated again.
+    """
+    out = Path(cfg.out)
+    if (out / "config.json").exists():
+        saved = read_json(out / "config.json", "")
+        now = json.loads(json.dumps(asdict(cfg)))       # tuples become lists, as in the file
+
+        def same(names):
+            return all(saved.get(name) == now[name] for name in names)
+        about = {f.name: f.metadata for f in fields(cfg)}
+        trained = same([name for name, a in about.items() if a["source"] or not a["runtime"]])
+        if trained and same([name for name, a in about.items() if a["evaluation"]]) and (out / "metrics.json").exists():
+            metrics = read_json(out / "metrics.json", "")              # --eval-only may have left another evaluation
+            alike = all(now[name] == value for name, value in metrics.get("evaluated", {}).items())
+            if alike and metrics.get("finished", True):
+                return metrics
+        cfg = replace(cfg, resume=trained)
+        if trained and machine.rank == 0:
+            (out / "metrics.json").unlink(missing_ok=True)
+            write_json(out / "config.json", asdict(replace(cfg, resume=False)))
+    if dist.is_initialized():
+        dist.barrier()                                  # all have read what the first may now move aside
+    train(cfg, machine)
+    if dist.is_initialized():
+        dist.barrier()
+    return read_json(out / "metrics.json", f"{out}/metrics.json is missing: run the table again.")
+
+
+def values_of(column, results):
+    """[value of a column, one a seed] for the metrics of a row; None where a run has no such value."""
+    return [column(metrics) if callable(column) else metrics.get(column) for metrics in results]
+
+
+def cell_text(values, digits=1):
+    """One number as it is; several as mean +- sample deviation; "-" where one is unknown."""
+    if not values or any(value is None for value in values):
+        return "-"
+    if len(values) > 1:
+        return f"{statistics.mean(values):.{digits}f} +- {statistics.stdev(values):.{digits}f}"
+    value = values[0]
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def markdown(headings, rows):
+    """A Markdown table of texts; None becomes "-"."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join("-" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+
+
+def table_text(table, results):
+    """Markdown: our columns, then the paper's. results: what train_rows returns."""
+    headings = ["row", *table.columns, *table.paper_columns]
+    lines = []
+    for name, changes in table.rows.items():
+        cells = [cell_text(values_of(column, results[name]), table.digits.get(heading, 1)) if name in results else ""
+                 for heading, column in table.columns.items()]
+        if name not in results and cells:
+            cells[0] = f"not run ({changes})"
+        printed = table.paper.get(name, (None,) * len(table.paper_columns))
+        lines.append([name, *cells, *printed])
+    return markdown(headings, lines)
+
+
+def write_table(number, table, results, cfg, machine, about="", more="", name="table"):
+    """OUT/tableN.md, shown too, and OUT/tableN.json: {row: {column: [a value a seed]}}; only the first process.
+
+    about: what else a reader must know of the runs, a sentence without a full stop. more: text below the table.
+    """
+    if machine.rank:
+        return
+    seeds = f"seed {cfg.seed}" if cfg.seeds == 1 else f"seeds {cfg.seed} to {cfg.seed + cfg.seeds - 1} (mean +- " \
+        "sample deviation)"
+    head = f"{table.title}. Preset {cfg.preset}, {about}{', ' if about else ''}{seeds}, {machine.device.type}."
+    text = "\n\n".join(part for part in (head, table_text(table, results), more) if part)
+    path = Path(cfg.out) / f"{name}{number}"
+    values = {row: {heading: values_of(column, runs) for heading, column in table.columns.items()}
+              for row, runs in results.items()}
+    write_json(f"{path}.json", values)
+    with replacing(f"{path}.md") as file:
+        file.write(text + "\n")
+    print(f"\n{text}\nwritten to {path}.md")
