@@ -66,7 +66,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from common import datasets, figures, files, loaders, run, transforms
-from common.backbones import build_network
+from common.backbones import build_network, parameter_groups
 from common.metrics import ConfusionMatrix
 from common.run import RunConfig, UserError, opt
 from common.toy_scenes import LOOKALIKES as TOY_LOOKALIKES
@@ -517,34 +517,15 @@ def train_step(model, net, optimizer, scheduler, x, labels, cfg):
     return {name: value.detach() for name, value in losses.items()}
 
 
-def parameter_groups(net, cfg):
-    """Learning rate and weight decay of every parameter, by mmsegmentation's rules for each model (Sec. 4.1).
-
-    Head: lr x head_lr. SGD: decay everywhere. AdamW: none for LayerNorm and Swin's position tables. stage_decay
-    (ConvNeXt): lr x stage_decay^k, k = 13 for stem and downsampling and 12 - i for stage i; no decay for 1-d.
-    """
-    groups = {}
-    for module_name, module in net.named_modules():
-        path = module_name.split(".")                                  # network.backbone.stages.i.(0|1)...
-        for name, parameter in module.named_parameters(recurse=False):
-            lr, decay = cfg.lr, cfg.weight_decay
-            if path[:2] != ["network", "backbone"]:
-                lr *= cfg.head_lr
-            elif cfg.stage_decay != 1 and path[2] == "stages":
-                lr *= cfg.stage_decay ** (13 if path[4] == "0" else 12 - int(path[3]))
-            exempt = isinstance(module, nn.LayerNorm) or name == "relative_position_bias_table"
-            if cfg.optimizer == "adamw" and (exempt or cfg.stage_decay != 1
-                                             and (parameter.ndim == 1 or name == "layer_scale")):
-                decay = 0.0
-            groups.setdefault((lr, decay), []).append(parameter)
-    return [dict(params=params, lr=lr, weight_decay=decay) for (lr, decay), params in groups.items()]
-
-
 def build_optimizer(net, cfg, device):
+    """SGD or AdamW by mmsegmentation's rules for each model (Sec. 4.1), see parameter_groups."""
+    sgd = cfg.optimizer == "sgd"
+    groups = parameter_groups(net, net.network.backbone, cfg.lr, cfg.head_lr, cfg.weight_decay,
+                              cfg.stage_decay, decay_all=sgd)
     fused = device.type == "cuda"
-    if cfg.optimizer == "sgd":
-        return torch.optim.SGD(parameter_groups(net, cfg), lr=cfg.lr, momentum=0.9, fused=fused)
-    return torch.optim.AdamW(parameter_groups(net, cfg), lr=cfg.lr, fused=fused)
+    if sgd:
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=0.9, fused=fused)
+    return torch.optim.AdamW(groups, lr=cfg.lr, fused=fused)
 
 
 # ---- training ------------------------------------------------------------------------------------------------
