@@ -14,7 +14,6 @@ has(i)           bool: image i of `data` has part labels
 keypoints(i)     float32 (K,4): class id, part id, x, y: whole pixels inside the image at its own size; K may
                  be 0, and is where not has(i)
 part_map(i)      uint8 (H,W) part ids, 0 = no part; None for a keypoint file and where not has(i)
-object_map(i)    uint8 (H,W) a number for each object, 0 = none; None for all but toy_scenes
 """
 import json
 from pathlib import Path
@@ -188,9 +187,6 @@ class ToyParts:
     def part_map(self, i):
         return torch.from_numpy(self.scene(i)["parts"])
 
-    def object_map(self, i):
-        return torch.from_numpy(self.scene(i)["objects"])
-
 
 class PanopticParts:
     """Label files of Cityscapes-Panoptic-Parts or PASCAL-Panoptic-Parts below the folder `path`.
@@ -238,9 +234,6 @@ class PanopticParts:
     def part_map(self, i):
         return torch.from_numpy(self.read(i)[0]) if self.has(i) else None
 
-    def object_map(self, i):
-        return None
-
 
 class KeypointParts:
     """Keypoints in the JSON format of Animal-Pose; a category is the class of `data` with the same name."""
@@ -278,9 +271,6 @@ class KeypointParts:
         return torch.from_numpy(rows[inside.all(1)])
 
     def part_map(self, i):
-        return None
-
-    def object_map(self, i):
         return None
 
 

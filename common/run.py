@@ -117,14 +117,16 @@ def check_options(cfg):
         text = limits_text(about)
         if value is None or not text:
             continue
-        if not math.isfinite(value):
-            raise UserError(f"{flag_of(f.name)} {value}: must be a finite number.")
-        inside = [about["above"] is None or value > about["above"],
-                  about["at_least"] is None or value >= about["at_least"],
-                  about["below"] is None or value < about["below"],
-                  about["at_most"] is None or value <= about["at_most"]]
+        numbers = value if f.type is list else [value]
+        shown = " ".join(map(str, numbers))
+        if not all(map(math.isfinite, numbers)):
+            raise UserError(f"{flag_of(f.name)} {shown}: must be a finite number.")
+        inside = [(about["above"] is None or number > about["above"])
+                  and (about["at_least"] is None or number >= about["at_least"])
+                  and (about["below"] is None or number < about["below"])
+                  and (about["at_most"] is None or number <= about["at_most"]) for number in numbers]
         if not all(inside):
-            raise UserError(f"{flag_of(f.name)} {value}: {text}.")
+            raise UserError(f"{flag_of(f.name)} {shown}: {text}.")
     if cfg.seeds > 1 and not (getattr(cfg, "table", 0) or getattr(cfg, "figure", 0)):
         raise UserError(f"--seeds {cfg.seeds}: goes with --table; a single run has one --seed.")
 

@@ -2,11 +2,53 @@
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import figures, run
 from common.metrics import ConfusionMatrix
 from common.run import UserError
+from common.transforms import normalise, resize_to_short_side, resize_to_square
+
+
+def network_input(image, size=0, square=False):
+    """uint8 (3,H,W) -> normalised (1,3,h,w), resized as a TestView does."""
+    return normalise((resize_to_square if square else resize_to_short_side)(image, size))[None]
+
+
+def resized(maps, size, mode="bilinear"):
+    """(B,F,h,w) -> (B,F,*size) float32."""
+    return F.interpolate(maps.float(), size, mode=mode, align_corners=False)
+
+
+def shrunk(x, factor):
+    """Images (B,3,H,W), smaller by the factor, antialiased."""
+    return x if factor == 1 else F.interpolate(x, scale_factor=1 / factor, mode="bilinear", antialias=True)
+
+
+def class_id(name, classes, option):
+    """The id of a class by its name; UserError if there is none."""
+    if name not in classes:
+        raise UserError(f"{option} {name}: this run knows no such class; it knows {', '.join(classes)}.")
+    return classes.index(name)
+
+
+def class_and_cell(logits, size, name, classes, pixel):
+    """What an explanation is about, from --class NAME and --pixel X Y (both may be empty): class id, (row, column).
+
+    logits (C,h,w) of an image of `size` (H,W). Without --pixel the cell where the logit of the class is highest;
+    without --class the class predicted at the pixel, or the one that most cells are predicted to be.
+    """
+    (H, W), (h, w) = size, logits.shape[1:]
+    c = class_id(name, classes, "--class") if name else None
+    if not pixel:
+        c = int(torch.bincount(logits.argmax(0).flatten()).argmax()) if c is None else c
+        return c, divmod(int(logits[c].argmax()), w)
+    x, y = pixel
+    if not (0 <= x < W and 0 <= y < H):
+        raise UserError(f"--pixel {x} {y} lies outside the image, which is {W} x {H}: give x and y inside it.")
+    cell = y * h // H, x * w // W
+    return int(logits[:, cell[0], cell[1]].argmax()) if c is None else c, cell
 
 
 @torch.inference_mode()

@@ -40,11 +40,21 @@ def folder_of(name):
     return re.sub(r"[ /]+", "-", name.replace("w/o", "no").replace(" = ", "").replace(",", ""))
 
 
+def row_configs(name, changes, cfg, folder=folder_of):
+    """The settings of a row's runs, one a seed: cfg.seed, cfg.seed + 1, ... A run stands in OUT/rows/.
+
+    The run of seed 0 bears the name of the row alone, others end with their seed. folder(name): see folder_of.
+    """
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        ending = f"-seed{seed}" if seed and "seed" not in changes else ""
+        out = Path(cfg.out) / "rows" / f"{folder(name)}{ending}"
+        yield replace(cfg, **{"table": type(cfg.table)(), "seeds": 1, "seed": seed, "out": str(out), **changes})
+
+
 def train_rows(rows, cfg, train, machine, folder=folder_of):
     """{row: [metrics, one a seed]} for the rows that can be run; those that are done are kept, seed by seed.
 
-    A row is a run in OUT/rows/; the run of seed 0 bears its name alone, others end with their seed. folder(name):
-    see folder_of. --seeds N: seeds cfg.seed, cfg.seed + 1, ... UserError where a row sets the seed itself.
+    folder, seeds: see row_configs. UserError where a row sets the seed itself and --seeds is above 1.
     """
     results = {}
     for name, changes in rows.items():
@@ -53,12 +63,10 @@ def train_rows(rows, cfg, train, machine, folder=folder_of):
         if cfg.seeds > 1 and "seed" in changes:
             raise UserError(f"--seeds {cfg.seeds}: the row {name} sets the seed itself; leave --seeds out.")
         results[name] = []
-        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-            ending = f"-seed{seed}" if seed and "seed" not in changes else ""
-            out = Path(cfg.out) / "rows" / f"{folder(name)}{ending}"
-            row_cfg = replace(cfg, **{"table": type(cfg.table)(), "seeds": 1, "seed": seed, "out": str(out), **changes})
+        for row_cfg in row_configs(name, changes, cfg, folder):
             if machine.rank == 0:
-                print(f"row {name}{f', seed {seed}' if cfg.seeds > 1 else ''} in {out}", flush=True)
+                seed = f", seed {row_cfg.seed}" if cfg.seeds > 1 else ""
+                print(f"row {name}{seed} in {row_cfg.out}", flush=True)
             results[name].append(finished_row(train, row_cfg, machine))
     return results
 

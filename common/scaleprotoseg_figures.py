@@ -1,0 +1,430 @@
+"""Figures of scaleprotoseg.py: prototypes and groups of a trained network, and why a pixel got its class.
+
+The network is asked by its methods alone: net.similarity(x), net.used(alpha), net.groups.activations(similarity,
+alpha), net.groups.members_of(c, g, alpha). The README says what each figure shows.
+"""
+from collections import Counter
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import figures, segmentation
+from common.datasets import SegmentationSet
+from common.figures import cell_block, framed, heat, in_colours, thumbnail
+from common.metrics import row_quantile
+from common.regions import connected_components
+from common.segmentation import network_input, resized, shrunk
+from common.transforms import normalise
+
+
+class Drawing(NamedTuple):
+    """What the figures of a run need."""
+    net: nn.Module
+    cfg: object
+    progress: dict                                       # classes, and of prototype p sources[p]: image, row, column
+    test: SegmentationSet
+    source_images: SegmentationSet                       # those that prototypes were projected to
+    predict: Callable                                    # image uint8 (3,H,W) -> class ids uint8 (H,W)
+    device: torch.device
+
+    @property
+    def classes(self):
+        return self.progress["classes"]
+
+    def class_of(self, p):
+        return int(self.net.prototype_class[p])
+
+    def scale_of(self, p):
+        return int(self.net.prototype_scale[p])
+
+    def file_name(self, c):
+        return self.classes[c].replace(" ", "-").replace("/", "-")
+
+    def caption(self, p):
+        scale = f", rate {self.cfg.rates[self.scale_of(p)]}" if self.cfg.method == "scaleprotoseg" else ""
+        return f"p{p}, {self.classes[self.class_of(p)]}{scale}"
+
+    def similarity(self, image):
+        """Of an image as it is tested, uint8 (3,H,W) -> (P,h,w)."""
+        x = network_input(image, self.cfg.test_size, self.cfg.test_square)
+        return self.net.similarity(x.to(self.device))[0]
+
+    def native_similarity(self, image):
+        """Of an image in its own size."""
+        return self.net.similarity(normalise(image)[None].to(self.device))[0]
+
+
+class Tile(NamedTuple):
+    """Pictures of a projected prototype, uint8 (3,h,w)."""
+    patch: torch.Tensor                                  # what it was projected to, the cell framed
+    boxed: torch.Tensor                                  # the whole image, a frame around the patch
+    heat: torch.Tensor                                   # its activation on this image
+    caption: str                                         # "p12, car, rate 6"
+
+
+# ---- pieces -------------------------------------------------------------------------------------------------
+
+def region_box(similarity, cell, mask, margin=5):
+    """y0, y1, x0, x1 of what a map (h,w) points at around a cell, in pixels of mask (H,W) bool, ends exclusive.
+
+    The connected region above the map's 95th percentile inside the mask that touches the cell, and `margin` pixels
+    (the paper's code).
+    """
+    H, W = mask.shape
+    values = resized(similarity[None, None], (H, W), "bicubic")[0, 0].cpu() * mask
+    active = values > row_quantile(values.flatten()[None], 0.95)[0]
+    y0, y1, x0, x1 = cell_block(cell, similarity.shape, (H, W))
+    active[y0:y1, x0:x1] = True
+    regions = torch.from_numpy(connected_components(active.to(torch.uint8).numpy()))
+    y, x = (regions == regions[y0, x0]).nonzero().T
+    return (max(int(y.min()) - margin, 0), min(int(y.max()) + 1 + margin, H),
+            max(int(x.min()) - margin, 0), min(int(x.max()) + 1 + margin, W))
+
+
+def labels_of_cells(mask, size):
+    """Of each cell of a grid (h,w) the label under its centre; mask (H,W)."""
+    return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long()
+
+
+def label_name(label, classes):
+    return "void" if label == 255 else classes[label]
+
+
+def exemplars(data, most=20):
+    """{class id: number of the image that shows most of it}, for the `most` classes with the most pixels."""
+    counts = torch.stack([torch.bincount(data.read_mask(i).flatten(), minlength=256)[:data.num_classes]
+                          for i in range(len(data))])    # (images,C)
+    order = counts.sum(0).argsort(descending=True, stable=True)[:most].tolist()
+    return {c: int(counts[:, c].argmax()) for c in sorted(order) if counts[:, c].any()}
+
+
+@torch.no_grad()
+def prototype_tiles(d, prototypes):
+    """{p: Tile} for these prototypes."""
+    by_image, tiles = {}, {}
+    for p in prototypes:
+        by_image.setdefault(d.progress["sources"][p][0], []).append(p)
+    for i, members in by_image.items():
+        image, mask = d.source_images.read(i)
+        similarity = d.native_similarity(image).cpu()
+        for p in members:
+            cell = d.progress["sources"][p][1:3]
+            box = region_box(similarity[p], cell, mask == d.class_of(p))
+            marked = figures.draw_box(image, cell_block(cell, similarity.shape[1:], mask.shape), width=1)
+            patch = thumbnail(marked[:, box[0]:box[1], box[2]:box[3]])
+            tiles[p] = Tile(patch, framed(image, box), heat(image, similarity[p]), d.caption(p))
+    return tiles
+
+
+def label_cells(image, name, label, prediction):
+    """A row: image, label, prediction."""
+    return [(thumbnail(image), name), (in_colours(image, label), "label"),
+            (in_colours(image, prediction), "prediction")]
+
+
+def legend_of(d, *maps):
+    """{class id: name} of all that these maps of class ids show."""
+    present = {c for ids in maps for c in ids.unique().tolist()} - {255}
+    return {c: d.classes[c] for c in sorted(present)}
+
+
+def value_of(values, cell):
+    """A map's value at a cell, or its highest if no cell is given."""
+    return float(values.max() if cell is None else values[tuple(cell)])
+
+
+def group_rows(d, classes, image, similarity, tiles, most=3, cell=None):
+    """Rows for save_grid: activation of a group on an image, then the `most` members that add most to its exponent.
+
+    All group maps have one colour scale, and all members' maps one. cell: give the numbers there, not the highest.
+    """
+    groups, alpha = d.net.groups, d.cfg.threshold
+    num_groups = groups.weights.shape[1]
+    activation = groups.activations(similarity[None], alpha)[0]                           # (C*G,h,w)
+    group_of = {}                                        # (class, group) -> its members, what adds most first
+    for c in classes:
+        for g in range(num_groups):
+            added = [(w * value_of(similarity[p], cell), p, w) for p, w in groups.members_of(c, g, alpha)]
+            added.sort(key=lambda entry: -entry[0])
+            group_of[c, g] = [(p, w) for _, p, w in added]
+    of_classes = torch.isin(groups.class_of_group.cpu(), torch.tensor(classes))
+    top = float(activation[of_classes].max().log())
+    shown = [p for members in group_of.values() for p, _ in members[:most]]
+    top_member = max([float(similarity[p].max()) for p in shown], default=1.0)
+    at_most = "at most " if cell is None else ""
+    rows = []
+    for (c, g), members in group_of.items():
+        f = c * num_groups + g
+        weight, value = float(groups.last_layer.weight[c, f]), value_of(activation[f], cell)
+        row = [(heat(image, activation[f].log(), top), f"{d.classes[c]}, group {g + 1}: {weight:.2f} x "
+                f"{at_most}{value:.1f} = {weight * value:.2f}")]
+        for p, w in members[:most]:
+            row += [(tiles[p].patch, tiles[p].caption),
+                    (heat(image, similarity[p], top_member),
+                     f"weight {w:.2f} x {at_most}{value_of(similarity[p], cell):.2f}")]
+        if len(members) > most:
+            picture, caption = row[-1]
+            row[-1] = (picture, f"{caption}; {len(members) - most} more members")
+        rows.append(row)
+    return rows
+
+
+def prototype_rows(d, prototypes, image, similarity, tiles, cell=None):
+    """The same for ProtoSeg, which has no groups: a row for each prototype."""
+    top = max([float(similarity[p].max()) for p in prototypes], default=1.0)
+    at_most = "at most " if cell is None else ""
+    rows = []
+    for p in prototypes:
+        weight = float(d.net.last_layer.weight[d.class_of(p), p])
+        value = value_of(similarity[p], cell)
+        rows.append([(tiles[p].boxed, tiles[p].caption), (heat(image, similarity[p], top),
+                     f"{weight:.2f} x {at_most}{value:.2f} = {weight * value:.2f}")])
+    return rows
+
+
+# ---- figures of a run ---------------------------------------------------------------------------------------
+
+def draw_figures(d, entries):
+    """All figures of a run, in OUT/figures. entries: those of metrics.json."""
+    d.net.eval()
+    folder = Path(d.cfg.out) / "figures"
+    segmentation.save_examples(folder / "examples.png", d.test,
+                               lambda i, image, label: dict(label=label, prediction=d.predict(image)),
+                               f"{d.cfg.test_split} images")
+    if d.cfg.method == "deeplab":
+        return
+    shown = exemplars(d.test)
+    tiles = prototype_tiles(d, [p for p, c in enumerate(d.net.prototype_class.tolist()) if c in shown])
+    draw_prototypes(d, shown, tiles, folder)
+    draw_nearest_patches(d, shown, tiles, folder)
+    draw_nearest_prototypes(d, tiles, folder)
+    if d.net.groups is not None:
+        for c, i in shown.items():
+            draw_groups(d, c, i, tiles, folder)
+    if "equivariance" in entries:
+        draw_equivariance(d, entries["equivariance"], tiles, folder)
+
+
+def draw_prototypes(d, shown, tiles, folder):
+    """prototypes-CLASS.png: a row for each scale; every prototype in its source image, and its activation there."""
+    used = d.net.used(d.cfg.threshold).tolist()
+    for c in shown:
+        rows = []
+        for s in range(len(d.cfg.rates)):
+            row = []
+            for p in sorted(tiles):
+                if (d.class_of(p), d.scale_of(p)) == (c, s):
+                    caption = tiles[p].caption if used[p] else f"{tiles[p].caption} (in no group)"
+                    row += [(tiles[p].boxed, caption), (tiles[p].heat, "activation")]
+            rows += [row[k:k + 6] for k in range(0, len(row), 6)]
+        if rows:
+            figures.save_grid(folder / f"prototypes-{d.file_name(c)}.png", rows, cell=170,
+                              title=f"Prototypes of {d.classes[c]}: the training image that each is a patch of, "
+                              "and its activation there")
+
+
+@torch.no_grad()
+def draw_groups(d, c, i, tiles, folder):
+    """groups-CLASS.png (Fig. 11 to 13, 26): every group on the test image i, its members, weights, activations."""
+    image, mask = d.test.read(i)
+    only = [torch.where(ids == c, ids, 255) for ids in (mask.long(), d.predict(image))]
+    rows = [label_cells(image, d.test.name_of(i), *only), *group_rows(d, [c], image, d.similarity(image), tiles)]
+    figures.save_grid(folder / f"groups-{d.file_name(c)}.png", rows, cell=160,
+                      title=f"The groups of {d.test.classes[c]}: activation (logarithm), and the members that add "
+                      "most: patch, weight x similarity at their strongest cell")
+
+
+@torch.no_grad()
+def draw_nearest_patches(d, shown, tiles, folder, most=3):
+    """nearest_patches.png (Fig. 14 to 19): a prototype of each class, and its nearest patches in test images."""
+    used, groups = d.net.used(d.cfg.threshold).tolist(), d.net.groups
+    chosen = []
+    for c in shown:                                      # the heaviest in the groups, or the first
+        weight = Counter({p: 0.0 for p in sorted(tiles) if d.class_of(p) == c and used[p]})
+        for g in range(groups.weights.shape[1] if groups is not None else 0):
+            weight.update(dict(groups.members_of(c, g, d.cfg.threshold)))
+        chosen += [p for p, _ in weight.most_common(1)]
+    best = []
+    for i in tqdm(range(len(d.test)), desc="nearest patches", leave=False, disable=None):
+        best.append(d.native_similarity(d.test.read(i)[0])[chosen].flatten(1).amax(1).cpu())
+    top = torch.stack(best).topk(min(most, len(best)), dim=0).indices                     # (most,classes)
+    rows = []
+    for k, p in enumerate(chosen):
+        row = [(tiles[p].boxed, tiles[p].caption), (tiles[p].heat, "activation")]
+        for i in top[:, k].tolist():
+            image, mask = d.test.read(i)
+            s = d.native_similarity(image)[p].cpu()
+            cell = divmod(int(s.argmax()), s.shape[1])
+            label = int(labels_of_cells(mask, s.shape)[cell])
+            box = region_box(s, cell, torch.ones_like(mask, dtype=torch.bool))
+            row += [(framed(image, box), "void" if label == 255 else f"on {d.test.classes[label]}"),
+                    (heat(image, s), f"up to {s.max():.1f}")]
+        rows.append(row)
+    if rows:
+        figures.save_grid(folder / "nearest_patches.png", rows, cell=130,
+                          title=f"Prototypes and their nearest patches in {d.cfg.test_split} images (Fig. 14 to 19)")
+
+
+@torch.no_grad()
+def draw_nearest_prototypes(d, tiles, folder, images=2, patches=3):
+    """nearest_prototypes-N.png (Fig. 20 to 25): random patches of an image and the prototypes nearest to each."""
+    generator, used = torch.Generator().manual_seed(d.cfg.seed), d.net.used(d.cfg.threshold)
+    for n in range(images):
+        i = int(torch.randint(len(d.test), (), generator=generator))
+        image, mask = d.test.read(i)
+        similarity = d.native_similarity(image)          # (P,h,w)
+        labels = labels_of_cells(mask, similarity.shape[1:])
+        everywhere = torch.ones_like(mask, dtype=torch.bool)
+        rows = []
+        for _ in range(patches):
+            cell = [int(torch.randint(side, (), generator=generator)) for side in labels.shape]
+            of_cell = similarity[:, cell[0], cell[1]].masked_fill(~used, -1)
+            order = of_cell.topk(min(3, int(used.sum()))).indices.tolist()
+            tiles = tiles | prototype_tiles(d, [p for p in order if p not in tiles])      # of classes without figures
+            row = [(framed(image, cell_block(cell, labels.shape, mask.shape)),
+                    label_name(int(labels[cell[0], cell[1]]), d.test.classes))]
+            for p in order:
+                box = region_box(similarity[p].cpu(), cell, everywhere)
+                row += [(tiles[p].boxed, tiles[p].caption), (framed(image, box), f"similarity {of_cell[p]:.1f}")]
+            rows.append(row)
+        figures.save_grid(folder / f"nearest_prototypes-{n + 1}.png", rows, cell=150,
+                          title=f"Random patches of {d.test.name_of(i)}, the prototypes nearest to them, and the "
+                          "region around the patch that each of these lights up (Fig. 20 to 25)")
+
+
+@torch.no_grad()
+def draw_equivariance(d, ratios, tiles, folder, most=8):
+    """equivariance.png (Fig. 7): the ratios. equivariant_pairs.png (Fig. 8 to 10): pairs, each on its own size."""
+    names = {"groups_to_learned_groups": "groups / learned groups", "prototypes_in_groups": "prototypes in a group",
+             "classes_with_groups": "classes with a group"}
+    series = {f"p_th = {q}": [entry[name] for name in names] for q, entry in ratios.items()}
+    figures.save_bars(folder / "equivariance.png", series, list(names.values()),
+                      title="Quasi-equivariant prototypes (Fig. 7)")
+    quantile = min(ratios)
+    best = {}                                            # class -> its best pair
+    for i, j, iou in ratios[quantile]["pairs"]:
+        best.setdefault(d.class_of(i), (i, j, iou))
+    rates, rows = d.cfg.rates, []
+    for c, (i, j, iou) in list(best.items())[:most]:
+        image, mask = d.source_images.read(d.progress["sources"][j][0])                   # an image of the class
+        tiles = tiles | prototype_tiles(d, [p for p in (i, j) if p not in tiles])
+        row = []
+        for p, other in ((i, j), (j, i)):
+            factor = rates[d.scale_of(other)] / rates[0]                                  # the other's ratio
+            x = shrunk(normalise(image)[None], factor).to(d.device)
+            s = resized(d.net.similarity(x)[:, [p]], mask.shape)[0, 0].cpu()
+            bright = (mask == c) & (s >= row_quantile(s[mask == c][None], float(quantile)))
+            row += [(tiles[p].boxed, tiles[p].caption), (thumbnail(torch.where(bright, image, image // 3)),
+                     f"image shrunk by {factor:g}, IoU {iou:.2f}")]
+        rows.append(row)
+    if rows:
+        figures.save_grid(folder / "equivariant_pairs.png", rows, cell=180, title="Quasi-equivariant pairs: either "
+                          "prototype, and its most active part of the class (bright) (Fig. 8 to 10)")
+
+
+# ---- why a pixel got its class, why a class is missed -----------------------------------------------------------
+
+def draw_explanation(d, path, image, similarity, logits, c, cell, explanation):
+    """OUT/explanations/NAME-CLASS.png: the groups (ProtoSeg: prototypes) of class c at a cell. Returns its path.
+
+    similarity (P,h,w), logits (C,h,w) of the image; explanation: the numbers, as they are written beside it.
+    """
+    prediction = d.predict(image)
+    cells = [(framed(image, cell_block(cell, logits.shape[1:], image.shape[1:])), "the pixel"),
+             (in_colours(image, prediction), "prediction"),
+             (figures.heatmap(thumbnail(image), logits[c]), f"logit of {d.classes[c]}")]
+    if d.net.groups is None:
+        strongest = sorted(explanation["own"], key=lambda part: -part["contribution"])[:6]
+        prototypes = [part["prototype"] for part in strongest]
+        rows = prototype_rows(d, prototypes, image, similarity, prototype_tiles(d, prototypes), cell)
+    else:
+        members = {member["prototype"] for part in explanation["own"] for member in part["members"]}
+        rows = group_rows(d, [c], image, similarity, prototype_tiles(d, sorted(members)), cell=cell)
+    target = Path(d.cfg.out) / "explanations" / f"{Path(path).stem}-{d.file_name(c)}.png"
+    figures.save_grid(target, [cells, *rows], cell=170, title=explanation_text(explanation),
+                      legend=legend_of(d, prediction))
+    return target
+
+
+def explanation_text(explanation):
+    """The sum in a sentence."""
+    terms = []
+    for part in explanation["own"]:
+        name = f"group {part['group'] + 1}" if "group" in part else f"p{part['prototype']}"
+        terms.append((name, part["contribution"]))
+    terms += [("constant", explanation["constant"]), ("other classes", explanation["others"])]
+    text = (f"{explanation['class']} at x {explanation['x']}, y {explanation['y']} (predicted: "
+            f"{explanation['predicted']}): logit {explanation['logit']:.2f} = "
+            + " ".join(f"{value:+.2f} ({name})" for name, value in terms))
+    against = ", ".join(f"{part['class']} {part['contribution']:.2f}" for part in explanation["against"])
+    return f"{text}; most against it: {against}" if against else text
+
+
+@torch.no_grad()
+def draw_failures(d, c, most=3):
+    """OUT/failures/CLASS-N.png (Sec. 17) for the test images with the most wrong pixels of class c, missed or
+    invented, among those with an IoU of the class below --failure-iou. Returns all of these, a list of dicts."""
+    failures = []
+    for i in tqdm(range(len(d.test)), desc="failures", leave=False, disable=None):
+        if not (d.test.read_mask(i) == c).any():
+            continue
+        image, mask = d.test.read(i)
+        prediction = d.predict(image)
+        labelled = mask == c
+        predicted = (prediction == c) & (mask != 255)
+        iou = float((labelled & predicted).sum() / (labelled | predicted).sum())
+        if iou < d.cfg.failure_iou:
+            others = torch.cat([prediction[labelled & ~predicted], mask[predicted & ~labelled]]).long()
+            wrong = torch.bincount(others, minlength=d.test.num_classes)
+            failures.append(dict(image=i, name=d.test.name_of(i), iou=iou, wrong=int(wrong.sum()),
+                                 confused_with=int(wrong.argmax())))
+    failures.sort(key=lambda failure: -failure["wrong"])
+    if not failures:
+        print(f"no {d.cfg.test_split} image with {d.classes[c]} has an IoU below {d.cfg.failure_iou:g}: raise it.")
+    for n, failure in enumerate(failures[:most], 1):
+        path = Path(d.cfg.out) / "failures" / f"{d.file_name(c)}-{n}.png"
+        draw_failure(d, c, failure, path)
+        print(f"{failure['name']}: IoU {100 * failure['iou']:.0f} %, confused with "
+              f"{d.test.classes[failure['confused_with']]}; see {path}")
+    return failures
+
+
+def draw_failure(d, c, failure, path):
+    """Fig. 27 to 35: label and prediction, then the groups (ProtoSeg: prototypes) of both classes on the image."""
+    image, mask = d.test.read(failure["image"])
+    prediction, similarity = d.predict(image), d.similarity(image)
+    both = [c, failure["confused_with"]]
+    candidates = torch.isin(d.net.prototype_class.cpu(), torch.tensor(both)).nonzero()[:, 0].tolist()
+    if d.net.groups is not None:
+        rows = group_rows(d, both, image, similarity, prototype_tiles(d, candidates), most=2)
+    else:
+        strongest = sorted(candidates, key=lambda p: -float(similarity[p].max()))
+        prototypes = []
+        for k in both:
+            prototypes += [p for p in strongest if d.class_of(p) == k][:3]
+        rows = prototype_rows(d, prototypes, image, similarity, prototype_tiles(d, prototypes))
+    figures.save_grid(path, [label_cells(image, failure["name"], mask, prediction), *rows], cell=170,
+                      legend=legend_of(d, mask, prediction),
+                      title=f"{d.test.classes[c]}: IoU {100 * failure['iou']:.0f} %, most often confused with "
+                      f"{d.test.classes[failure['confused_with']]} (Sec. 17)")
+
+
+@torch.no_grad()
+def draw_entropy(path, runs, most=6):
+    """Fig. 6: the groups of some classes without (left) and with (right) the entropy loss. runs: {"off", "on": Drawing}."""
+    data, rows = runs["on"].test, []
+    for c, i in list(exemplars(data).items())[-most:]:
+        image, _ = data.read(i)
+        row = [(thumbnail(image), data.classes[c])]
+        for name, d in runs.items():
+            activation = d.net.groups.activations(d.native_similarity(image)[None], d.cfg.threshold)[0].log()
+            of_class = activation.unflatten(0, (-1, d.cfg.groups))[c]                     # (G,h,w)
+            top = float(of_class.max())
+            row += [(heat(image, s, top), f"entropy {name}, group {g}") for g, s in enumerate(of_class, 1)]
+        rows.append(row)
+    figures.save_grid(path, rows, cell=150,
+                      title="Group activations (logarithm) without and with the entropy loss (Fig. 6)")
