@@ -1,20 +1,20 @@
-"""ScaleProtoSeg: multi-scale part prototypes for semantic segmentation, then sparse groups of them, in one file.
+"""ScaleProtoSeg: multi-scale part prototypes for semantic segmentation, then sparse groups of them.
 
 Paper  H. Porta, E. Dalsasso, D. Marcos, D. Tuia, "Multi-Scale Grouped Prototypes for Interpretable Semantic
-       Segmentation", WACV 2025. Sections 6 to 17 are its supplement; what only the main text or only the code
+       Segmentation", WACV 2025. Sections 6 to 17 are its supplement; what only the main text or the code
        says is marked "code" (released: github.com/eceo-epfl/ScaleProtoSeg), from which we took it.
 Idea   DeepLabv2 looks at a pixel through four convolutions with growing fields of view and sums them. Kept
-       apart, each scale gets prototypes of its own: vectors that are patches of training images. A pixel is a
-       car because it looks like such patches. Stage 2 freezes the prototypes and mixes the dozen of a class
-       into three sparse groups, so that a logit is explained by three parts, each of about four prototypes.
+       apart, each scale gets prototypes of its own: vectors that are patches of training images. A pixel is
+       a car because it looks like such patches. Stage 2 freezes the prototypes and mixes the dozen of a
+       class into three sparse groups: a logit is explained by three parts, each of about four prototypes.
 
-Try    python scaleprotoseg.py                                      # toy scenes, about 2 min on a CPU
+Try    python scaleprotoseg.py                                # toy scenes, about 2 min on a CPU
 Train  python scaleprotoseg.py --preset cityscapes --data CITYSCAPES --parts gtFinePanopticParts
        torchrun --nproc-per-node 2 scaleprotoseg.py --preset ade20k --data ADEChallengeData2016
-       python scaleprotoseg.py --method protoseg                    # its ancestor; deeplab = the plain network
+       python scaleprotoseg.py --method protoseg              # its ancestor; deeplab = the plain network
 Look   python scaleprotoseg.py --explain photo.jpg --class car --out runs/scaleprotoseg-toy
        python scaleprotoseg.py --failure bird --out runs/scaleprotoseg-toy        # why is this class missed?
-       python scaleprotoseg.py --table 8                            # stage 2 with and without the entropy loss
+       python scaleprotoseg.py --table 8                      # stage 2 with and without the entropy loss
 
 symbol     here               shape     meaning                                            source
 p_{s,i}    prototypes         P,D       prototypes, each of one class and one scale        Sec. 11
@@ -30,37 +30,36 @@ L_ent      entropy_loss       scalar    few prototypes in a group               
 alpha      threshold          scalar    smaller group weights are dropped after training   Sec. 9, Table 7
 p_th       equivariance       scalar    do two scales light up alike (IoU above IoU_th)?   Sec. 11, Eq. (10)
 
-Phases: warmup -> joint -> project -> finetune (stage 1), group_warmup -> group_joint (stage 2). An "iteration"
-is an optimizer step on the whole batch (10 images).
+Phases: warmup -> joint -> project -> finetune (stage 1), group_warmup -> group_joint (stage 2). An
+"iteration" is an optimizer step on the whole batch (10 images).
 
 Where we do something else, or had to choose ([D*] marks the line):
 [D1] ResNet-101 has the stride of a block on its 3x3 convolution (torchvision), not on its first 1x1 (Caffe).
-[D2] The diversity loss takes the class's own pixels. The code of ProtoSeg is off by one there (class c's pixels
+[D2] The diversity loss takes the class's own pixels. ProtoSeg's code is off by one there (class c's pixels
      train class c+1), so a ProtoSeg trained here is not the one of the printed tables.
 [D3] Weight decay acts on backbone and ASPP only (code); Sec. 6 does not say on what.
-[D4] A class without a pixel in the projection images cannot be projected: its prototypes are dropped and the run
-     says so. The released code moves them all to one corner of the first image.
+[D4] A class without a pixel in the projection images cannot be projected: its prototypes are dropped and the
+     run says so. The code moves them all to one corner of the first image.
 [D5] A class without prototypes has no groups; its logit comes from the other classes' groups alone.
 [D6] EM: entropy weight 0.25 as printed in Sec. 7; the code has 0.05. The two cuts are ours (seeds 1 and 2).
 [D7] ProtoSeg's pruning leaves void pixels out on all data sets (the code forgets to on three of them).
 [D8] Consistency and stability binarise above a quantile over the pixels of the class; 0.7, 0.8, 0.9 are our
      choice, the paper's list and the code's quantile are not released. Component centroids are rounded; the
-     background's is no keypoint (in the code it is). Images in which a class shows no keypoint are left out of
-     stability. All classes of Pascal with parts count; the code drops cow, probably meaning dining table.
+     background's is no keypoint (in the code it is). Images in which a class shows no keypoint are left out
+     of stability. All classes of Pascal with parts count; the code drops cow, probably meaning dining table.
 [D9] Validation sees whole images; the code crops and scales them at random. The last weights are kept.
-[D10] Where the backbone is frozen batch norm is in eval mode, also for networks that train theirs (U-Net, tiny).
-[D11] The plain network is trained as the prototype models are (Adam, same phases, no CRF); Table 6's DeepLabv2
-     has SGD and equals the published number with a CRF.
-[D12] Sec. 11 leaves open how IoUs are averaged: per pair, a mean over the images that hold the class, here in at
+[D10] Where the backbone is frozen batch norm is in eval mode, also where it is trained (U-Net, tiny).
+[D11] The plain network is trained as the prototype models are (Adam, same phases, no CRF); Table 6's
+     DeepLabv2 has SGD and equals the published number with a CRF.
+[D12] Sec. 11 leaves open how IoUs are averaged: per pair, a mean over the images that hold the class, in at
      least 10 cells of the grid on which the maps meet: of fewer cells any two maps pick the same. At most
      --equivariance images of the projection split are looked at, the paper takes all training images.
 [D13] Toy scenes have no pretrained backbone: tiny is trained from scratch in the joint phase.
-[D14] Projection and analyses run in float32; training, evaluation and prediction on CUDA in bfloat16 up to the
-     ASPP maps.
+[D14] Projection and analyses run in float32; training, evaluation and prediction on CUDA in bfloat16 up to
+     the ASPP maps.
 """
 
 import math
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -69,20 +68,19 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import Subset, default_collate
 from tqdm import tqdm
 
-from common import datasets, figures, files, loaders, metrics, run, segmentation, speed, tables
-from common import scaleprotoseg_figures as gallery
+from common import datasets, figures, files, loaders, run, segmentation, speed
+from common import scaleprotoseg_figures as gallery, scaleprotoseg_measures as measures
 from common.backbones import DENSE, build_dense, norm_parameters
 from common.loaders import to_device
-from common.metrics import row_quantile
-from common.parts import open_parts
+from common.parts import check_parts
 from common.run import RunConfig, UserError, opt
-from common.segmentation import network_input, resized, shrunk
+from common.scaleprotoseg_measures import images_per_second, part_presence, sparsity  # noqa: F401 [D8] [D12]
+from common.tables import Table, row_configs, train_rows, write_table
 
 
-# ---- options and recipes -------------------------------------------------------------------------------------
+# ---- options and recipes ---------------------------------------------------------------------------------
 
 @dataclass
 class Config(RunConfig):
@@ -92,27 +90,23 @@ class Config(RunConfig):
     train_split: str = opt("train", "trained on")
     project_split: str = opt("", "images that prototypes are projected to (default: --train-split)")
     val_split: str = opt("val", "evaluated while training")
-    test_split: str = opt("val", "evaluated at the end, into metrics.json, and by --eval-only", evaluation=True)
-    parts: str = opt("", "part annotations of the test split (data/README.md), for consistency and stability; "
-                     "toy scenes have their own", runtime=True)
+    test_split: str = opt("val", "evaluated at the end and by --eval-only", evaluation=True)
+    parts: str = opt("", "part annotations of the test split (data/README.md), not for toy", runtime=True)
     backbone: str = opt("resnet101", "network before the ASPP", choices=DENSE)
-    weights: str = opt("imagenet", "of the backbone: imagenet (torchvision downloads them), a file, a URL, none",
-                       source=True)
+    weights: str = opt("imagenet", "of the backbone: imagenet (downloaded), file, URL or none", source=True)
     frozen_bn: bool = opt(True, "batch norm keeps its pretrained statistics and scales (Sec. 6)")
     output_stride: int = opt(8, "pixels a side that a cell of the feature map stands for; the U-Net has 1")
     unet_width: int = opt(64, "channels of the U-Net's first level; 16 for a CPU", above=0)
     rates: list = opt((6, 12, 18, 24), "dilation of the ASPP convolutions: scales, small to large", each=int)
     depth: int = opt(64, "D, channels of a scale's features and of its prototypes", above=0)
-    input_scales: list = opt((), "also look at the image in these sizes, and keep the maximum", each=float,
-                             above=0, below=4)
+    input_scales: list = opt((), "sizes to look at the image in as well", each=float, above=0, below=4)
     crop: int = opt(513, "training crop in pixels; lower it if memory runs out", above=0)
     scale_min: float = opt(0.5, "training images are resized by a random factor from here ...", above=0)
     scale_max: float = opt(1.5, "... to here")
     test_size: int = opt(0, "short side of test images; 0 = the image's own", at_least=0)
     test_square: bool = opt(False, "test images are resized to test-size x test-size (Pascal)")
     batch_size: int = opt(10, "images an iteration, over all GPUs", above=0)
-    micro_batch: int = opt(0, "images at once on a GPU; gradients add up to the batch; 0 = all. Lower it if memory "
-                           "runs out", at_least=0)
+    micro_batch: int = opt(0, "images at once on a GPU, to save memory; 0 = the whole batch", at_least=0)
     prototypes: int = opt(3, "K, prototypes of a class and scale", above=0)
     protoseg_prototypes: int = opt(10, "the same for --method protoseg, which has one scale", above=0)
     groups: int = opt(3, "G, groups of a class", above=0)
@@ -120,8 +114,8 @@ class Config(RunConfig):
     joint: int = opt(30000, "iterations: all convolutions and prototypes", schedule=True, at_least=0)
     finetune: int = opt(2000, "iterations after the projection: last layer", schedule=True, at_least=0)
     group_warmup: int = opt(2000, "iterations of stage 2: group weights", schedule=True, at_least=0)
-    group_joint: int = opt(30000, "iterations of stage 2: group weights, last layer", schedule=True, at_least=0)
-    lr: float = opt(2.5e-4, "Adam learning rate of ASPP and prototypes; poly decay in the joint steps", above=0)
+    group_joint: int = opt(30000, "iterations of stage 2: and their last layer", schedule=True, at_least=0)
+    lr: float = opt(2.5e-4, "Adam learning rate of ASPP, prototypes; poly decay in the joint steps", above=0)
     backbone_lr: float = opt(2.5e-5, "learning rate of the backbone", above=0)
     finetune_lr: float = opt(1e-5, "learning rate of the last layer", above=0)
     group_lr: float = opt(2.5e-4, "learning rate of stage 2", above=0)
@@ -129,52 +123,50 @@ class Config(RunConfig):
     w_diversity: float = opt(0.25, "lambda_J, weight of the diversity loss", at_least=0)
     w_l1: float = opt(1e-4, "lambda_L1, of the last layer's off-class weights, in fine-tuning", at_least=0)
     w_l1_group: float = opt(1e-3, "the same in stage 2", at_least=0)
-    w_entropy: float = opt(0.05, "lambda_ent, weight of the entropy loss: higher = sparser groups", at_least=0)
-    threshold: float = opt(0.05, "alpha: smaller group weights are dropped after training", at_least=0, below=1,
-                           evaluation=True)
-    quantiles: list = opt((0.7, 0.8, 0.9), "binarisations that consistency and stability are averaged over [D8]",
+    w_entropy: float = opt(0.05, "lambda_ent, of the entropy loss: higher = sparser groups", at_least=0)
+    threshold: float = opt(0.05, "alpha: smaller group weights are dropped after training", at_least=0,
+                           below=1, evaluation=True)
+    quantiles: list = opt((0.7, 0.8, 0.9), "binarisations that consistency and stability are means of [D8]",
                           each=float, above=0, below=1, evaluation=True)
-    equivariance: int = opt(3000, "projection images, evenly spaced, in which quasi-equivariant prototypes are "
-                            "looked for at the end (Sec. 11); 0 = not at all", runtime=True, at_least=0)
-    eval_every: int = opt(5000, "iterations between evaluations, each a row of log.csv", schedule=True, above=0)
-    save_every: int = opt(1000, "iterations between checkpoints: what --resume can lose", runtime=True, above=0)
+    equivariance: int = opt(3000, "projection images that are searched for quasi-equivariant prototypes at "
+                            "the end (Sec. 11) [D12]; 0 = not at all", runtime=True, at_least=0)
+    eval_every: int = opt(5000, "iterations between evaluations, rows of log.csv", schedule=True, above=0)
+    save_every: int = opt(1000, "iterations between checkpoints: what --resume loses", above=0, runtime=True)
     stage1: str = opt("", "run folder: take over its stage 1 and train only the groups anew", runtime=True)
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
-    predict: str = opt("", "image or folder: write index PNGs and overlays to OUT/predictions and stop",
-                       uses_run=True)
-    explain: str = opt("", "image: draw why one of its pixels got its class, by the run in OUT, and stop",
-                       uses_run=True)
+    predict: str = opt("", "image or folder: index PNGs and overlays to OUT/predictions", uses_run=True)
+    explain: str = opt("", "image: why one of its pixels got its class, by the run in OUT", uses_run=True)
     class_: str = opt("", "class that --explain explains (default: the predicted one)", runtime=True)
-    pixel: list = opt((), "x y of the pixel that --explain explains (default: the strongest of the class)",
-                      each=int, runtime=True)
-    failure: str = opt("", "class name: draw test images where its IoU is below --failure-iou (Sec. 17) and stop",
-                       uses_run=True)
+    pixel: list = opt((), "x y of that pixel (default: the strongest of the class)", each=int, runtime=True)
+    failure: str = opt("", "class: draw test images, IoU below --failure-iou (Sec. 17)", uses_run=True)
     failure_iou: float = opt(0.2, "epsilon_IoU of Sec. 17", runtime=True)
-    table: int = opt(0, "train and evaluate the rows of this table of the paper on the chosen preset",
-                     choices=(0, 5, 7, 8, 9, 10), runtime=True)
+    table: int = opt(0, "train and evaluate this table's rows", choices=(0, 5, 7, 8, 9, 10), runtime=True)
 
 
-SHORT = dict(backbone="mobilenet_v2", crop=321, batch_size=8, warmup=200, finetune=200, group_warmup=200, lr=1e-3,
-             backbone_lr=1e-4, finetune_lr=1e-3, group_lr=0.02, eval_every=500, save_every=200)      # ours
+SHORT = dict(backbone="mobilenet_v2", crop=321, batch_size=8, warmup=200, finetune=200, group_warmup=200,
+             lr=1e-3, backbone_lr=1e-4, finetune_lr=1e-3, group_lr=0.02, eval_every=500,
+             save_every=200)                                         # ours, for photographs and a small GPU
 MULTISCALE = dict(input_scales=[0.5, 0.75], crop=321)                # Sec. 6: {0.5, 0.75, 1}
-LARGE = dict(w_l1=1e-5, w_l1_group=1e-4, w_entropy=0.25, protoseg_prototypes=12)                  # many classes
-PRESETS = {                                                          # Sec. 6 to 8; iterations of stage 2: Sec. 6
+LARGE = dict(w_l1=1e-5, w_l1_group=1e-4, w_entropy=0.25, protoseg_prototypes=12)          # many classes
+PRESETS = {                                                          # Sec. 6 to 8; stage 2: Sec. 6
     "toy": dict(dataset="toy_scenes", test_split="test", backbone="tiny", weights="none", frozen_bn=False,
                 output_stride=4, rates=[1, 2, 3, 4], depth=16, crop=96, batch_size=16, warmup=50, joint=600,
                 finetune=100, group_warmup=50, group_joint=300, lr=5e-3, backbone_lr=5e-3, finetune_lr=1e-3,
-                group_lr=0.02, w_entropy=0.1, eval_every=200, save_every=200, workers=0),            # ours [D13]
+                group_lr=0.02, w_entropy=0.1, eval_every=200, save_every=200, workers=0),        # ours [D13]
     "camvid": SHORT | dict(dataset="camvid", test_split="test", joint=4000, group_joint=1000),
     "cityscapes": dict(),
     "pascal": MULTISCALE | dict(dataset="voc", train_split="trainaug", project_split="train", test_size=513,
                                 test_square=True, finetune=6000),
-    "pascal-small": SHORT | dict(dataset="voc", test_size=513, test_square=True, joint=3000, group_joint=800),
-    "ade20k": LARGE | dict(dataset="ade20k", crop=512, test_size=512, scale_max=2.0, warmup=6000, joint=60000,
-                           finetune=4000),
-    "cocostuff": LARGE | MULTISCALE | dict(dataset="cocostuff164k", warmup=6000, joint=100000, finetune=4000),
+    "pascal-small": SHORT | dict(dataset="voc", test_size=513, test_square=True, joint=3000,
+                                 group_joint=800),
+    "ade20k": LARGE | dict(dataset="ade20k", crop=512, test_size=512, scale_max=2.0, warmup=6000,
+                           joint=60000, finetune=4000),
+    "cocostuff": LARGE | MULTISCALE | dict(dataset="cocostuff164k", warmup=6000, joint=100000,
+                                           finetune=4000),
     "em": dict(dataset="em", train_split="train-1", val_split="val-1", test_split="val-1", backbone="unet",
-               weights="none", frozen_bn=False, crop=512, batch_size=2, warmup=0, joint=10000, finetune=10000,
-               group_warmup=0, group_joint=10000, lr=1e-4, backbone_lr=1e-4, group_lr=5e-5, w_l1_group=1e-4,
-               w_entropy=0.25, eval_every=2000),                                                     # [D6]
+               weights="none", frozen_bn=False, crop=512, batch_size=2, warmup=0, joint=10000,
+               finetune=10000, group_warmup=0, group_joint=10000, lr=1e-4, backbone_lr=1e-4, group_lr=5e-5,
+               w_l1_group=1e-4, w_entropy=0.25, eval_every=2000),                                 # [D6]
 }
 PHASES = {                                                           # what a method goes through
     "scaleprotoseg": ("warmup", "joint", "project", "finetune", "group_warmup", "group_joint"),
@@ -206,10 +198,10 @@ def check_config(cfg):
 def prototype_distances(features, prototypes, prototype_scale):
     """d2[b,p,y,x] = |f_s(x)[b,:,y,x] - p|^2 with s the scale of p, >= 0.
 
-    features (B,S*D,h,w), prototypes (P,D), prototype_scale (P,) int64 -> (B,P,h,w) float32. One matrix product
-    for all scales: a prototype is a row of S*D numbers, zero outside its scale. Float32 also under autocast,
-    and a product for which torch leaves TF32 off (cuDNN's convolutions have it on): where a pixel equals a
-    prototype, an error of 1e-2 in d2 turns the similarity 9.2 into 4.6.
+    features (B,S*D,h,w), prototypes (P,D), prototype_scale (P,) int64 -> (B,P,h,w) float32. One matrix
+    product for all scales: a prototype is a row of S*D numbers, zero outside its scale. Float32 also under
+    autocast, and a product for which torch leaves TF32 off (cuDNN's convolutions have it on): where a pixel
+    equals a prototype, an error of 1e-2 in d2 turns the similarity 9.2 into 4.6.
     """
     with torch.autocast(features.device.type, enabled=False):
         z = features.float().flatten(2)                              # (B,S*D,h*w)
@@ -228,7 +220,7 @@ def log_similarity(d2, eps=1e-4):
 
 
 def nearest_label(labels, size):
-    """Labels (B,H,W) -> (B,h,w) of the same dtype: of each cell the pixel under its centre (nearest-exact)."""
+    """Labels (B,H,W) -> (B,h,w), same dtype: of each cell the pixel under its centre (nearest-exact)."""
     return F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].to(labels.dtype)
 
 
@@ -240,9 +232,9 @@ def members_by_key(key, num_keys):
     N: the most items of one key, at least 1. Key (1, 0, 1) -> ((1, -1), (0, 2)).
     """
     count = torch.bincount(key, minlength=num_keys)
-    order = key.argsort(stable=True)                                 # items of key 0, then those of key 1, ...
+    order = key.argsort(stable=True)                                 # items of key 0, then of key 1, ...
     begin = count.cumsum(0) - count                                  # where each key begins in `order`
-    column = torch.arange(len(key), device=key.device) - begin[key[order]]                # 0, 1, ... of its key
+    column = torch.arange(len(key), device=key.device) - begin[key[order]]  # 0, 1, ... for each key
     table = torch.full((num_keys, max(1, int(count.max()))), -1, device=key.device)
     table[key[order], column] = order
     return table
@@ -257,14 +249,14 @@ def pair_table(prototype_class, prototype_scale):
 
 
 def diversity_loss(d2, labels, prototype_class, prototype_scale, table=None):
-    """L_J: mean of exp(-J) over images b, classes c in them, scales s and pairs i < j of c's prototypes of s.
+    """L_J: mean of exp(-J) over images b, classes c in them, scales s, pairs i < j of c's prototypes of s.
 
     J = (KL(p_i|p_j) + KL(p_j|p_i)) / 2 with p_i = softmax of the squared distances of prototype i over the
-    pixels of class c in image b [D2]: 1 if both light up alike, 0 if elsewhere. d2 (B,P,h,w), labels (B,h,w),
-    255 ignored, prototype_class and prototype_scale (P,) int64 -> scalar. A class with a single pixel is left
-    out; no term at all gives 0 and zero gradient. table: pair_table, which a training step passes in, as
-    making it waits for the GPU. No loop: every pixel belongs to a segment (b, c), sums run over segments, and
-    the normalisers of the softmax cancel in J = sum over the segment's pixels of (p_i - p_j)(d_i - d_j) / 2.
+    pixels of class c in image b [D2]: 1 if both light up alike, 0 if elsewhere. d2 (B,P,h,w), labels (B,h,w)
+    with 255 ignored, prototype_class and prototype_scale (P,) int64 -> scalar. A class with one pixel is
+    left out; no term at all gives 0 and zero gradient. table: pair_table, which a training step passes in,
+    as making it waits for the GPU. No loop: a pixel belongs to a segment (b, c), sums run over segments, and
+    the softmax's normalisers cancel in J = sum over the segment's pixels of (p_i - p_j)(d_i - d_j) / 2.
     """
     table = pair_table(prototype_class, prototype_scale) if table is None else table      # (C,S,K)
     num_classes, num_scales, K = table.shape
@@ -275,7 +267,7 @@ def diversity_loss(d2, labels, prototype_class, prototype_scale, table=None):
     inside = label < num_classes                                     # neither void nor without prototypes
     label = torch.where(inside, label, 0)
     image = torch.arange(B, device=d2.device)[:, None]
-    segment = torch.where(inside, num_classes * image + label, B * num_classes).flatten() # the last: left out
+    segment = torch.where(inside, num_classes * image + label, B * num_classes).flatten() # last: left out
 
     # softmax over the pixels of a segment, for the S*K prototypes of the pixel's class
     members = table.flatten(1).clamp(min=0)[label]                   # (B,h*w,S*K)
@@ -299,7 +291,7 @@ def diversity_loss(d2, labels, prototype_class, prototype_scale, table=None):
 
 
 def off_class_l1(weight, class_of_column):
-    """L_L1: sum of |w| where the row is not the column's class. weight (C,F), class_of_column (F,) -> scalar."""
+    """L_L1: sum of |w| where the row is not the column's class: weight (C,F), class_of_column (F,)."""
     rows = torch.arange(len(weight), device=weight.device)[:, None]
     return (weight.abs() * (rows != class_of_column)).sum()
 
@@ -313,7 +305,7 @@ def project_simplex(w):
     """
     falling = w.sort(-1, descending=True).values
     count = torch.arange(1, w.shape[-1] + 1, device=w.device)
-    theta = (falling.cumsum(-1) - 1) / count                         # if the first `count` entries stay positive
+    theta = (falling.cumsum(-1) - 1) / count                         # if the first `count` entries stay
     last = (falling > theta).sum(-1, keepdim=True) - 1
     return (w - theta.gather(-1, last)).clamp_min(0)
 
@@ -321,16 +313,16 @@ def project_simplex(w):
 def group_activations(similarity, weights, members):
     """G_{c,g} = exp(sum_m w_{g,c}[m] g_proto(member m of c)): a weighted geometric mean, from 1 to 1e4.
 
-    similarity (B,P,h,w), weights (C,G,N), members (C,N) int64, -1 = none -> (B,C*G,h,w) float32, class-major.
+    similarity (B,P,h,w), weights (C,G,N), members (C,N) int64, -1 = none -> (B,C*G,h,w) float32, by class.
     A weight at -1 counts nothing; a class without members has activation 1.
     """
     C, G, N = weights.shape
-    with torch.autocast(similarity.device.type, enabled=False):      # an error of 0.01 in the exponent is 1 %
+    with torch.autocast(similarity.device.type, enabled=False):      # 0.01 more in the exponent is 1 %
         weights = weights.float() * (members >= 0)[:, None]          # (C,G,N)
         s = similarity.float().flatten(2)                            # (B,P,h*w)
         member = members.clamp(min=0)
-        if C * s.shape[1] <= 8192:                                   # one product is quicker than many small ones
-            rows = weights.new_zeros(C * G, s.shape[1])              # (C*G,P): the weights at their prototypes
+        if C * s.shape[1] <= 8192:                                   # quicker than many small products
+            rows = weights.new_zeros(C * G, s.shape[1])              # (C*G,P), weights at their prototypes
             rows = rows.scatter_add(1, member.repeat_interleave(G, dim=0), weights.flatten(0, 1))
             exponent = rows @ s                                      # (B,C*G,h*w)
         else:
@@ -340,7 +332,7 @@ def group_activations(similarity, weights, members):
 
 
 def entropy_loss(weights, members):
-    """L_ent: mean over rows of -sum_m w ln(w + 1e-5) / ln(members). weights (C,G,N), members (C,N) -> scalar.
+    """L_ent: mean over rows of -sum_m w ln(w + 1e-5) / ln(members); weights (C,G,N), members (C,N).
 
     Rows of classes with fewer than two members are left out (the code divides by ln 1 = 0 there).
     """
@@ -376,18 +368,17 @@ class Groups(nn.Module):
 
     @torch.no_grad()
     def to_simplex(self):
-        """After every optimizer step: rows back on the simplex of their class's members.
-
-        Where a class has fewer members than N, -1e4 is so far below the weights that it is projected to 0.
-        """
+        """After every optimizer step: rows back on the simplex of their class's members."""
         no_member = (self.members < 0)[:, None]                      # (C,1,N)
-        projected = project_simplex(self.weights.masked_fill(no_member, -1e4))
-        self.weights.copy_(projected.masked_fill(no_member, 0))      # a class without members: all 0
+        weights = self.weights.masked_fill(no_member, -1e4)          # so low that the projection makes it 0, ...
+        weights = project_simplex(weights).masked_fill(no_member, 0)             # ... but for an empty class
+        self.weights.copy_(weights)
 
     def activations(self, similarity, alpha=0.0):
         """(B,P,h,w) -> (B,C*G,h,w); weights below alpha count as 0, classes without groups have 0 [D5]."""
+        weights = threshold_groups(self.weights, alpha)
         has_groups = (self.members >= 0).any(1)[self.class_of_group, None, None]
-        return group_activations(similarity, threshold_groups(self.weights, alpha), self.members) * has_groups
+        return group_activations(similarity, weights, self.members) * has_groups
 
     def members_of(self, c, g, alpha):
         """[(prototype, weight)] of group g of class c, heaviest first; weights below alpha are left out."""
@@ -413,8 +404,8 @@ def on_maps(weight, maps):
 class DeepLab(nn.Module):
     """Backbone and ASPP. As it is, DeepLabv2: the ASPP maps are summed and are the logits.
 
-    forward(x (B,3,H,W)) -> list of (logits (B,C,h,w), None). In training one entry for each size of the input,
-    the image's own first, and the maximum of all; in eval mode the maximum only.
+    forward(x (B,3,H,W)) -> list of (logits (B,C,h,w), None). In training one entry for each size of the
+    input, the image's own first, and the maximum of all; in eval mode the maximum only.
     """
     stages = ("plain",)                                              # predictions that metrics.json tells of
 
@@ -476,7 +467,7 @@ class ScaleProtoSeg(DeepLab):
     def __init__(self, backbone, depth, rates, summed, input_scales, frozen_bn, prototype_class,
                  prototype_scale, num_classes):
         super().__init__(backbone, depth, rates, summed, input_scales, frozen_bn)
-        self.prototypes = nn.Parameter(torch.rand(len(prototype_class), depth))           # as features: in [0, 1]
+        self.prototypes = nn.Parameter(torch.rand(len(prototype_class), depth))  # in [0, 1], as features
         self.register_buffer("prototype_class", torch.as_tensor(prototype_class))         # (P,)
         self.register_buffer("prototype_scale", torch.as_tensor(prototype_scale))         # (P,)
         pairs = pair_table(self.prototype_class, self.prototype_scale)
@@ -513,7 +504,7 @@ class ScaleProtoSeg(DeepLab):
 
     @property
     def stages(self):
-        """Stage 1 with the last layer as it was at first, and fine-tuned; stage 2 before and after the threshold."""
+        """Stage 1 with the first and the fine-tuned last layer; stage 2 before and after the threshold."""
         groups = ("stage2", "stage2_thresholded") if self.groups is not None else ()
         return ("stage1_projected", "stage1_finetuned", *groups)
 
@@ -543,7 +534,7 @@ class ScaleProtoSeg(DeepLab):
         self.groups = groups.to(self.prototypes.device)
 
     def used(self, alpha):
-        """(P,) bool: in stage 2 the prototypes with a weight of alpha or more in some group, before it all."""
+        """(P,) bool: the prototypes with a weight of alpha or more in some group; in stage 1 all."""
         used = torch.ones_like(self.prototype_class, dtype=torch.bool)
         if self.groups is not None:
             is_member = self.groups.members >= 0                     # (C,N)
@@ -567,7 +558,7 @@ def build_model(cfg, progress, weights="none"):
     backbone = build_dense(cfg.backbone, weights, cfg.output_stride, **width)             # [D1]
     num_classes = len(progress["classes"])
     if cfg.method == "deeplab":
-        return DeepLab(backbone, num_classes, cfg.rates, True, cfg.input_scales, cfg.frozen_bn)          # [D11]
+        return DeepLab(backbone, num_classes, cfg.rates, True, cfg.input_scales, cfg.frozen_bn)     # [D11]
     net = ScaleProtoSeg(backbone, cfg.depth, cfg.rates, cfg.method == "protoseg", cfg.input_scales,
                         cfg.frozen_bn, progress["prototype_class"], progress["prototype_scale"], num_classes)
     if progress["phase"].startswith("group"):
@@ -578,10 +569,10 @@ def build_model(cfg, progress, weights="none"):
 # ---- a training step -------------------------------------------------------------------------------------
 
 def losses_of(model, net, x, labels, phase, cfg):
-    """The weighted terms of the loss of a phase for x (B,3,H,W), labels (B,H,W): dict of scalars to be summed.
+    """The weighted terms of the loss of a phase for x (B,3,H,W), labels (B,H,W): dict of scalars.
 
-    Every size of the input is compared with labels at its own grid; the terms are means over the sizes. Labels
-    shrink, logits do not grow.
+    Every size of the input is compared with labels at its own grid; the terms are means over the sizes.
+    Labels shrink, logits do not grow.
     """
     with run.autocast(x.device, cfg.amp):
         outputs = model(x)
@@ -613,7 +604,7 @@ def train_step(model, net, optimizer, scheduler, x, labels, phase, cfg):
     parts = list(zip(x.split(size), labels.split(size)))
     optimizer.zero_grad(set_to_none=True)
     for k, (part, target) in enumerate(parts, 1):
-        model.require_backward_grad_sync = k == len(parts)           # DDP: the processes' gradients meet once
+        model.require_backward_grad_sync = k == len(parts)           # DDP: processes exchange gradients once
         share = len(part) / len(x)
         losses = losses_of(model, net, part, target, phase, cfg)
         (sum(losses.values()) * share).backward()
@@ -627,16 +618,17 @@ def train_step(model, net, optimizer, scheduler, x, labels, phase, cfg):
 
 
 def build_optimizer(net, phase, cfg, device):
-    """A fresh Adam for the phase over what it trains (Sec. 6), and its schedule; nothing else gets a gradient."""
+    """A fresh Adam over what the phase trains (Sec. 6), and its schedule; nothing else gets a gradient."""
     net.requires_grad_(False)
-    aspp = dict(params=list(net.aspp.parameters()), lr=cfg.lr, weight_decay=cfg.weight_decay)            # [D3]
+    aspp = dict(params=list(net.aspp.parameters()), lr=cfg.lr, weight_decay=cfg.weight_decay)        # [D3]
     prototypes = [dict(params=[net.prototypes], lr=cfg.lr)] if isinstance(net, ScaleProtoSeg) else []
     if phase == "warmup":
         groups = [aspp, *prototypes]
     elif phase == "joint":
         fixed = {id(p) for p in norm_parameters(net.backbone)} if cfg.frozen_bn else ()
         backbone = [p for p in net.backbone.parameters() if id(p) not in fixed]
-        groups = [dict(params=backbone, lr=cfg.backbone_lr, weight_decay=cfg.weight_decay), aspp, *prototypes]
+        backbone = dict(params=backbone, lr=cfg.backbone_lr, weight_decay=cfg.weight_decay)
+        groups = [backbone, aspp, *prototypes]
     elif phase == "finetune":
         groups = [dict(params=[net.last_layer.weight], lr=cfg.finetune_lr)]
     elif phase == "group_warmup":
@@ -694,8 +686,8 @@ def project_prototypes(net, loader, device):
 
 
 def remove_duplicates(prototypes, prototype_class, prototype_scale):
-    """Indices (int64, rising) that are left when of equal vectors of one class and scale only the first stays."""
-    first = {}                                                       # (class, scale, vector) -> its first index
+    """Indices (int64, rising) that stay: of equal vectors of a class and scale only the first."""
+    first = {}                                                       # (class, scale, vector) -> an index
     vectors = map(tuple, prototypes.tolist())
     for p, key in enumerate(zip(prototype_class.tolist(), prototype_scale.tolist(), vectors)):
         first.setdefault(key, p)
@@ -705,10 +697,10 @@ def remove_duplicates(prototypes, prototype_class, prototype_scale):
 # ---- training --------------------------------------------------------------------------------------------
 # progress, a dict in every checkpoint, tells what is done. train and train_phase keep phase (of PHASES),
 # iteration (done in it) and offset (iterations of the phases before); run.Log keeps log, sums and seconds;
-# project writes prototype_class, prototype_scale, sources (a Source each) and counts (what was dropped, why).
+# project writes prototype_class, prototype_scale, sources (a Source each) and counts (what was dropped).
 
 def train(cfg, machine):
-    """All phases of the method, then the report. Returns what metrics.json holds, None on other processes."""
+    """All phases of the method, then the report. Returns what metrics.json holds (None where rank > 0)."""
     sets = open_sets(cfg)
     net, progress = prepare(cfg, sets, machine)
     announce(net, sets, progress, cfg, machine)
@@ -728,7 +720,7 @@ def train(cfg, machine):
 
 
 def train_phase(net, phase, sets, log, cfg, machine):
-    """The iterations of one phase, with rows of the log and checkpoints; a resumed one goes on where it was."""
+    """The iterations of one phase, with log and checkpoints; a resumed one goes on where it stood."""
     progress = log.progress
     total = getattr(cfg, phase)
     optimizer, scheduler = build_optimizer(net, phase, cfg, machine.device)
@@ -739,10 +731,11 @@ def train_phase(net, phase, sets, log, cfg, machine):
     elif progress["iteration"]:
         run.load_checkpoint(Path(cfg.out) / "last.pt", parts, machine.device)
     start, offset = progress["iteration"], progress["offset"]
-    loader = loaders.train_loader(training_view(sets["train"], cfg), cfg.batch_size, cfg.seed, offset + start,
-                                  offset + total, cfg.workers, *machine)
+    view = training_view(sets["train"], cfg)
+    loader = loaders.train_loader(view, cfg.batch_size, cfg.seed, offset + start, offset + total,
+                                  cfg.workers, *machine)
     model.train()
-    torch.backends.cudnn.benchmark = True                            # here alone: whole images differ in size
+    torch.backends.cudnn.benchmark = True                            # only here: whole images differ in size
     bar = tqdm(loader, total=total, initial=start, desc=phase, leave=False, disable=machine.quiet)
     for iteration, batch in enumerate(bar, start + 1):
         x, labels = to_device(batch, machine.device, "image", "mask")
@@ -752,7 +745,7 @@ def train_phase(net, phase, sets, log, cfg, machine):
         if run.due(iteration, cfg.save_every, total):
             log.save("last.pt", parts, iteration=iteration)
     torch.backends.cudnn.benchmark = False
-    if not total:                                                    # nothing learns, but last.pt knows new groups
+    if not total:                                                    # nothing learns, but groups are new
         log.save("last.pt", parts, iteration=0)
 
 
@@ -762,35 +755,25 @@ def open_sets(cfg):
     """{"train", "project", "val", "test"}: SegmentationSets. A wrong --parts is told now, not at the end."""
     splits = dict(train=cfg.train_split, project=cfg.project_split or cfg.train_split, val=cfg.val_split,
                   test=cfg.test_split)
-    opened = {split: datasets.open_dataset(cfg.dataset, cfg.data, split) for split in set(splits.values())}
-    sets = {use: opened[split] for use, split in splits.items()}
-    parts = open_parts(sets["test"], cfg.parts)
-    if parts is not None:
-        parts.keypoints(next(i for i in range(len(sets["test"])) if parts.has(i)))
-    return sets
+    names = dict.fromkeys(splits.values())                           # every split is opened once
+    opened = {name: datasets.open_dataset(cfg.dataset, cfg.data, name) for name in names}
+    check_parts(opened[cfg.test_split], cfg.parts)
+    return {use: opened[name] for use, name in splits.items()}
 
 
 def training_view(data, cfg):
-    return loaders.TrainView(data, 0, cfg.crop, (cfg.scale_min, cfg.scale_max), photometric=False, crop_retries=0)
-
-
-def test_view(data, cfg):
-    """Whole images as they are tested."""
-    return loaders.TestView(data, cfg.test_size, cfg.test_square)
-
-
-def native_loader(data, cfg, device):
-    """Whole images in their own size, one a batch: projection and analysis."""
-    return loaders.eval_loader(loaders.TestView(data, 0), cfg.workers, device)
+    scale = (cfg.scale_min, cfg.scale_max)
+    return loaders.TrainView(data, 0, cfg.crop, scale, photometric=False, crop_retries=0)
 
 
 def prepare(cfg, sets, machine):
     """(net, progress): new, from --stage1, or resumed. Makes the run folder once the model stands."""
-    last, classes = Path(cfg.out) / "last.pt", list(sets["train"].classes)
+    classes = list(sets["train"].classes)
+    last = Path(cfg.out) / "last.pt"
     resumes = cfg.resume and last.exists()                           # killed before the first: start again
     torch.manual_seed(cfg.seed)
     if resumes:
-        progress = run.read_progress(cfg.out, KEYS, classes)
+        progress = run.read_progress(cfg.out, ("phase", "offset"), classes)
         net = build_model(cfg, progress)
     elif cfg.stage1:
         net, progress = stage1_of(cfg, classes)
@@ -802,18 +785,19 @@ def prepare(cfg, sets, machine):
     run.start_run(cfg, machine)
     torch.manual_seed(cfg.seed + 1 + machine.rank)
     if resumes:
-        run.load_checkpoint(last, dict(model=net), torch.device("cpu"))                   # and random numbers
+        run.load_checkpoint(last, dict(model=net), torch.device("cpu"))
     return net.to(machine.device, memory_format=torch.channels_last), progress
 
 
 def stage1_of(cfg, classes):
     """--stage1: (net, progress) as another run's stage 1 left them. UserError if it does not fit."""
     other = run.read_config(Config, cfg.stage1)
-    for name in ("method", "dataset", "train_split", "project_split", "backbone", "output_stride", "unet_width",
-                 "rates", "depth", "input_scales", "frozen_bn"):
-        if getattr(other, name) != getattr(cfg, name):
-            raise UserError(f"--stage1 {cfg.stage1} was trained with {run.flag_of(name)} {getattr(other, name)}, "
-                            f"not {getattr(cfg, name)}: use that run's settings.")
+    for name in ("method", "dataset", "train_split", "project_split", "backbone", "output_stride",
+                 "unet_width", "rates", "depth", "input_scales", "frozen_bn"):
+        theirs = getattr(other, name)
+        if theirs != getattr(cfg, name):
+            raise UserError(f"--stage1 {cfg.stage1} was trained with {run.flag_of(name)} {theirs}, not "
+                            f"{getattr(cfg, name)}: use that run's settings.")
     saved = run.read_checkpoint(Path(cfg.stage1) / "stage1.pt")
     run.check_classes(saved["progress"]["classes"], classes, cfg.stage1)
     net = build_model(cfg, saved["progress"])
@@ -845,7 +829,8 @@ def announce(net, sets, progress, cfg, machine):
 
 def log_row(net, data, log, iteration, lr, cfg, machine):
     """One more row of log.csv: the network as it stands, evaluated on val [D9]."""
-    phase, score = log.progress["phase"], evaluate(net, data, ["final"], cfg, machine)["final"]
+    phase = log.progress["phase"]
+    score = evaluate(net, data, ["final"], cfg, machine)["final"]
     log.row(f"{phase} {iteration}", dict(phase=phase, iteration=iteration, lr=lr),
             dict(val_miou=score["miou"], val_pixel_acc=score["pixel_acc"]),
             f"{cfg.val_split} mIoU {score['miou']:.1f}", losses=("ce", "diversity", "l1", "entropy"))
@@ -854,21 +839,20 @@ def log_row(net, data, log, iteration, lr, cfg, machine):
 def project(net, sets, log, cfg, machine):
     """The end of stage 1's training: projection, absent classes [D4], duplicates, ProtoSeg's pruning.
 
-    Nothing is done if a checkpoint says that it was. All processes do the same and end with the first one's
-    prototypes, as near ties may differ between GPUs.
+    All processes do the same and end with the first one's prototypes: near ties may differ between GPUs.
     """
     progress = log.progress
-    if progress["phase"] == "project":
+    if progress["phase"] == "project":                               # a resumed run has done it
         return
     net.requires_grad_(False)
-    loader = native_loader(sets["project"], cfg, machine.device)
+    loader = loaders.eval_loader(loaders.TestView(sets["project"], 0), cfg.workers, machine.device)
     sources = project_prototypes(net, loader, machine.device)
     if dist.is_initialized():
         dist.broadcast(net.prototypes.data, 0)
     moved = [source.image >= 0 for source in sources]
     if not any(moved):
-        raise UserError(f"no pixel of the {cfg.project_split or cfg.train_split} split is labelled at the stride "
-                        "of the network, so no prototype can be projected: check the masks.")
+        raise UserError(f"no pixel of the {cfg.project_split or cfg.train_split} split is labelled at the "
+                        "stride of the network, so no prototype can be projected: check the masks.")
     absent = sorted({c for c, has_moved in zip(net.prototype_class.tolist(), moved) if not has_moved})
     distinct = remove_duplicates(net.prototypes, net.prototype_class, net.prototype_scale)
     kept = [p for p in distinct.tolist() if moved[p]]
@@ -881,27 +865,27 @@ def project(net, sets, log, cfg, machine):
             dist.broadcast(passed, 0)
         if not passed.any():
             raise UserError("ProtoSeg's pruning left no prototype: train longer (--schedule, --joint).")
-        index = passed.nonzero()[:, 0]
-        net.keep(index)
-        counts["pruned"] = len(kept) - len(index)
-        kept = [kept[k] for k in index.tolist()]
+        counts["pruned"] = passed.tolist().count(0)
+        kept = [p for p, passes in zip(kept, passed.tolist()) if passes]
+        net.keep(passed.nonzero()[:, 0])
     progress |= dict(phase="project", counts=counts, sources=[list(sources[p]) for p in kept],
-                     prototype_class=net.prototype_class.tolist(), prototype_scale=net.prototype_scale.tolist())
+                     prototype_class=net.prototype_class.tolist(),
+                     prototype_scale=net.prototype_scale.tolist())
     if machine.rank == 0:
         names = f" ({', '.join(counts['absent_classes'])})" if absent else ""
         print(f"projected {len(sources)} prototypes onto training images; {len(kept)} left: "
-              f"{counts['duplicates']} duplicates, {counts['pruned']} pruned, {counts['of_absent_classes']} of "
-              f"classes without a training pixel{names}", flush=True)
+              f"{counts['duplicates']} duplicates, {counts['pruned']} pruned, {counts['of_absent_classes']} "
+              f"of classes without a training pixel{names}", flush=True)
     log_row(net, sets["val"], log, 0, 0.0, cfg, machine)
     log.save("last.pt", dict(model=net), iteration=0)
 
 
 @torch.no_grad()
 def prune_prototypes(net, loader, device, neighbours=6, least=3):
-    """ProtoSeg's rule: True for a prototype with at least `least` of its nearest images' patches in its class.
+    """ProtoSeg's rule: True where `least` or more of a prototype's nearest patches are in its class.
 
-    An image offers its one nearest cell that is not void [D7]; the `neighbours` nearest images count. A patch
-    is of the class if any of its pixels is. loader as in project_prototypes -> (P,) bool.
+    An image offers its one nearest cell that is not void [D7]; the `neighbours` nearest images count. A
+    patch is in the class if any of its pixels is. loader as in project_prototypes -> (P,) bool.
     """
     net.eval()
     other = int(net.prototype_class.max()) + 1                       # void, and classes without prototypes
@@ -911,7 +895,8 @@ def prune_prototypes(net, loader, device, neighbours=6, least=3):
         d2 = net.distances(net.maps(x)[-1])[0]                       # (P,h,w)
         void = nearest_label(mask, d2.shape[1:]) == 255              # (1,h,w)
         nearest, cell = d2.masked_fill(void, math.inf).flatten(1).min(1)                  # (P,)
-        inside = torch.zeros(other + 1, *mask.shape[1:], device=device).scatter_(0, mask.clamp(max=other), 1)
+        inside = torch.zeros(other + 1, *mask.shape[1:], device=device)
+        inside = inside.scatter_(0, mask.clamp(max=other), 1)        # (C+1,H,W)
         inside = F.adaptive_max_pool2d(inside, d2.shape[1:]).flatten(1)                   # (C+1,h*w)
         distance.append(nearest)
         hit.append(inside[net.prototype_class, cell].bool() & nearest.isfinite())
@@ -920,7 +905,7 @@ def prune_prototypes(net, loader, device, neighbours=6, least=3):
     return hit.gather(0, near).sum(0) >= min(least, len(distance))
 
 
-# ---- evaluation: IoU, speed ------------------------------------------------------------------------------
+# ---- evaluation ------------------------------------------------------------------------------------------
 
 def evaluate(net, data, stages, cfg, machine):
     """{stage: rates in percent (common/metrics.py)} over a split, summed over processes.
@@ -931,205 +916,39 @@ def evaluate(net, data, stages, cfg, machine):
     def predict(batch):
         x, = to_device(batch, machine.device, "image")
         logits = net.readouts(x, cfg) if stages == net.stages else [net.final_logits(x, cfg)]
-        return {name: resized(maps, batch["mask"].shape[1:]).argmax(1) for name, maps in zip(stages, logits)}
+        grown = [segmentation.resized(maps, batch["mask"].shape[1:]) for maps in logits]
+        return {stage: maps.argmax(1) for stage, maps in zip(stages, grown)}
 
-    loader = loaders.eval_loader(test_view(data, cfg), cfg.workers, *machine)
+    view = loaders.TestView(data, cfg.test_size, cfg.test_square)
+    loader = loaders.eval_loader(view, cfg.workers, *machine)
     return segmentation.evaluate(net, loader, data.num_classes, stages, predict, machine)
 
 
-@torch.no_grad()
-def images_per_second(net, data, cfg, device):
-    """Table 10 "It/s": whole test images from input to labels, the clock read when the device is done."""
-    sample = test_view(data, cfg)[0]
-    x = sample["image"][None].to(device, memory_format=torch.channels_last)
-    net.eval()
-
-    def label():
-        return resized(net.final_logits(x, cfg), sample["mask"].shape).argmax(1)
-    return 1 / speed.measured_speed(label, {}, device, repeats=11)
-
-
-# ---- evaluation: parts (Sec. 6; formulas: code) [D8] -----------------------------------------------------
-
-def part_presence(similarity, class_mask, keypoints, num_parts, quantile=0.8):
-    """Do prototypes light up on the keypoints of parts in one image?
-
-    similarity (P,H,W) of P prototypes of a class at the image's size, class_mask (H,W) bool, keypoints (K,3):
-    part id 1..Q, x, y -> present (P,Q) bool: some keypoint of the part lies on an active pixel; exists (Q,)
-    bool: the image has a keypoint of it. Active: in the class, and above the map's quantile there [D8].
-    """
-    pixels = similarity[:, class_mask]                               # (P,n)
-    part, x, y = keypoints.long().unbind(1)
-    exists = torch.zeros(num_parts, dtype=torch.bool, device=similarity.device)
-    exists[part - 1] = True
-    present = torch.zeros(len(similarity), num_parts, dtype=torch.int64, device=similarity.device)
-    if pixels.shape[1] and len(part):
-        active = similarity[:, y, x] > row_quantile(pixels, quantile)[:, None]            # (P,K)
-        present.index_add_(1, part - 1, (active & class_mask[y, x]).long())
-    return present > 0, exists
-
-
-@torch.no_grad()
-def part_scores(net, data, parts, cfg, device):
-    """Consistency and stability (metrics.part_scores) in the images' own size, under noise N(0, 0.2)."""
-    def images():
-        generator, view = torch.Generator().manual_seed(cfg.seed), loaders.TestView(data, 0)
-        for i in tqdm([i for i in range(len(data)) if parts.has(i)], desc="parts", leave=False, disable=None):
-            x, mask = to_device(default_collate([view[i]]), device, "image", "mask")
-            noise = 0.2 * torch.randn(x.shape, generator=generator).to(device)            # on normalised pixels
-            yield net.similarity(x)[0], net.similarity(x + noise)[0], mask[0], parts.keypoints(i).to(device)
-
-    return metrics.part_scores(images(), part_presence, net.prototype_class, net.used(cfg.threshold),
-                               parts.classes, parts.num_parts, cfg.quantiles)
-
-
-@torch.no_grad()
-def part_purity(net, data, parts, cfg, device, most=10):
-    """Beyond the paper: is a prototype one part (metrics.part_purity)? {} without part maps."""
-    def images():
-        view = test_view(data, cfg)
-        for i in tqdm([i for i in range(len(data)) if parts.has(i)], desc="purity", leave=False, disable=None):
-            part_map = parts.part_map(i)
-            if part_map is not None:
-                x, mask = to_device(default_collate([view[i]]), device, "image", "mask")
-                s = net.similarity(x)[0]                             # (P,h,w)
-                labels, ids = (nearest_label(m, s.shape[1:])[0].cpu() for m in (mask, part_map[None].long()))
-                yield s.cpu(), labels, ids
-
-    classes = net.prototype_class.cpu()
-    counted = net.used(cfg.threshold).cpu() & torch.isin(classes, torch.tensor(parts.classes))
-    return metrics.part_purity(images(), classes, counted, data.num_classes, parts.num_parts, most)
-
-
-# ---- evaluation: groups (Sec. 9, 10, 12) -----------------------------------------------------------------
-
-def sparsity(net, cfg):
-    """Tables 7, 8 and 10: prototypes in use, prototypes of a group on average, mean |w| of the last layer, and
-    the parameters beyond backbone and ASPP: used prototypes, group weights that are not 0, last layer."""
-    groups, D = net.groups, net.prototypes.shape[1]
-    head = (net if groups is None else groups).last_layer.weight.detach()
-    prototypes = int(net.used(cfg.threshold).sum())
-    found = dict(prototypes=prototypes, mean_abs_weight=float(head.abs().mean()),
-                 extra_parameters=prototypes * D + head.numel())
-    if groups is not None:
-        members = threshold_groups(groups.weights, cfg.threshold) > 0
-        has_groups = (groups.members >= 0).any(1)
-        found["group_average"] = float(members.sum(2)[has_groups].float().mean())
-        found["extra_parameters"] += int(members.sum())
-    return found
-
-
-def group_overlap(activation, percentile=95):
-    """Table 9 for one image: activation (R,G,H,W) of the groups of R classes -> (intersection, union), pixels.
-
-    Every map is binarised above its own percentile over the image; the counts are sums over classes and pairs
-    of groups. Sums over the images give the overlap: intersection / union.
-    """
-    maps = activation.flatten(2)                                     # (R,G,n)
-    active = (maps > row_quantile(maps.flatten(0, 1), percentile / 100).view(*maps.shape[:2], 1)).float()
-    both = active @ active.transpose(1, 2)                           # (R,G,G) pixels active in both
-    i, j = torch.triu_indices(maps.shape[1], maps.shape[1], 1, device=maps.device)
-    count = active.sum(2)                                            # (R,G)
-    intersection = both[:, i, j].sum()
-    return intersection, (count[:, i] + count[:, j]).sum() - intersection
-
-
-@torch.no_grad()
-def mean_overlap(net, data, cfg, device):
-    """Table 9: overlap of a class's groups over the images that hold the class, in percent."""
-    groups, total = net.groups, torch.zeros(2, dtype=torch.float64)
-    filled = (groups.weights >= cfg.threshold).any(2).flatten()[:, None, None]            # others are 1 everywhere
-    loader = loaders.eval_loader(test_view(data, cfg), cfg.workers, device)
-    for batch in tqdm(loader, desc="overlap", leave=False, disable=None):
-        x, mask = to_device(batch, device, "image", "mask")
-        present = [c for c in mask.unique().tolist() if c != 255 and groups.members[c, 0] >= 0]
-        if present:
-            activation = groups.activations(net.similarity(x), cfg.threshold)[0] * filled                 # (C*G,h,w)
-            activation = activation.unflatten(0, (-1, groups.weights.shape[1]))[present]
-            total += torch.stack(group_overlap(resized(activation, mask.shape[1:], "bicubic"))).cpu().double()
-    return float(100 * total[0] / total[1]) if total[1] > 0 else None
-
-
-# ---- evaluation: quasi-equivariant prototypes (Sec. 11) --------------------------------------------------
-
-@torch.no_grad()
-def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_cells=10):
-    """Eq. (10): prototypes of two scales that light up alike when the image is scaled to make up for their rates.
-
-    With r(s) = rate s / rate 1, prototype i of scale s sees the image shrunk by r(t), prototype j of scale t > s
-    sees it shrunk by r(s); both maps go to the larger one's grid and are binarised at a quantile p_th over the
-    class's cells. A pair is quasi-equivariant if the mean IoU over the images of the class [D12] is above `least`.
-    Returns {p_th: dict} with Fig. 7's ratios in percent and the pairs (i, j, IoU).
-    """
-    factors = [rate / cfg.rates[0] for rate in cfg.rates]
-    count = min(cfg.equivariance, len(data))
-    chosen = Subset(loaders.TestView(data, 0), [k * len(data) // count for k in range(count)])
-    images = torch.zeros(len(net.prototypes), len(net.prototypes), device=device)         # in which i, j were compared
-    iou = images.repeat(len(quantiles), 1, 1)                        # sums over these
-    loader = loaders.eval_loader(chosen, cfg.workers, device)
-    for batch in tqdm(loader, desc="equivariance", leave=False, disable=None):
-        x, mask = to_device(batch, device, "image", "mask")
-        maps = [net.similarity(shrunk(x, factor))[0] for factor in factors]               # (P,h,w) each
-        for s, t in torch.combinations(torch.arange(len(factors))).tolist():
-            for_t = maps[s]                                          # of the image shrunk by r(s): the larger maps
-            for_s = resized(maps[t][None], for_t.shape[1:])[0]
-            labels = nearest_label(mask, for_t.shape[1:])[0]
-            for c, cells in zip(*(values.tolist() for values in labels.unique(return_counts=True))):
-                i, j = (((net.prototype_class == c) & (net.prototype_scale == scale)).nonzero()[:, 0]
-                        for scale in (s, t))
-                if cells < least_cells or not len(i) or not len(j):
-                    continue
-                images[i[:, None], j] += 1
-                a, b = for_s[i][:, labels == c], for_t[j][:, labels == c]                 # (n_i,cells), (n_j,cells)
-                for k, q in enumerate(quantiles):
-                    active = [values >= row_quantile(values, q)[:, None] for values in (a, b)]
-                    iou[k, i[:, None], j] += metrics.pairwise_iou(*active)
-    iou = (iou / images.clamp(min=1)).cpu()
-    return {f"{q:g}": equivariance_ratios(net, iou[k], least) for k, q in enumerate(quantiles)}
-
-
-def equivariance_ratios(net, iou, least):
-    """iou (P,P) on the CPU -> the ratios of Fig. 7 in percent and the pairs; those that share a prototype merge."""
-    pairs = [(i, j, float(iou[i, j])) for i, j in (iou > least).nonzero().tolist()]
-    group = list(range(len(iou)))                                    # merged: all members bear the smallest number
-    for i, j, _ in pairs:
-        both = group[i], group[j]
-        group = [min(both) if number in both else number for number in group]
-    paired = sorted({p for i, j, _ in pairs for p in (i, j)})
-    num_groups, classes = len({group[p] for p in paired}), net.prototype_class[paired].unique()
-    known = net.prototype_class.unique().numel()                     # classes with prototypes
-    return dict(groups=num_groups, groups_to_learned_groups=100 * num_groups / (known * net.groups.weights.shape[1]),
-                prototypes_in_groups=100 * len(paired) / len(iou), classes_with_groups=100 * len(classes) / known,
-                pairs=sorted(pairs, key=lambda pair: -pair[2]))
-
-
-# ---- report ----------------------------------------------------------------------------------------------
-
 def report(net, cfg, sets, progress, machine):
     """Final evaluation on the test split, metrics.json and figures/ (rank 0 writes). Returns the metrics."""
-    data, out, stages = sets["test"], Path(cfg.out), net.stages
-    scores = evaluate(net, data, stages, cfg, machine)
+    data, device = sets["test"], machine.device
+    scores = evaluate(net, data, net.stages, cfg, machine)
     if machine.rank:
         return None
-    final = segmentation.named_rates(scores[stages[-1]], data.classes, cfg.test_split)
+    final = segmentation.named_rates(scores[net.stages[-1]], data.classes, cfg.test_split)
     entries = {key: final[key] for key in ("miou", "macc", "pixel_acc", "iou", "absent")}
     for stage, score in scores.items():
         iou = dict(zip(data.classes, score["iou"]))
         entries[stage] = dict(miou=score["miou"], pixel_acc=score["pixel_acc"], iou=iou)
     if cfg.method != "deeplab":
-        entries |= progress["counts"] | sparsity(net, cfg) | analyse(net, cfg, sets, machine.device)
+        entries |= progress["counts"] | measures.analyse(net, data, sets["project"], cfg, device)
+    iterations = {phase: getattr(cfg, phase) for phase in PHASES[cfg.method] if phase != "project"}
     entries |= run.facts(cfg, net, progress, machine, "method", "threshold") | dict(
-        images_per_second=images_per_second(net, data, cfg, machine.device), split=cfg.test_split,
-        iterations={phase: getattr(cfg, phase) for phase in PHASES[cfg.method] if phase != "project"},
-        finished=is_finished(cfg, progress))
-    run.write_json(out / "metrics.json", entries)
-    gallery.draw_figures(drawing_of(net, cfg, sets["test"], sets["project"], progress, machine.device), entries)
-    words = [f"{cfg.test_split} mIoU: " + ", ".join(f"{name} {score['miou']:.1f}" for name, score in scores.items())]
+        images_per_second=images_per_second(net, data, cfg, device), split=cfg.test_split,
+        iterations=iterations, finished=is_finished(cfg, progress))
+    run.write_json(Path(cfg.out) / "metrics.json", entries)
+    gallery.draw_figures(gallery.Drawing(net, cfg, progress, data, sets["project"], device), entries)
+    text = ", ".join(f"{stage} {score['miou']:.1f}" for stage, score in scores.items())
     if "prototypes" in entries:
-        words.append(f"; {entries['prototypes']} prototypes")
+        text += f"; {entries['prototypes']} prototypes"
     if "group_average" in entries:
-        words.append(f", {entries['group_average']:.1f} a group")
-    print(f"{''.join(words)}; see {out}/metrics.json and {out}/figures")
+        text += f", {entries['group_average']:.1f} a group"
+    print(f"{cfg.test_split} mIoU: {text}; see {cfg.out}/metrics.json and {cfg.out}/figures")
     return entries
 
 
@@ -1138,71 +957,43 @@ def is_finished(cfg, progress):
     return (progress["phase"], progress["iteration"]) == (last, getattr(cfg, last))
 
 
-def analyse(net, cfg, sets, device):
-    """The measures of interpretability that the data allow, as entries of metrics.json."""
-    net.eval()
-    found, data = {}, sets["test"]
-    parts = open_parts(data, cfg.parts)
-    if parts is not None:
-        found |= part_scores(net, data, parts, cfg, device) | part_purity(net, data, parts, cfg, device)
-    if net.groups is not None:
-        found["group_overlap"] = mean_overlap(net, data, cfg, device)
-        if cfg.equivariance:
-            found["equivariance"] = equivariance(net, sets["project"], cfg, device)
-    return found
-
-
 # ---- use a trained run -----------------------------------------------------------------------------------
 
-KEYS = ("phase", "offset", "iteration")                              # of progress, by which a checkpoint is known
-
-
 def load_network(cfg, device, classes=None):
-    """The network of the run in cfg.out in eval mode, and its progress. classes: those it must know, if given."""
-    progress = run.read_progress(cfg.out, KEYS, classes)
+    """The network of the run in cfg.out in eval mode, and its progress. classes: those it must know."""
+    progress = run.read_progress(cfg.out, ("phase", "offset"), classes)
     if "sources" not in progress and cfg.method != "deeplab":
-        raise UserError(f"the run in {cfg.out} has not come to the projection yet: let it finish (--resume).")
+        raise UserError(f"the run in {cfg.out} has not come to its projection: let it finish (--resume).")
     net = build_model(cfg, progress).to(device, memory_format=torch.channels_last)
     run.load_checkpoint(Path(cfg.out) / "last.pt", dict(model=net), device)
     if not is_finished(cfg, progress):
-        print(f"note: the run in {cfg.out} is not finished: {progress['phase']}, iteration {progress['iteration']}")
+        print(f"note: the run in {cfg.out} is unfinished: {progress['phase']} {progress['iteration']}")
     return net.eval(), progress
-
-
-def drawing_of(net, cfg, test, source_images, progress, device):
-    def predict(image):
-        return predict_labels(net, image, cfg, device)
-    return gallery.Drawing(net, cfg, progress, test, source_images, predict, device)
 
 
 def load_run(cfg, device):
     """The run in cfg.out, to explain or draw it."""
     if cfg.method == "deeplab":
-        raise UserError(f"the run in {cfg.out} is a plain network, which has no prototypes to explain it with: pass "
-                        "a run of scaleprotoseg or protoseg.")
+        raise UserError(f"the run in {cfg.out} is a plain network, which has no prototypes to explain it: "
+                        "pass a run of scaleprotoseg or protoseg.")
     test, source_images = (datasets.open_dataset(cfg.dataset, cfg.data, split)
                            for split in (cfg.test_split, cfg.project_split or cfg.train_split))
     net, progress = load_network(cfg, device, test.classes)
-    return drawing_of(net, cfg, test, source_images, progress, device)
-
-
-def predict_labels(net, image, cfg, device):
-    """uint8 (3,H,W) -> class ids (H,W) uint8 on the CPU."""
-    logits = net.final_logits(network_input(image, cfg.test_size, cfg.test_square).to(device), cfg)
-    return resized(logits, image.shape[1:]).argmax(1)[0].to(torch.uint8).cpu()
+    return gallery.Drawing(net, cfg, progress, test, source_images, device)
 
 
 @torch.no_grad()
 def explain_cell(net, similarity, c, cell, alpha=0.0):
     """Why does a cell (row, column) have its logit of class c? similarity (P,h,w) -> dict of plain numbers.
 
-    logit = sum of the contributions of own + constant + others, exactly as the network computes it. Of an own
-    group: contribution = weight x activation, activation = exp(sum over members of weight x similarity). The
-    groups of other classes have activation 1 where they see nothing: constant = the sum of their weights, others =
-    the sum of weight x (activation - 1), against = the three that lower the logit most. ProtoSeg: prototypes in
-    place of groups, similarities in place of activations; constant = 0.
+    logit = sum of the contributions of own + constant + others, exactly as the network computes it. Of an
+    own group: contribution = weight x activation, activation = exp(sum over members of weight x similarity).
+    The groups of other classes have activation 1 where they see nothing: constant = the sum of their
+    weights, others = the sum of weight x (activation - 1), against = the three that lower the logit most.
+    ProtoSeg: prototypes in place of groups, similarities in place of activations; constant = 0.
     """
-    s, groups = similarity[:, cell[0], cell[1]], net.groups          # (P,)
+    groups = net.groups
+    s = similarity[:, cell[0], cell[1]]                              # (P,)
     if groups is None:
         weight, owner = net.last_layer.weight[c], net.prototype_class
         activation, nothing = s, torch.zeros_like(s)
@@ -1210,7 +1001,8 @@ def explain_cell(net, similarity, c, cell, alpha=0.0):
         weight, owner = groups.last_layer.weight[c], groups.class_of_group
         activation = groups.activations(s[None, :, None, None], alpha)[0, :, 0, 0]        # (C*G,)
         nothing = (groups.members >= 0).any(1)[owner].to(s.dtype)    # 1, or 0 without members
-    terms, others = weight * activation, weight * (activation - nothing)
+    terms = weight * activation
+    others = weight * (activation - nothing)
 
     own = []
     for k, f in enumerate((owner == c).nonzero()[:, 0].tolist()):
@@ -1219,131 +1011,126 @@ def explain_cell(net, similarity, c, cell, alpha=0.0):
             part["prototype"] = f
         else:
             part["group"] = k
-            part["members"] = [dict(prototype=p, scale=int(net.prototype_scale[p]), weight=w, similarity=float(s[p]))
-                               for p, w in groups.members_of(c, k, alpha)]
+            part["members"] = [dict(prototype=p, weight=w, scale=int(net.prototype_scale[p]),
+                                    similarity=float(s[p])) for p, w in groups.members_of(c, k, alpha)]
         own.append(part)
     lowest = others.masked_fill(owner == c, math.inf).argsort()[:3].tolist()
+    against = [{"class": int(owner[f]), "contribution": float(others[f])} for f in lowest if others[f] < 0]
     return dict(logit=float(terms.sum()), own=own, constant=float((weight * nothing)[owner != c].sum()),
-                others=float(others[owner != c].sum()),
-                against=[{"class": int(owner[f]), "contribution": float(others[f])} for f in lowest if others[f] < 0])
+                others=float(others[owner != c].sum()), against=against)
 
 
 @torch.no_grad()
 def explain(cfg, device):
     """--explain IMAGE: OUT/explanations/NAME-CLASS.png and .json. Returns the numbers."""
-    d, path = load_run(cfg, device), Path(cfg.explain)
-    classes, image = d.progress["classes"], files.read_image(path)
-    x = network_input(image, cfg.test_size, cfg.test_square).to(device)
-    similarity = d.net.similarity(x)[0]                              # (P,h,w)
+    d = load_run(cfg, device)
+    image = files.read_image(Path(cfg.explain))
+    similarity = d.similarity(image)                                 # (P,h,w)
     logits = d.net.logits(similarity[None], cfg.threshold)[0]        # (C,h,w)
-    c, cell = segmentation.class_and_cell(logits, image.shape[1:], cfg.class_, classes, cfg.pixel)
+    c, cell = segmentation.class_and_cell(logits, image.shape[1:], cfg.class_, d.classes, cfg.pixel)
     y0, y1, x0, x1 = figures.cell_block(cell, logits.shape[1:], image.shape[1:])
-    explanation = {"class": classes[c], "predicted": classes[int(logits[:, cell[0], cell[1]].argmax())],
-                   "x": (x0 + x1) // 2, "y": (y0 + y1) // 2}
+    predicted = d.classes[int(logits[:, cell[0], cell[1]].argmax())]
+    explanation = {"class": d.classes[c], "predicted": predicted, "x": (x0 + x1) // 2, "y": (y0 + y1) // 2}
     explanation |= explain_cell(d.net, similarity, c, cell, cfg.threshold)
     for part in explanation["against"]:
-        part["class"] = classes[part["class"]]
-    target = gallery.draw_explanation(d, path, image, similarity, logits, c, cell, explanation)
-    run.write_json(target.with_suffix(".json"), explanation)
-    print(f"{gallery.explanation_text(explanation)}; see {target}")
+        part["class"] = d.classes[part["class"]]
+    picture = gallery.draw_explanation(d, image, similarity, logits, c, cell, explanation)
+    run.write_json(picture.with_suffix(".json"), explanation)
     return explanation
 
 
 def failures(cfg, device):
-    """--failure CLASS (Sec. 17): the test images with the most wrong pixels of the class. Returns the list."""
+    """--failure CLASS (Sec. 17): pictures of the test images that miss or invent it most, and their list."""
     d = load_run(cfg, device)
-    return gallery.draw_failures(d, segmentation.class_id(cfg.failure, d.progress["classes"], "--failure"))
+    return gallery.draw_failures(d, segmentation.class_id(cfg.failure, d.classes, "--failure"))
 
 
 def predict(cfg, device):
     """--predict: for every image OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png."""
     net, progress = load_network(cfg, device)
+    d = gallery.Drawing(net, cfg, progress, None, None, device)
 
     def predict_file(path):
         image = files.read_image(path)
-        return image, predict_labels(net, image, cfg, device)
-    segmentation.predict_files(files.list_images(cfg.predict), predict_file, progress["classes"], cfg.out)
+        return image, d.predict(image)
+    segmentation.predict_files(files.list_images(cfg.predict), predict_file, d.classes, cfg.out)
 
 
 # ---- tables of the paper ---------------------------------------------------------------------------------
 
+METHODS = {name: dict(method=name) for name in ("deeplab", "protoseg", "scaleprotoseg")}
+OURS = METHODS["scaleprotoseg"]
+EM_CUTS = {f"{name} {k}": dict(method=name, train_split=f"train-{k}", val_split=f"val-{k}",
+                               test_split=f"val-{k}") for name in METHODS for k in (1, 2)}        # [D6]
+THRESHOLDS = {"0.0": OURS, "0.05": OURS, "0.1": OURS}
+ENTROPY = {"off": OURS | dict(w_entropy=0.0), "on": OURS}
 SPARSE = {"prototypes": "prototypes", "of a group": "group_average", "mIoU": "miou"}
-DATA = ("paper Pascal", "paper Cityscapes", "paper ADE20K")
-ENTROPY = {"off": dict(method="scaleprotoseg", w_entropy=0.0), "on": dict(method="scaleprotoseg")}
-THREE = {name: dict(method=name) for name in ("deeplab", "protoseg", "scaleprotoseg")}
-EM_CUTS = {f"{name} {k}": dict(method=name, train_split=f"train-{k}", val_split=f"val-{k}", test_split=f"val-{k}")
-           for name in THREE for k in (1, 2)}
+COST = {"mean abs w": "mean_abs_weight", "parameters": "extra_parameters", "images/s": "images_per_second"}
+DIGITS = {"of a group": 2, "mIoU": 2, "group overlap": 2, "mean abs w": 3, "images/s": 2}
+PAPER = ("paper Pascal", "paper Cityscapes", "paper ADE20K")
+ON = ("131 / 3.70 / 72.26", "111 / 3.39 / 69.22", "1132 / 4.08 / 34.32")    # in the order of SPARSE
 TABLES = {
-    5: tables.Table("Table 5: three methods (the paper: mean of 3 runs, two random cuts, no plain network)", THREE,
-                    {"mIoU": "miou"}, ("paper EM",), digits={"mIoU": 2},
-                    paper={"protoseg 1": (77.63,), "protoseg 2": (78.92,), "scaleprotoseg 1": (77.97,),
-                           "scaleprotoseg 2": (79.29,)}),
-    7: tables.Table("Table 7: thresholds of the group weights", {"0.0": {}, "0.05": {}, "0.1": {}}, SPARSE, DATA,
-                    {"0.0": ("133 / 4.00 / 72.11", "114 / 3.68 / 69.20", "1168 / 4.53 / 34.03"),
-                     "0.05": ("131 / 3.70 / 72.26", "111 / 3.39 / 69.22", "1132 / 4.08 / 34.32"),
-                     "0.1": ("126 / 3.21 / 72.12", "109 / 3.10 / 69.03", "1067 / 3.48 / 34.16")},
-                    {"of a group": 2, "mIoU": 2}),
-    8: tables.Table("Table 8: entropy loss of the groups, off and on", ENTROPY, SPARSE, DATA,
-                    {"off": ("146 / 5.59 / 72.22", "132 / 5.79 / 69.22", "1405 / 6.06 / 33.40"),
-                     "on": ("131 / 3.70 / 72.26", "111 / 3.39 / 69.22", "1132 / 4.08 / 34.32")},
-                    {"of a group": 2, "mIoU": 2}),
-    9: tables.Table("Table 9: overlap of a class's groups, entropy loss off and on", ENTROPY,
-                    {"group overlap": "group_overlap"}, DATA,
-                    {"off": (47.45, 61.65, 50.25), "on": (28.29, 43.48, 42.74)}, {"group overlap": 2}),
-    10: tables.Table("Table 10: last layer and cost: mean abs w, parameters beyond DeepLabv2, images a second "
-                     "(ours: one, synchronised)", {name: THREE[name] for name in ("protoseg", "scaleprotoseg")},
-                     {"mean abs w": "mean_abs_weight", "parameters": "extra_parameters",
-                      "images/s": "images_per_second"}, DATA,
-                     {"protoseg": ("0.527 / 12100 / 20.70", "0.523 / 9900 / 52.50", "0.503 / 238200 / 51.90"),
-                      "scaleprotoseg": ("0.063 / 9100 / 15.60", "0.071 / 7600 / 5.10", "0.437 / 135400 / 14.50")},
-                     {"mean abs w": 3, "images/s": 2}),
+    5: Table("Table 5: three methods (the paper: mean of 3 runs on EM, no plain network)", METHODS,
+             {"mIoU": "miou"}, ("paper EM",), digits=DIGITS,
+             paper={"protoseg 1": (77.63,), "protoseg 2": (78.92,), "scaleprotoseg 1": (77.97,),
+                    "scaleprotoseg 2": (79.29,)}),
+    7: Table("Table 7: thresholds of the group weights", THRESHOLDS, SPARSE, PAPER, digits=DIGITS,
+             paper={"0.0": ("133 / 4.00 / 72.11", "114 / 3.68 / 69.20", "1168 / 4.53 / 34.03"), "0.05": ON,
+                    "0.1": ("126 / 3.21 / 72.12", "109 / 3.10 / 69.03", "1067 / 3.48 / 34.16")}),
+    8: Table("Table 8: entropy loss of the groups, off and on", ENTROPY, SPARSE, PAPER, digits=DIGITS,
+             paper={"off": ("146 / 5.59 / 72.22", "132 / 5.79 / 69.22", "1405 / 6.06 / 33.40"), "on": ON}),
+    9: Table("Table 9: overlap of a class's groups, entropy loss off and on", ENTROPY,
+             {"group overlap": "group_overlap"}, PAPER, digits=DIGITS,
+             paper={"off": (47.45, 61.65, 50.25), "on": (28.29, 43.48, 42.74)}),
+    10: Table("Table 10: last layer and cost: mean abs w, parameters beyond DeepLabv2, images a second "
+              "(ours: one, synchronised)", {"protoseg": METHODS["protoseg"], "scaleprotoseg": OURS}, COST,
+              PAPER, digits=DIGITS, paper={
+                  "protoseg": ("0.527 / 12100 / 20.70", "0.523 / 9900 / 52.50", "0.503 / 238200 / 51.90"),
+                  "scaleprotoseg": ("0.063 / 9100 / 15.60", "0.071 / 7600 / 5.10",
+                                    "0.437 / 135400 / 14.50")}),
 }
 
 
 def run_table(cfg, machine):
-    """--table: every row as a run in OUT/rows/, then OUT/tableN.md. Finished rows are kept, so tables share them."""
+    """--table: its rows as runs in OUT/rows/, then OUT/tableN.md. Tables share rows, finished ones stay."""
     table = TABLES[cfg.table]
     if cfg.table == 5 and cfg.dataset == "em":
         table = table._replace(rows=EM_CUTS)
-    if table.rows is ENTROPY:
-        results = entropy_rows(cfg, machine)
-    elif cfg.table == 7:
-        results = thresholds(table.rows, cfg, machine)
-    else:
-        results = tables.train_rows(table.rows, cfg, train, machine)
-    about = f"{cfg.joint} joint and {cfg.group_joint} group iterations"
-    tables.write_table(cfg.table, table, results, cfg, machine, about)
+    special = {7: thresholds, 8: entropy_rows, 9: entropy_rows}
+    results = special.get(cfg.table, train_rows)(table.rows, cfg, train, machine)
+    write_table(cfg.table, table, results, cfg, machine,
+                f"{cfg.joint} joint and {cfg.group_joint} group iterations")
     return results
 
 
-def entropy_rows(cfg, machine):
-    """Tables 8, 9 and Fig. 6: without the entropy loss only the groups are trained anew, on the same stage 1."""
+def thresholds(rows, cfg, train, machine):
+    """Table 7: the run of our method with other thresholds; nothing is trained again."""
+    train_rows({"scaleprotoseg": OURS}, cfg, train, machine)
+    data = datasets.open_dataset(cfg.dataset, cfg.data, cfg.test_split)
+    results = {name: [] for name in rows}
+    for row_cfg in row_configs("scaleprotoseg", OURS, cfg):
+        net, _ = load_network(row_cfg, machine.device)
+        for name in rows:
+            changed = replace(row_cfg, threshold=float(name))
+            score = evaluate(net, data, ["final"], changed, machine)["final"]
+            results[name].append(dict(miou=score["miou"]) | sparsity(net, changed))
+    return results
+
+
+def entropy_rows(rows, cfg, train, machine):
+    """Tables 8, 9, Fig. 6: without the entropy loss groups are trained anew, on the same stage 1."""
     folders = dict(on="scaleprotoseg", off="entropy-off")
 
     def train_groups(row_cfg, machine):
         return train(replace(row_cfg, stage1=row_cfg.out.replace(folders["off"], folders["on"])), machine)
 
-    on = tables.train_rows({"on": ENTROPY["on"]}, cfg, train, machine, folders.get)
-    off = tables.train_rows({"off": ENTROPY["off"]}, cfg, train_groups, machine, folders.get)
+    on = train_rows({"on": rows["on"]}, cfg, train, machine, folders.get)
+    off = train_rows({"off": rows["off"]}, cfg, train_groups, machine, folders.get)
     if machine.rank == 0:
-        runs = {name: load_run(next(tables.row_configs(name, ENTROPY["on"], cfg, folders.get)), machine.device)
+        runs = {name: load_run(next(row_configs(name, OURS, cfg, folders.get)), machine.device)
                 for name in ("off", "on")}
         gallery.draw_entropy(Path(cfg.out) / "entropy.png", runs)
     return off | on
-
-
-def thresholds(rows, cfg, machine):
-    """Table 7: the run of the row scaleprotoseg with other thresholds; nothing is trained again."""
-    method = THREE["scaleprotoseg"]
-    tables.train_rows({"scaleprotoseg": method}, cfg, train, machine)
-    data, results = datasets.open_dataset(cfg.dataset, cfg.data, cfg.test_split), {name: [] for name in rows}
-    for row_cfg in tables.row_configs("scaleprotoseg", method, cfg):
-        net, _ = load_network(row_cfg, machine.device)
-        for alpha, values in results.items():
-            changed = replace(row_cfg, threshold=float(alpha))
-            score = evaluate(net, data, ["final"], changed, machine)["final"]
-            values.append(dict(miou=score["miou"]) | sparsity(net, changed))
-    return results
 
 
 def main(cfg):
@@ -1363,5 +1150,5 @@ def main(cfg):
     return train(cfg, machine)
 
 
-if __name__ == "__main__":                                           # guard: worker processes import this file
+if __name__ == "__main__":                                           # worker processes import this file
     run.run_script(main, Config, PRESETS, __doc__)

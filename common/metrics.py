@@ -14,7 +14,6 @@ The counts are summed before any ratio is taken: a mean of the mIoU of single im
 """
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 
 class ConfusionMatrix:
@@ -150,96 +149,3 @@ def part_consistency(inside, visible, own, share=0.8):
 def part_stability(inside, noisy, own):
     """Percent of the pairs own (N,M) whose region holds the same parts when the image is noisy (same source)."""
     return 100 * (inside == noisy).all(2)[own].float().mean().item()
-
-
-# ---- parts: does a prototype light up on the same part of the object? -------------------------------------------
-# P prototypes, each of one class; Q annotated parts with the ids 1..Q, 0 = no part.
-
-def part_scores(images, presence, prototype_class, used, classes, num_parts, quantiles):
-    """Consistency and stability of prototypes in percent, for every quantile and as their mean.
-
-    Consistency: share of the prototypes that light up on one and the same part in more than 80 % of the images that
-    show this part. Stability: share of (image, class, prototype) whose parts stay the same in a noisy image.
-    images: for each (clean (P,h,w), noisy (P,h,w), mask (H,W), keypoints (K,4): class, part, x, y), similarities.
-    presence(similarity (p,H,W), class_mask (H,W), keypoints (K,3), num_parts, quantile) -> (p,Q), (Q,) bool: on which
-    parts a prototype lights up, which the image has. used (P,) bool: those that count. classes: those with parts.
-    """
-    device = used.device
-    seen = torch.zeros(len(used), num_parts, device=device)          # images of p's class that show part q
-    hits = seen.repeat(len(quantiles), 1, 1)                         # those in which p lights up on q
-    stable = torch.zeros(len(quantiles))
-    pairs = 0
-    for clean, noisy, mask, keypoints in images:
-        for c in classes:
-            index = ((prototype_class == c) & used).nonzero()[:, 0]
-            points = keypoints[keypoints[:, 0] == c, 1:]
-            if not len(index) or not len(points) or not (mask == c).any():
-                continue
-            maps = [F.interpolate(s[None, index], mask.shape, mode="nearest")[0] for s in (clean, noisy)]
-            for k, q in enumerate(quantiles):
-                before, exists = presence(maps[0], mask == c, points, num_parts, q)
-                after, _ = presence(maps[1], mask == c, points, num_parts, q)
-                hits[k, index] += before
-                stable[k] += (before == after).all(1).sum().cpu()
-            seen[index] += exists
-            pairs += len(index)
-    if not pairs:
-        return dict(consistency=None, stability=None)
-    rates = (hits / seen.clamp(min=1))[:, seen.sum(1) > 0].amax(2)   # (quantiles, prototypes)
-    consistency = 100 * (rates > 0.8).float().mean(1)
-    stability = 100 * stable / pairs
-    names = [f"{q:g}" for q in quantiles]
-    return dict(consistency=consistency.mean().item(), stability=stability.mean().item(),
-                consistency_by_quantile=dict(zip(names, consistency.tolist())),
-                stability_by_quantile=dict(zip(names, stability.tolist())))
-
-
-def part_purity(images, prototype_class, counted, num_classes, num_parts, most=10):
-    """Is a prototype one part? In percent, over the prototypes counted (P,) bool; {} if there is nothing to count.
-
-    images: for each (similarity (P,h,w), labels (h,w) int64, parts (h,w) int64), on the CPU. purity: of the `most`
-    images in which a prototype is most similar to a pixel of its class, the share that holds the same part at that
-    pixel, whichever part is the most frequent. largest_part: the share of the part that covers most of the class;
-    chance lies above it, as purity takes the most frequent of ten.
-    """
-    similarity, part = [], []
-    area = torch.zeros(num_classes, num_parts + 1)                   # pixels of each part in each class
-    for s, labels, parts in images:
-        s = s.masked_fill(labels != prototype_class[:, None, None], -1.0).flatten(1)
-        labels, parts = labels.flatten(), parts.flatten()
-        highest, cell = s.max(1)
-        similarity.append(highest)
-        part.append(parts[cell])
-        known = labels < num_classes
-        bins = labels[known] * area.shape[1] + parts[known]
-        area.view(-1).index_add_(0, bins, torch.ones(len(bins)))
-    if not part:
-        return {}
-    similarity, part = torch.stack(similarity), torch.stack(part)    # (images,P)
-    value, top = similarity.topk(min(most, len(part)), dim=0)
-    of_class = value >= 0                                            # (most,P): the image holds the class
-    shown = F.one_hot(part.gather(0, top), area.shape[1]) * of_class[..., None]           # (most,P,Q+1)
-    share = shown.sum(0)[:, 1:].amax(1) / of_class.sum(0).clamp(min=1)                    # (P,)
-    chance = (area[:, 1:].amax(1) / area.sum(1).clamp(min=1))[prototype_class]
-    counted = counted & of_class[0]
-    if not counted.any():
-        return {}
-    return dict(purity=100 * share[counted].mean().item(), largest_part=100 * chance[counted].mean().item())
-
-
-# ---- regions that light up alike --------------------------------------------------------------------------------
-
-def pairwise_iou(a, b):
-    """IoU of every row of a (n,k) bool with every row of b (m,k) bool -> (n,m)."""
-    a, b = a.float(), b.float()
-    both = a @ b.T
-    return both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)
-
-
-def merged(pairs, count):
-    """Numbers 0..count-1 that are linked by pairs (i, j), directly or not, get the same id: list, the smallest of each."""
-    group = list(range(count))
-    for i, j in pairs:
-        both = group[i], group[j]
-        group = [min(both) if number in both else number for number in group]
-    return group

@@ -296,3 +296,10 @@ def open_parts(data, path=""):
         raise UserError(f"--parts {path} is a file: pass the folder that holds the .tif label files, or "
                         "for voc a keypoint file that ends in .json.")
     return KeypointParts(data, path) if keypoint_file else PanopticParts(data, path)
+
+
+def check_parts(data, path=""):
+    """UserError now, not after the training, if these parts cannot be read."""
+    parts = open_parts(data, path)
+    if parts is not None:
+        parts.keypoints(next(i for i in range(len(data)) if parts.has(i)))

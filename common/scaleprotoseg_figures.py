@@ -5,11 +5,10 @@ alpha), net.groups.members_of(c, g, alpha). The README says what each figure sho
 """
 from collections import Counter
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import figures, segmentation
@@ -17,7 +16,7 @@ from common.datasets import SegmentationSet
 from common.figures import cell_block, framed, heat, in_colours, thumbnail
 from common.metrics import row_quantile
 from common.regions import connected_components
-from common.segmentation import network_input, resized, shrunk
+from common.segmentation import labels_of_cells, network_input, resized, shrunk
 from common.transforms import normalise
 
 
@@ -27,8 +26,7 @@ class Drawing(NamedTuple):
     cfg: object
     progress: dict                                       # classes, and of prototype p sources[p]: image, row, column
     test: SegmentationSet
-    source_images: SegmentationSet                       # those that prototypes were projected to
-    predict: Callable                                    # image uint8 (3,H,W) -> class ids uint8 (H,W)
+    source_images: SegmentationSet                       # those that prototypes were projected to; None to predict
     device: torch.device
 
     @property
@@ -52,6 +50,11 @@ class Drawing(NamedTuple):
         """Of an image as it is tested, uint8 (3,H,W) -> (P,h,w)."""
         x = network_input(image, self.cfg.test_size, self.cfg.test_square)
         return self.net.similarity(x.to(self.device))[0]
+
+    def predict(self, image):
+        """uint8 (3,H,W) -> class ids (H,W) uint8 on the CPU."""
+        x = network_input(image, self.cfg.test_size, self.cfg.test_square).to(self.device)
+        return resized(self.net.final_logits(x, self.cfg), image.shape[1:]).argmax(1)[0].to(torch.uint8).cpu()
 
     def native_similarity(self, image):
         """Of an image in its own size."""
@@ -83,11 +86,6 @@ def region_box(similarity, cell, mask, margin=5):
     y, x = (regions == regions[y0, x0]).nonzero().T
     return (max(int(y.min()) - margin, 0), min(int(y.max()) + 1 + margin, H),
             max(int(x.min()) - margin, 0), min(int(x.max()) + 1 + margin, W))
-
-
-def labels_of_cells(mask, size):
-    """Of each cell of a grid (h,w) the label under its centre; mask (H,W)."""
-    return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long()
 
 
 def label_name(label, classes):
@@ -328,7 +326,7 @@ def draw_equivariance(d, ratios, tiles, folder, most=8):
 
 # ---- why a pixel got its class, why a class is missed -----------------------------------------------------------
 
-def draw_explanation(d, path, image, similarity, logits, c, cell, explanation):
+def draw_explanation(d, image, similarity, logits, c, cell, explanation):
     """OUT/explanations/NAME-CLASS.png: the groups (ProtoSeg: prototypes) of class c at a cell. Returns its path.
 
     similarity (P,h,w), logits (C,h,w) of the image; explanation: the numbers, as they are written beside it.
@@ -344,9 +342,10 @@ def draw_explanation(d, path, image, similarity, logits, c, cell, explanation):
     else:
         members = {member["prototype"] for part in explanation["own"] for member in part["members"]}
         rows = group_rows(d, [c], image, similarity, prototype_tiles(d, sorted(members)), cell=cell)
-    target = Path(d.cfg.out) / "explanations" / f"{Path(path).stem}-{d.file_name(c)}.png"
+    target = Path(d.cfg.out) / "explanations" / f"{Path(d.cfg.explain).stem}-{d.file_name(c)}.png"
     figures.save_grid(target, [cells, *rows], cell=170, title=explanation_text(explanation),
                       legend=legend_of(d, prediction))
+    print(f"{explanation_text(explanation)}; see {target}")
     return target
 
 

@@ -21,6 +21,11 @@ def resized(maps, size, mode="bilinear"):
     return F.interpolate(maps.float(), size, mode=mode, align_corners=False)
 
 
+def labels_of_cells(mask, size):
+    """Of each cell of a grid (h,w) the label under its centre: mask (H,W) -> (h,w) int64."""
+    return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long()
+
+
 def shrunk(x, factor):
     """Images (B,3,H,W), smaller by the factor, antialiased."""
     return x if factor == 1 else F.interpolate(x, scale_factor=1 / factor, mode="bilinear", antialias=True)
