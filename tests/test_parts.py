@@ -193,7 +193,6 @@ def test_toy_scenes_have_the_parts_of_their_generator():
     for i in (3, 0, 3):
         scene = toy_scenes.make_scene(4, 100_000 + i)
         assert parts.has(i) and (parts.part_map(i).numpy() == scene["parts"]).all()
-        assert (parts.object_map(i).numpy() == scene["objects"]).all()
         assert (data.read_mask(i).numpy() == scene["mask"]).all()
         rows = parts.keypoints(i)
         assert rows.dtype == torch.float32 and rows.tolist() == pt.part_centroids(
@@ -275,7 +274,7 @@ def test_cityscapes_labels(tmp_path):
     part_map = parts.part_map(0)
     assert part_map.dtype == torch.uint8 and (part_map.numpy() == expected).all()
     assert parts.keypoints(2).tolist() == [[12, 2, 0, 0], [13, 2, 2, 3], [13, 5, 7, 5]]   # 18/7 = 2.57 -> 3
-    assert parts.keypoints(1).shape == (0, 4) and parts.part_map(1) is None and parts.object_map(0) is None
+    assert parts.keypoints(1).shape == (0, 4) and parts.part_map(1) is None
     assert parts.classes == [11, 12, 13, 14, 15] and parts.num_parts == 5 == len(parts.part_names)
     assert [parts.part_name(*at) for at in ((12, 2), (13, 2), (15, 5), (11, 4))] == [
         "head", "wheel", "chassis", "leg"]
@@ -395,7 +394,7 @@ def test_keypoint_file(tmp_path):
     parts = pt.open_parts(data, keypoint_file(tmp_path / "points.json"))
     assert parts.part_names == ["nose", "tail", "ear"] and parts.num_parts == 3 and parts.classes == [8, 17]
     assert [parts.has(i) for i in range(3)] == [True, True, False]
-    assert parts.part_name(8, 3) == "ear" and parts.part_map(0) is None and parts.object_map(0) is None
+    assert parts.part_name(8, 3) == "ear" and parts.part_map(0) is None
     rows = parts.keypoints(0)
     assert rows.dtype == torch.float32 and rows.tolist() == [
         [8, 2, 3, 1], [8, 1, 3, 0],                      # the ear is not visible, 2.6 and 0.2 are rounded

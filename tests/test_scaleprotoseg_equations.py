@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from scaleprotoseg import (diversity_loss, entropy_loss, group_activations, group_overlap, log_similarity,
-                           nearest_label, off_class_l1, part_presence, project_simplex, prototype_distances,
+from common.scaleprotoseg_measures import group_overlap
+from scaleprotoseg import (diversity_loss, entropy_loss, group_activations, log_similarity, nearest_label,
+                           off_class_l1, part_presence, project_simplex, prototype_distances,
                            remove_duplicates, threshold_groups)
 
 # Uneven on purpose, in no order. Prototypes of a class per scale: class 0 has 3, 2, 1; class 1 has 1, 0, 3;
@@ -654,11 +655,11 @@ def test_group_overlap_of_a_street_scene():
 
 # ---- parts under a prototype ---------------------------------------------------------------------
 
-def slow_presence(similarity, mask, keypoints, num_parts, quantile, over):
+def slow_presence(similarity, mask, keypoints, num_parts, quantile):
     similarity, mask = similarity.double().numpy(), mask.numpy()
     present = np.zeros((len(similarity), num_parts), bool)
     for m, values in enumerate(similarity):
-        level = np.quantile(values[mask] if over == "class" else values * mask, quantile)
+        level = np.quantile(values[mask], quantile)
         for part, x, y in keypoints.long().tolist():
             present[m, part - 1] |= bool(mask[y, x]) and values[y, x] > level
     found = keypoints[:, 0].tolist()
@@ -671,20 +672,19 @@ def assert_presence(got, expected):
     assert (present.tolist(), exists.tolist()) == expected
 
 
-@pytest.mark.parametrize("over", ["class", "image"])
 @pytest.mark.parametrize("quantile", [0.8, 0.5, 0.93])
 @pytest.mark.parametrize("kind", [torch.int64, torch.float32])
-def test_part_presence_by_brute_force(over, quantile, kind):
+def test_part_presence_by_brute_force(quantile, kind):
     """A part is present where one of its keypoints lies on an active pixel of the class."""
     h, w, parts, shown = 14, 23, 6, 0
     for seed in range(4):
         similarity = log_similarity(8 * uniform(4, h, w, seed=seed) ** 3).float()
-        mask = uniform(h, w, seed=10 + seed) > (0.3 if over == "class" else 0.1)
+        mask = uniform(h, w, seed=10 + seed) > 0.3
         points = uniform(40, 3, seed=20 + seed) * torch.tensor([parts - 1, w, h])
         keypoints = (points.long() + torch.tensor([1, 0, 0])).to(kind)  # part 6 does not occur
         for points in (keypoints, keypoints[:5], keypoints[:0]):
-            got = part_presence(similarity, mask, points, parts, quantile=quantile, over=over)
-            assert_presence(got, slow_presence(similarity, mask, points, parts, quantile, over))
+            got = part_presence(similarity, mask, points, parts, quantile=quantile)
+            assert_presence(got, slow_presence(similarity, mask, points, parts, quantile))
             shown += got[0].sum().item()
     assert shown > 10
 
@@ -709,41 +709,27 @@ def test_part_presence_by_hand():
         True, True, True, False, False, False, True, False]             # above 4.5
 
 
-def test_a_small_object_is_active_all_over_when_the_quantile_is_of_the_image():
-    """Over the whole map times the mask most values are 0, and so is the quantile: all is above it."""
-    similarity, mask = row_of_ten()
-    keypoints = torch.tensor([[1, 1, 0], [2, 0, 0], [3, 2, 1]])
-    small = mask & (torch.arange(10) < 3)                               # three pixels of twenty
-    image = part_presence(similarity, small, keypoints, 3, over="image")
-    assert image[0].tolist() == [[True, False, False], [True, True, False]]     # 0 is not above 0
-    own = part_presence(similarity, small, keypoints, 3, over="class")
-    assert own[0].tolist() == [[False, False, False], [False, True, False]]     # above 1.6, above 8.6
-    assert image[1].tolist() == own[1].tolist() == [True, True, True]
-
-
-@pytest.mark.parametrize("over", ["class", "image"])
-def test_part_presence_of_hardly_anything(over):
+def test_part_presence_of_hardly_anything():
     """No keypoint, a class of no pixel: nothing is present. A constant map is nowhere above itself."""
     similarity, mask = row_of_ten()
     keypoints = torch.tensor([[1, 9, 0], [2, 3, 1]])
     for points in (keypoints[:0], keypoints[:0].float(), torch.zeros(0, 3, dtype=torch.int64)):
-        present, exists = part_presence(similarity, mask, points, 2, over=over)
+        present, exists = part_presence(similarity, mask, points, 2)
         assert present.shape == (2, 2) and not present.any() and not exists.any()
-    present, exists = part_presence(similarity, torch.zeros_like(mask), keypoints, 2, over=over)
+    present, exists = part_presence(similarity, torch.zeros_like(mask), keypoints, 2)
     assert not present.any() and exists.all()
     everywhere = torch.ones_like(mask)
-    assert not part_presence(torch.full((2, 2, 10), 0.7), everywhere, keypoints, 2, over=over)[0].any()
+    assert not part_presence(torch.full((2, 2, 10), 0.7), everywhere, keypoints, 2)[0].any()
 
 
-@pytest.mark.parametrize("over", ["class", "image"])
-def test_part_presence_in_a_street_scene(over):
+def test_part_presence_in_a_street_scene():
     """8 prototypes, 1024 x 2048: older torch.quantile refuses more than 16 million values at once."""
     n = 1024 * 2048
     similarity = torch.arange(n, dtype=torch.float32).reshape(1, 1024, 2048).expand(8, 1024, 2048)
     level = 0.8 * (n - 1)
     rows = [math.floor(level / 2048) - 1, math.ceil(level / 2048) + 1]  # just below and just above
     keypoints = torch.tensor([[1, 700, rows[0]], [2, 700, rows[1]]])
-    present, _ = part_presence(similarity, torch.ones(1024, 2048, dtype=torch.bool), keypoints, 2, over=over)
+    present, _ = part_presence(similarity, torch.ones(1024, 2048, dtype=torch.bool), keypoints, 2)
     assert present.tolist() == [[False, True]] * 8
 
 
@@ -793,6 +779,5 @@ def test_the_other_functions_on_cuda():
         assert moved.is_cuda and moved.dtype == function(*inputs).dtype
         assert_near(moved, function(*inputs), 1e-6)
     assert tuple(float(x) for x in group_overlap(activation.to("cuda"))) == slow_overlap(activation, 95)
-    for over in ("class", "image"):
-        moved = part_presence(similarity.to("cuda"), mask.to("cuda"), keypoints.to("cuda"), 3, over=over)
-        assert_presence(moved, slow_presence(similarity, mask, keypoints, 3, 0.8, over))
+    moved = part_presence(similarity.to("cuda"), mask.to("cuda"), keypoints.to("cuda"), 3)
+    assert_presence(moved, slow_presence(similarity, mask, keypoints, 3, 0.8))
