@@ -51,6 +51,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torchvision.models.convnext import LayerNorm2d
+from tqdm import tqdm
 
 from common.heads import (DeepLabv2Head, DeepLabv3PlusHead, FCNHead, MLPHead, SegFormerHead, UPerHead,
                           auxiliary_head, conv_bn_relu, double_conv)
@@ -420,3 +421,21 @@ def freeze_layer_norms(backbone):
     for module in backbone.modules():
         if isinstance(module, nn.LayerNorm):
             module.requires_grad_(False)
+
+
+@torch.no_grad()
+def class_means_of_backbone(network, loader, num_classes, device):
+    """Mean of the last level of network.backbone over the pixels of each class, (N,C4) on the CPU; 0 if it has none.
+
+    loader: whole images, one a batch; labels shrink to the level by nearest.
+    """
+    total = 0
+    network.eval()
+    for batch in tqdm(loader, desc="class means", leave=False, disable=None):
+        deepest = network.backbone(batch["image"].to(device))[-1].float()                # (1,C4,h,w)
+        labels = F.interpolate(batch["mask"][:, None].to(device).float(), deepest.shape[2:], mode="nearest")
+        pixels = deepest.permute(0, 2, 3, 1).flatten(0, 2)                               # (h*w,C4)
+        pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1)                  # the ones count
+        sums = pixels.new_zeros(num_classes + 1, pixels.shape[1])                        # last row: ignored
+        total += sums.index_add(0, labels.flatten().long().clamp(max=num_classes), pixels)
+    return (total[:-1, :-1] / total[:-1, -1:].clamp(min=1)).cpu()
