@@ -189,8 +189,8 @@ def category_basis_prototypes(num_classes, channels, length=2.0, rows=None, orth
         generator = torch.Generator().manual_seed(seed)                # W must not depend on other draws
         rows = nn.init.kaiming_normal_(torch.empty(num_classes, channels), generator=generator)
     if tuple(rows.shape) != (num_classes, channels):
-        raise ValueError(f"prototypes of shape {tuple(rows.shape)} do not fit {num_classes} classes in "
-                         f"{channels} channels.")
+        raise ValueError(f"rows of shape {tuple(rows.shape)} do not fit {num_classes} classes in {channels} "
+                         "channels, which --head-channels sets.")
     W = gram_schmidt(rows) if orthogonal else rows.double()
     if equal:
         norms = W.norm(dim=1, keepdim=True)
@@ -378,21 +378,19 @@ class Segmenter(nn.Module):
         return self.classifier(self.dropout(features)), features, aux_logits
 
 
-def build_model(cfg, num_classes, weights="none", first_rows=None):
+def build_model(cfg, num_classes, weights="none", rows=None):
     """The preset's network with prototypes in place of its last 1x1 convolution. UserError as its parts.
 
-    first_rows(network) -> rows (N,C) that replace the random draw, or None (Table 5, see initial_rows). A
-    model that is about to load a checkpoint needs neither weights nor first_rows.
+    rows (N,C): in place of the random draw (Table 5).
     """
     network = build_network(cfg.backbone, cfg.head, num_classes, cfg.head_channels, weights)
     if cfg.classifier == "learnable":
         return Segmenter(network, LearnableClassifier(network.channels, num_classes))
-    rows = first_rows(network) if first_rows else None
     try:
         prototypes = category_basis_prototypes(num_classes, network.channels, cfg.length, rows,
                                                cfg.orthogonal, cfg.equal, cfg.seed)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"--prototypes {cfg.prototypes}: {error}" if cfg.prototypes else str(error)) from None
     update = "frozen" if cfg.classifier == "cbp" else cfg.classifier
     return Segmenter(network, PrototypeClassifier(prototypes, update, cfg.length))
 
@@ -484,8 +482,9 @@ def prepare(cfg, train_set, machine):
         run.read_progress(cfg.out, classes=train_set.classes)          # the data must still have its classes
         net = build_model(cfg, train_set.num_classes)
     else:
-        net = build_model(cfg, train_set.num_classes, cfg.weights,
-                          lambda network: initial_rows(cfg, network, train_set, machine.device))
+        rows = initial_rows(cfg, train_set, machine.device)
+        torch.manual_seed(cfg.seed)                                    # the network that the rows came from
+        net = build_model(cfg, train_set.num_classes, cfg.weights, rows)
     run.start_run(cfg, machine)
     net = net.to(machine.device, memory_format=torch.channels_last)
     optimizer = build_optimizer(net, cfg, machine.device)
@@ -616,25 +615,19 @@ def report(net, cfg, train_set, test_set, progress, machine):
     return metrics
 
 
-# ---- other first rows (Table 5) --------------------------------------------------------------------------
-
-def initial_rows(cfg, network, train_set, device):
-    """Rows (N,C) that replace the random draw: of --prototypes, of --init masked, or None. UserError."""
-    shape = (train_set.num_classes, network.channels)
+def initial_rows(cfg, train_set, device):
+    """Rows (N,C) in place of the random draw (Table 5): of --prototypes or --init masked, else None. UserError."""
     if cfg.prototypes:
-        rows, option = files.read_numbers(cfg.prototypes, "--prototypes"), f"--prototypes {cfg.prototypes}"
-    elif cfg.init == "masked":
-        loader = loaders.eval_loader(loaders.TestView(train_set, cfg.size), cfg.workers, device)
-        rows, option = class_means_of_backbone(network.to(device), loader, shape[0], device), "--init masked"
-    else:
+        return files.read_numbers(cfg.prototypes, "--prototypes")
+    if cfg.init == "random":
         return None
-    if rows.shape != shape:
-        raise UserError(f"{option} gives rows of shape {tuple(rows.shape)}, but {shape} are needed, classes "
-                        f"and channels; --head-channels sets the {shape[1]}.")
+    network = build_network(cfg.backbone, cfg.head, train_set.num_classes, cfg.head_channels, cfg.weights)
+    loader = loaders.eval_loader(loaders.TestView(train_set, cfg.size), cfg.workers, device)
+    rows = class_means_of_backbone(network.to(device), loader, train_set.num_classes, device)
     absent = [name for name, row in zip(train_set.classes, rows) if not row.any()]
     if absent:
-        raise UserError(f"{option}: the row of {absent[0]} is zero; a class without a training pixel at the "
-                        "backbone's stride has no mean, so use --init random, or give other rows.")
+        raise UserError(f"--init masked: no training pixel of {absent[0]} is left at the backbone's stride, "
+                        "so it has no mean; use --init random.")
     return rows
 
 
