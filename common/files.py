@@ -90,10 +90,10 @@ def list_images(path):
     path = Path(path)
     if path.is_file():
         return [path]
-    found = sorted(p for p in path.glob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.name[0] != ".")
-    if not found:
+    images = sorted(p for p in path.glob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.name[0] != ".")
+    if not images:
         raise UserError(f"{path} holds no image ({' '.join(IMAGE_ENDINGS)}): found there: {listing(path)}.")
-    return found
+    return images
 
 
 def listing(folder, limit=8):
