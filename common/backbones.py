@@ -428,9 +428,9 @@ def freeze_layer_norms(backbone):
 
 @torch.no_grad()
 def class_means_of_backbone(network, loader, num_classes, device):
-    """Mean of the last level of network.backbone over the pixels of each class, (N,C4) on the CPU; 0 if it has none.
+    """Mean of the last level of network.backbone over the pixels of each class -> (N,C4) on the CPU.
 
-    loader: whole images, one a batch; labels shrink to the level by nearest.
+    loader: whole images, one a batch; labels shrink to the level by nearest. A class without a pixel has 0.
     """
     total = 0
     network.eval()

@@ -133,9 +133,9 @@ CLASSES["cocostuff164k"] = [COCO_UNUSED.get(i) or next(used_names) for i in rang
 NUM_CLASSES = {name: len(names) for name, names in CLASSES.items()}      # all but folder: it has classes.txt
 LOOKALIKES = {                                           # pairs of classes that are easily confused
     "ade20k": [(127, 116), (53, 59), (19, 23), (118, 124)],      # bicycle + minibike, stairs + stairway, ...
-    "camvid": [(9, 10), (3, 4), (2, 6)],                         # pedestrian + bicyclist, road + pavement, ...
+    "camvid": [(9, 10), (3, 4), (2, 6)],                         # pedestrian + bicyclist, road + pavement
     "cocostuff10k": [(56, 57), (43, 44), (68, 69)],              # chair + couch, knife + spoon, ...
-    "voc": [(9, 18), (2, 14), (8, 12)],                          # chair + sofa, bicycle + motorbike, cat + dog
+    "voc": [(9, 18), (2, 14), (8, 12)],                          # chair + sofa, bicycle + motorbike
     "toy_scenes": toy_scenes.LOOKALIKES,
 }
 RARE_AND_FREQUENT = {"ade20k": (149, 146, 0)}            # flag, radiator, wall
@@ -497,3 +497,8 @@ def open_dataset(name, root, split, seed=0, mask_dir=""):
         paths = PAIRS[name](root, split)
     classes = folder_classes(root) if name == "folder" else CLASSES[name]
     return SegmentationSet(name, split, classes, paths, UNLABELLED.get(name, IGNORE), pages)
+
+
+def num_classes_of(name, root, split):
+    """N of a data set, which is only opened if it is `folder`, the one whose classes stand in a file."""
+    return NUM_CLASSES[name] if name in NUM_CLASSES else open_dataset(name, root, split).num_classes

@@ -120,10 +120,10 @@ def files_in(folder, endings, tail=""):
 
 
 def read_numbers(path, option):
-    """A .npy file of numbers -> float32 tensor. UserError, naming the option: no such file, nan or infinity."""
+    """A .npy file of numbers -> float32 tensor. UserError names the option: no such file, nan or infinity."""
     try:
         numbers = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:                       # the last: an .npz
         raise UserError(f"{option} {path} cannot be read ({error}): write an array of numbers with "
                         "numpy.save.") from None
     if not numbers.isfinite().all():
