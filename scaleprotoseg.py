@@ -91,7 +91,7 @@ class Config(RunConfig):
     project_split: str = opt("", "images that prototypes are projected to (default: --train-split)")
     val_split: str = opt("val", "evaluated while training")
     test_split: str = opt("val", "evaluated at the end and by --eval-only", evaluation=True)
-    parts: str = opt("", "part annotations of the test split (data/README.md), not for toy", runtime=True)
+    parts: str = opt("", "part annotations of the test split (data/README.md); toy: none", runtime=True)
     backbone: str = opt("resnet101", "network before the ASPP", choices=DENSE)
     weights: str = opt("imagenet", "of the backbone: imagenet (downloaded), file, URL or none", source=True)
     frozen_bn: bool = opt(True, "batch norm keeps its pretrained statistics and scales (Sec. 6)")
@@ -134,8 +134,8 @@ class Config(RunConfig):
     save_every: int = opt(1000, "iterations between checkpoints: what --resume loses", above=0, runtime=True)
     stage1: str = opt("", "run folder: take over its stage 1 and train only the groups anew", runtime=True)
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
-    predict: str = opt("", "image or folder: index PNGs and overlays to OUT/predictions", uses_run=True)
-    explain: str = opt("", "image: why one of its pixels got its class, by the run in OUT", uses_run=True)
+    predict: str = opt("", "image or folder: index PNGs, overlays into OUT/predictions", uses_run=True)
+    explain: str = opt("", "image: draw why a pixel of it got its class, by the run in OUT", uses_run=True)
     class_: str = opt("", "class that --explain explains (default: the predicted one)", runtime=True)
     pixel: list = opt((), "x y of that pixel (default: the strongest of the class)", each=int, runtime=True)
     failure: str = opt("", "class: draw test images, IoU below --failure-iou (Sec. 17)", uses_run=True)
@@ -144,8 +144,7 @@ class Config(RunConfig):
 
 
 SHORT = dict(backbone="mobilenet_v2", crop=321, batch_size=8, warmup=200, finetune=200, group_warmup=200,
-             lr=1e-3, backbone_lr=1e-4, finetune_lr=1e-3, group_lr=0.02, eval_every=500,
-             save_every=200)                                         # ours, for photographs and a small GPU
+             lr=1e-3, backbone_lr=1e-4, finetune_lr=1e-3, group_lr=0.02, eval_every=500, save_every=200)
 MULTISCALE = dict(input_scales=[0.5, 0.75], crop=321)                # Sec. 6: {0.5, 0.75, 1}
 LARGE = dict(w_l1=1e-5, w_l1_group=1e-4, w_entropy=0.25, protoseg_prototypes=12)          # many classes
 PRESETS = {                                                          # Sec. 6 to 8; stage 2: Sec. 6
@@ -153,12 +152,12 @@ PRESETS = {                                                          # Sec. 6 to
                 output_stride=4, rates=[1, 2, 3, 4], depth=16, crop=96, batch_size=16, warmup=50, joint=600,
                 finetune=100, group_warmup=50, group_joint=300, lr=5e-3, backbone_lr=5e-3, finetune_lr=1e-3,
                 group_lr=0.02, w_entropy=0.1, eval_every=200, save_every=200, workers=0),        # ours [D13]
-    "camvid": SHORT | dict(dataset="camvid", test_split="test", joint=4000, group_joint=1000),
+    "camvid": SHORT | dict(dataset="camvid", test_split="test", joint=4000, group_joint=1000),    # ours
     "cityscapes": dict(),
     "pascal": MULTISCALE | dict(dataset="voc", train_split="trainaug", project_split="train", test_size=513,
                                 test_square=True, finetune=6000),
     "pascal-small": SHORT | dict(dataset="voc", test_size=513, test_square=True, joint=3000,
-                                 group_joint=800),
+                                 group_joint=800),                                                # ours
     "ade20k": LARGE | dict(dataset="ade20k", crop=512, test_size=512, scale_max=2.0, warmup=6000,
                            joint=60000, finetune=4000),
     "cocostuff": LARGE | MULTISCALE | dict(dataset="cocostuff164k", warmup=6000, joint=100000,
@@ -370,9 +369,8 @@ class Groups(nn.Module):
     def to_simplex(self):
         """After every optimizer step: rows back on the simplex of their class's members."""
         no_member = (self.members < 0)[:, None]                      # (C,1,N)
-        weights = self.weights.masked_fill(no_member, -1e4)          # so low that the projection makes it 0, ...
-        weights = project_simplex(weights).masked_fill(no_member, 0)             # ... but for an empty class
-        self.weights.copy_(weights)
+        low = self.weights.masked_fill(no_member, -1e4)              # so low that the projection makes it 0
+        self.weights.copy_(project_simplex(low).masked_fill(no_member, 0))   # needed where a class has none
 
     def activations(self, similarity, alpha=0.0):
         """(B,P,h,w) -> (B,C*G,h,w); weights below alpha count as 0, classes without groups have 0 [D5]."""
@@ -762,8 +760,7 @@ def open_sets(cfg):
 
 
 def training_view(data, cfg):
-    scale = (cfg.scale_min, cfg.scale_max)
-    return loaders.TrainView(data, 0, cfg.crop, scale, photometric=False, crop_retries=0)
+    return loaders.TrainView(data, 0, cfg.crop, (cfg.scale_min, cfg.scale_max), False, crop_retries=0)
 
 
 def prepare(cfg, sets, machine):
@@ -954,7 +951,7 @@ def report(net, cfg, sets, progress, machine):
 
 def is_finished(cfg, progress):
     last = PHASES[cfg.method][-1]
-    return (progress["phase"], progress["iteration"]) == (last, getattr(cfg, last))
+    return progress["phase"] == last and progress["iteration"] == getattr(cfg, last)
 
 
 # ---- use a trained run -----------------------------------------------------------------------------------
@@ -1003,7 +1000,6 @@ def explain_cell(net, similarity, c, cell, alpha=0.0):
         nothing = (groups.members >= 0).any(1)[owner].to(s.dtype)    # 1, or 0 without members
     terms = weight * activation
     others = weight * (activation - nothing)
-
     own = []
     for k, f in enumerate((owner == c).nonzero()[:, 0].tolist()):
         part = dict(weight=float(weight[f]), activation=float(activation[f]), contribution=float(terms[f]))

@@ -1,7 +1,8 @@
 """Figures of scaleprotoseg.py: prototypes and groups of a trained network, and why a pixel got its class.
 
-The network is asked by its methods alone: net.similarity(x), net.used(alpha), net.groups.activations(similarity,
-alpha), net.groups.members_of(c, g, alpha). The README says what each figure shows.
+The network is asked by its methods alone: net.similarity(x), net.final_logits(x, cfg), net.used(alpha),
+net.groups.activations(similarity, alpha), net.groups.members_of(c, g, alpha). The README says what each
+figure shows.
 """
 from collections import Counter
 from pathlib import Path
@@ -21,12 +22,16 @@ from common.transforms import normalise
 
 
 class Drawing(NamedTuple):
-    """What the figures of a run need."""
+    """A trained network with all that its figures need.
+
+    progress: classes, and of each prototype p its sources[p]: image, row, column. source_images: those that
+    prototypes were projected to. To predict alone needs no images.
+    """
     net: nn.Module
     cfg: object
-    progress: dict                                       # classes, and of prototype p sources[p]: image, row, column
+    progress: dict
     test: SegmentationSet
-    source_images: SegmentationSet                       # those that prototypes were projected to; None to predict
+    source_images: SegmentationSet
     device: torch.device
 
     @property
@@ -54,7 +59,8 @@ class Drawing(NamedTuple):
     def predict(self, image):
         """uint8 (3,H,W) -> class ids (H,W) uint8 on the CPU."""
         x = network_input(image, self.cfg.test_size, self.cfg.test_square).to(self.device)
-        return resized(self.net.final_logits(x, self.cfg), image.shape[1:]).argmax(1)[0].to(torch.uint8).cpu()
+        logits = resized(self.net.final_logits(x, self.cfg), image.shape[1:])
+        return logits.argmax(1)[0].to(torch.uint8).cpu()
 
     def native_similarity(self, image):
         """Of an image in its own size."""
@@ -69,13 +75,13 @@ class Tile(NamedTuple):
     caption: str                                         # "p12, car, rate 6"
 
 
-# ---- pieces -------------------------------------------------------------------------------------------------
+# ---- pieces ----------------------------------------------------------------------------------------------
 
 def region_box(similarity, cell, mask, margin=5):
-    """y0, y1, x0, x1 of what a map (h,w) points at around a cell, in pixels of mask (H,W) bool, ends exclusive.
+    """y0, y1, x0, x1 of what a map (h,w) points at around a cell, in pixels of mask (H,W) bool.
 
-    The connected region above the map's 95th percentile inside the mask that touches the cell, and `margin` pixels
-    (the paper's code).
+    The connected region above the map's 95th percentile inside the mask that touches the cell, and `margin`
+    pixels (the paper's code). Ends are exclusive.
     """
     H, W = mask.shape
     values = resized(similarity[None, None], (H, W), "bicubic")[0, 0].cpu() * mask
@@ -136,14 +142,15 @@ def value_of(values, cell):
 
 
 def group_rows(d, classes, image, similarity, tiles, most=3, cell=None):
-    """Rows for save_grid: activation of a group on an image, then the `most` members that add most to its exponent.
+    """Rows for save_grid: activation of a group on an image, then the members that add most to its exponent.
 
-    All group maps have one colour scale, and all members' maps one. cell: give the numbers there, not the highest.
+    All group maps have one colour scale, and all members' maps one. cell: give the numbers there, not the
+    highest ones.
     """
     groups, alpha = d.net.groups, d.cfg.threshold
     num_groups = groups.weights.shape[1]
     activation = groups.activations(similarity[None], alpha)[0]                           # (C*G,h,w)
-    group_of = {}                                        # (class, group) -> its members, what adds most first
+    group_of = {}                                        # (class, group) -> members, what adds most first
     for c in classes:
         for g in range(num_groups):
             added = [(w * value_of(similarity[p], cell), p, w) for p, w in groups.members_of(c, g, alpha)]
@@ -184,7 +191,7 @@ def prototype_rows(d, prototypes, image, similarity, tiles, cell=None):
     return rows
 
 
-# ---- figures of a run ---------------------------------------------------------------------------------------
+# ---- figures of a run ------------------------------------------------------------------------------------
 
 def draw_figures(d, entries):
     """All figures of a run, in OUT/figures. entries: those of metrics.json."""
@@ -208,7 +215,7 @@ def draw_figures(d, entries):
 
 
 def draw_prototypes(d, shown, tiles, folder):
-    """prototypes-CLASS.png: a row for each scale; every prototype in its source image, and its activation there."""
+    """prototypes-CLASS.png: a row for each scale; prototypes in their source images, activations there."""
     used = d.net.used(d.cfg.threshold).tolist()
     for c in shown:
         rows = []
@@ -221,24 +228,25 @@ def draw_prototypes(d, shown, tiles, folder):
             rows += [row[k:k + 6] for k in range(0, len(row), 6)]
         if rows:
             figures.save_grid(folder / f"prototypes-{d.file_name(c)}.png", rows, cell=170,
-                              title=f"Prototypes of {d.classes[c]}: the training image that each is a patch of, "
-                              "and its activation there")
+                              title=f"Prototypes of {d.classes[c]}: the training image that each is a patch "
+                              "of, and its activation there")
 
 
 @torch.no_grad()
 def draw_groups(d, c, i, tiles, folder):
-    """groups-CLASS.png (Fig. 11 to 13, 26): every group on the test image i, its members, weights, activations."""
+    """groups-CLASS.png (Fig. 11 to 13, 26): every group on the test image i, with its members."""
     image, mask = d.test.read(i)
     only = [torch.where(ids == c, ids, 255) for ids in (mask.long(), d.predict(image))]
-    rows = [label_cells(image, d.test.name_of(i), *only), *group_rows(d, [c], image, d.similarity(image), tiles)]
+    first = label_cells(image, d.test.name_of(i), *only)
+    rows = [first, *group_rows(d, [c], image, d.similarity(image), tiles)]
     figures.save_grid(folder / f"groups-{d.file_name(c)}.png", rows, cell=160,
-                      title=f"The groups of {d.test.classes[c]}: activation (logarithm), and the members that add "
-                      "most: patch, weight x similarity at their strongest cell")
+                      title=f"The groups of {d.test.classes[c]}: activation (logarithm), and the members "
+                      "that add most: patch, weight x similarity at their strongest cell")
 
 
 @torch.no_grad()
 def draw_nearest_patches(d, shown, tiles, folder, most=3):
-    """nearest_patches.png (Fig. 14 to 19): a prototype of each class, and its nearest patches in test images."""
+    """nearest_patches.png (Fig. 14 to 19): a prototype of each class, its nearest patches in test images."""
     used, groups = d.net.used(d.cfg.threshold).tolist(), d.net.groups
     chosen = []
     for c in shown:                                      # the heaviest in the groups, or the first
@@ -264,12 +272,13 @@ def draw_nearest_patches(d, shown, tiles, folder, most=3):
         rows.append(row)
     if rows:
         figures.save_grid(folder / "nearest_patches.png", rows, cell=130,
-                          title=f"Prototypes and their nearest patches in {d.cfg.test_split} images (Fig. 14 to 19)")
+                          title=f"Prototypes and their nearest patches in {d.cfg.test_split} images "
+                          "(Fig. 14 to 19)")
 
 
 @torch.no_grad()
 def draw_nearest_prototypes(d, tiles, folder, images=2, patches=3):
-    """nearest_prototypes-N.png (Fig. 20 to 25): random patches of an image and the prototypes nearest to each."""
+    """nearest_prototypes-N.png (Fig. 20 to 25): random patches of an image, their nearest prototypes."""
     generator, used = torch.Generator().manual_seed(d.cfg.seed), d.net.used(d.cfg.threshold)
     for n in range(images):
         i = int(torch.randint(len(d.test), (), generator=generator))
@@ -282,23 +291,24 @@ def draw_nearest_prototypes(d, tiles, folder, images=2, patches=3):
             cell = [int(torch.randint(side, (), generator=generator)) for side in labels.shape]
             of_cell = similarity[:, cell[0], cell[1]].masked_fill(~used, -1)
             order = of_cell.topk(min(3, int(used.sum()))).indices.tolist()
-            tiles = tiles | prototype_tiles(d, [p for p in order if p not in tiles])      # of classes without figures
+            tiles = tiles | prototype_tiles(d, [p for p in order if p not in tiles])
             row = [(framed(image, cell_block(cell, labels.shape, mask.shape)),
                     label_name(int(labels[cell[0], cell[1]]), d.test.classes))]
             for p in order:
                 box = region_box(similarity[p].cpu(), cell, everywhere)
-                row += [(tiles[p].boxed, tiles[p].caption), (framed(image, box), f"similarity {of_cell[p]:.1f}")]
+                row += [(tiles[p].boxed, tiles[p].caption),
+                        (framed(image, box), f"similarity {of_cell[p]:.1f}")]
             rows.append(row)
         figures.save_grid(folder / f"nearest_prototypes-{n + 1}.png", rows, cell=150,
-                          title=f"Random patches of {d.test.name_of(i)}, the prototypes nearest to them, and the "
-                          "region around the patch that each of these lights up (Fig. 20 to 25)")
+                          title=f"Random patches of {d.test.name_of(i)}, the prototypes nearest to them, "
+                          "and the region around the patch that each of these lights up (Fig. 20 to 25)")
 
 
 @torch.no_grad()
 def draw_equivariance(d, ratios, tiles, folder, most=8):
-    """equivariance.png (Fig. 7): the ratios. equivariant_pairs.png (Fig. 8 to 10): pairs, each on its own size."""
-    names = {"groups_to_learned_groups": "groups / learned groups", "prototypes_in_groups": "prototypes in a group",
-             "classes_with_groups": "classes with a group"}
+    """equivariance.png (Fig. 7): the ratios. equivariant_pairs.png (Fig. 8 to 10): the best pairs."""
+    names = dict(groups_to_learned_groups="groups / learned groups",
+                 prototypes_in_groups="prototypes in a group", classes_with_groups="classes with a group")
     series = {f"p_th = {q}": [entry[name] for name in names] for q, entry in ratios.items()}
     figures.save_bars(folder / "equivariance.png", series, list(names.values()),
                       title="Quasi-equivariant prototypes (Fig. 7)")
@@ -308,7 +318,7 @@ def draw_equivariance(d, ratios, tiles, folder, most=8):
         best.setdefault(d.class_of(i), (i, j, iou))
     rates, rows = d.cfg.rates, []
     for c, (i, j, iou) in list(best.items())[:most]:
-        image, mask = d.source_images.read(d.progress["sources"][j][0])                   # an image of the class
+        image, mask = d.source_images.read(d.progress["sources"][j][0])     # an image of the class
         tiles = tiles | prototype_tiles(d, [p for p in (i, j) if p not in tiles])
         row = []
         for p, other in ((i, j), (j, i)):
@@ -320,14 +330,14 @@ def draw_equivariance(d, ratios, tiles, folder, most=8):
                      f"image shrunk by {factor:g}, IoU {iou:.2f}")]
         rows.append(row)
     if rows:
-        figures.save_grid(folder / "equivariant_pairs.png", rows, cell=180, title="Quasi-equivariant pairs: either "
-                          "prototype, and its most active part of the class (bright) (Fig. 8 to 10)")
+        figures.save_grid(folder / "equivariant_pairs.png", rows, cell=180, title="Quasi-equivariant pairs: "
+                          "either prototype, and its most active part of the class (bright) (Fig. 8 to 10)")
 
 
-# ---- why a pixel got its class, why a class is missed -----------------------------------------------------------
+# ---- why a pixel got its class, why a class is missed -----------------------------------------------------
 
 def draw_explanation(d, image, similarity, logits, c, cell, explanation):
-    """OUT/explanations/NAME-CLASS.png: the groups (ProtoSeg: prototypes) of class c at a cell. Returns its path.
+    """OUT/explanations/NAME-CLASS.png: the groups (ProtoSeg: prototypes) of class c at a cell; its path.
 
     similarity (P,h,w), logits (C,h,w) of the image; explanation: the numbers, as they are written beside it.
     """
@@ -365,8 +375,8 @@ def explanation_text(explanation):
 
 @torch.no_grad()
 def draw_failures(d, c, most=3):
-    """OUT/failures/CLASS-N.png (Sec. 17) for the test images with the most wrong pixels of class c, missed or
-    invented, among those with an IoU of the class below --failure-iou. Returns all of these, a list of dicts."""
+    """OUT/failures/CLASS-N.png (Sec. 17): the test images with the most wrong pixels of class c, missed or
+    invented, among those with an IoU of the class below --failure-iou. Returns all of these, dicts."""
     failures = []
     for i in tqdm(range(len(d.test)), desc="failures", leave=False, disable=None):
         if not (d.test.read_mask(i) == c).any():
@@ -383,7 +393,8 @@ def draw_failures(d, c, most=3):
                                  confused_with=int(wrong.argmax())))
     failures.sort(key=lambda failure: -failure["wrong"])
     if not failures:
-        print(f"no {d.cfg.test_split} image with {d.classes[c]} has an IoU below {d.cfg.failure_iou:g}: raise it.")
+        print(f"no {d.cfg.test_split} image with {d.classes[c]} has an IoU below {d.cfg.failure_iou:g}: "
+              "raise it.")
     for n, failure in enumerate(failures[:most], 1):
         path = Path(d.cfg.out) / "failures" / f"{d.file_name(c)}-{n}.png"
         draw_failure(d, c, failure, path)
@@ -393,7 +404,7 @@ def draw_failures(d, c, most=3):
 
 
 def draw_failure(d, c, failure, path):
-    """Fig. 27 to 35: label and prediction, then the groups (ProtoSeg: prototypes) of both classes on the image."""
+    """Fig. 27 to 35: label and prediction, then the groups (ProtoSeg: prototypes) of both classes."""
     image, mask = d.test.read(failure["image"])
     prediction, similarity = d.predict(image), d.similarity(image)
     both = [c, failure["confused_with"]]
@@ -408,13 +419,13 @@ def draw_failure(d, c, failure, path):
         rows = prototype_rows(d, prototypes, image, similarity, prototype_tiles(d, prototypes))
     figures.save_grid(path, [label_cells(image, failure["name"], mask, prediction), *rows], cell=170,
                       legend=legend_of(d, mask, prediction),
-                      title=f"{d.test.classes[c]}: IoU {100 * failure['iou']:.0f} %, most often confused with "
-                      f"{d.test.classes[failure['confused_with']]} (Sec. 17)")
+                      title=f"{d.test.classes[c]}: IoU {100 * failure['iou']:.0f} %, most often confused "
+                      f"with {d.test.classes[failure['confused_with']]} (Sec. 17)")
 
 
 @torch.no_grad()
 def draw_entropy(path, runs, most=6):
-    """Fig. 6: the groups of some classes without (left) and with (right) the entropy loss. runs: {"off", "on": Drawing}."""
+    """Fig. 6: groups of some classes without (left) and with the entropy loss; runs: {off, on: Drawing}."""
     data, rows = runs["on"].test, []
     for c, i in list(exemplars(data).items())[-most:]:
         image, _ = data.read(i)

@@ -1,8 +1,8 @@
 """What scaleprotoseg.py measures on a trained network beside IoU: parts, overlap of groups, equivariance.
 
-The network is asked by its methods alone: net.similarity(x) gives g_proto (B,P,h,w), net.used(alpha) the prototypes
-in use, net.groups.activations(similarity, alpha) the groups. cfg: the script's settings. The marks [D8], [D12] and
-[D14] are explained on top of the script.
+The network is asked by its methods alone: net.similarity(x) gives g_proto (B,P,h,w), net.used(alpha) the
+prototypes in use, net.groups.activations(similarity, alpha) the groups. cfg: the script's settings. The
+marks [D8] and [D12] are explained on top of the script.
 """
 import torch
 import torch.nn.functional as F
@@ -51,14 +51,14 @@ def images_per_second(net, data, cfg, device):
     return 1 / speed.measured_speed(label, {}, device, repeats=11)
 
 
-# ---- parts (Sec. 6; formulas: code) [D8] ---------------------------------------------------------------------
+# ---- parts (Sec. 6; formulas: code) [D8] -----------------------------------------------------------------
 
 def part_presence(similarity, class_mask, keypoints, num_parts, quantile=0.8):
     """Do prototypes light up on the keypoints of parts in one image?
 
-    similarity (P,H,W) of P prototypes of a class at the image's size, class_mask (H,W) bool, keypoints (K,3):
-    part id 1..Q, x, y -> present (P,Q) bool: some keypoint of the part lies on an active pixel; exists (Q,)
-    bool: the image has a keypoint of it. Active: in the class, and above the map's quantile there [D8].
+    similarity (P,H,W) of P prototypes of a class at the image's size, class_mask (H,W) bool, keypoints
+    (K,3): part id 1..Q, x, y -> present (P,Q) bool: some keypoint of the part lies on an active pixel;
+    exists (Q,) bool: the image has a keypoint of it. Active: above the map's quantile in the class [D8].
     """
     pixels = similarity[:, class_mask]                               # (P,n)
     part, x, y = keypoints.long().unbind(1)
@@ -75,9 +75,9 @@ def part_presence(similarity, class_mask, keypoints, num_parts, quantile=0.8):
 def part_scores(net, data, parts, cfg, device):
     """Consistency and stability in percent for every quantile and as their mean (native image size).
 
-    Consistency: share of the prototypes in use that light up on one and the same part in more than 80 % of the
-    images that show this part. Stability: share of (image, class, prototype) whose parts stay the same under
-    noise N(0, 0.2) on the normalised image. Both over classes with parts.
+    Consistency: share of the prototypes in use that light up on one and the same part in more than 80 % of
+    the images that show this part. Stability: share of (image, class, prototype) whose parts stay the same
+    under noise N(0, 0.2) on the normalised image. Both over classes with parts.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
     used = net.used(cfg.threshold)
@@ -120,11 +120,12 @@ def part_scores(net, data, parts, cfg, device):
 
 @torch.no_grad()
 def part_purity(net, data, parts, cfg, device, most=10):
-    """Beyond the paper: is a prototype one part? In percent, over the prototypes in use of classes with parts.
+    """Beyond the paper: is a prototype one part? In percent, over prototypes in use of classes with parts.
 
-    purity: of the `most` images in which it is most similar to a pixel of its class, the share that holds the
-    same part at that pixel, whichever part is the most frequent. largest_part: the share of the part that covers
-    most of the class; chance lies above it, as purity takes the most frequent of ten. {} without part maps.
+    purity: of the `most` images in which it is most similar to a pixel of its class, the share that holds
+    the same part at that pixel, whichever part is the most frequent. largest_part: the share of the part
+    that covers most of the class; chance lies above it, as purity takes the most frequent of ten. {} without
+    part maps.
     """
     prototype_class = net.prototype_class.cpu()
     similarity, part = [], []
@@ -150,10 +151,11 @@ def part_purity(net, data, parts, cfg, device, most=10):
     similarity, part = torch.stack(similarity), torch.stack(part)    # (images,P)
     value, top = similarity.topk(min(most, len(part)), dim=0)
     of_class = value >= 0                                            # (most,P): the image holds the class
-    shown = F.one_hot(part.gather(0, top), area.shape[1]) * of_class[..., None]           # (most,P,Q+1); 0 is no part
+    shown = F.one_hot(part.gather(0, top), area.shape[1]) * of_class[..., None]           # (most,P,Q+1)
     share = shown.sum(0)[:, 1:].amax(1) / of_class.sum(0).clamp(min=1)                    # (P,)
     chance = (area[:, 1:].amax(1) / area.sum(1).clamp(min=1))[prototype_class]
-    counted = net.used(cfg.threshold).cpu() & torch.isin(prototype_class, torch.tensor(parts.classes)) & of_class[0]
+    has_parts = torch.isin(prototype_class, torch.tensor(parts.classes))
+    counted = net.used(cfg.threshold).cpu() & has_parts & of_class[0]
     if not counted.any():
         return {}
     return dict(purity=100 * share[counted].mean().item(), largest_part=100 * chance[counted].mean().item())
@@ -162,8 +164,8 @@ def part_purity(net, data, parts, cfg, device, most=10):
 # ---- groups (Sec. 9, 10, 12) -----------------------------------------------------------------------------
 
 def sparsity(net, cfg):
-    """Tables 7, 8 and 10: prototypes in use, prototypes of a group on average, mean |w| of the last layer, and
-    the parameters beyond backbone and ASPP: used prototypes, group weights that are not 0, last layer."""
+    """Tables 7, 8 and 10: prototypes in use, prototypes of a group on average, mean |w| of the last layer,
+    and parameters beyond backbone and ASPP: used prototypes, group weights that are not 0, last layer."""
     groups = net.groups
     head = (net if groups is None else groups).last_layer.weight.detach()
     prototypes = int(net.used(cfg.threshold).sum())
@@ -178,10 +180,10 @@ def sparsity(net, cfg):
 
 
 def group_overlap(activation, percentile=95):
-    """Table 9 for one image: activation (R,G,H,W) of the groups of R classes -> (intersection, union), pixels.
+    """Table 9 for one image: activation (R,G,H,W) of groups of R classes -> intersection, union in pixels.
 
-    Every map is binarised above its own percentile over the image; the counts are sums over classes and pairs
-    of groups. Sums over the images give the overlap: intersection / union.
+    Every map is binarised above its own percentile over the image; the counts are sums over classes and
+    pairs of groups. Sums over the images give the overlap: intersection / union.
     """
     maps = activation.flatten(2)                                     # (R,G,n)
     active = (maps > row_quantile(maps.flatten(0, 1), percentile / 100).view(*maps.shape[:2], 1)).float()
@@ -195,16 +197,18 @@ def group_overlap(activation, percentile=95):
 @torch.no_grad()
 def mean_overlap(net, data, cfg, device):
     """Table 9: overlap of a class's groups over the images that hold the class, in percent."""
-    groups, total = net.groups, torch.zeros(2, dtype=torch.float64)
-    filled = (groups.weights >= cfg.threshold).any(2).flatten()[:, None, None]            # others are 1 everywhere
+    groups = net.groups
+    total = torch.zeros(2, dtype=torch.float64)          # intersection, union
+    filled = (groups.weights >= cfg.threshold).any(2).flatten()[:, None, None]            # others are all 1
     loader = loaders.eval_loader(test_view(data, cfg), cfg.workers, device)
     for batch in tqdm(loader, desc="overlap", leave=False, disable=None):
         x, mask = to_device(batch, device, "image", "mask")
         present = [c for c in mask.unique().tolist() if c != 255 and groups.members[c, 0] >= 0]
         if present:
-            activation = groups.activations(net.similarity(x), cfg.threshold)[0] * filled                 # (C*G,h,w)
+            activation = groups.activations(net.similarity(x), cfg.threshold)[0] * filled # (C*G,h,w)
             activation = activation.unflatten(0, (-1, groups.weights.shape[1]))[present]
-            total += torch.stack(group_overlap(resized(activation, mask.shape[1:], "bicubic"))).cpu().double()
+            activation = resized(activation, mask.shape[1:], "bicubic")
+            total += torch.stack(group_overlap(activation)).cpu().double()
     return float(100 * total[0] / total[1]) if total[1] > 0 else None
 
 
@@ -212,33 +216,35 @@ def mean_overlap(net, data, cfg, device):
 
 @torch.no_grad()
 def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_cells=10):
-    """Eq. (10): prototypes of two scales that light up alike when the image is scaled to make up for their rates.
+    """Eq. (10): prototypes of two scales that light up alike if the image's size makes up for their rates.
 
-    With r(s) = rate s / rate 1, prototype i of scale s sees the image shrunk by r(t), prototype j of scale t > s
-    sees it shrunk by r(s); both maps go to the larger one's grid and are binarised at a quantile p_th over the
-    class's cells. A pair is quasi-equivariant if the mean IoU over the images of the class [D12] is above `least`.
-    Returns {p_th: dict} with Fig. 7's ratios in percent and the pairs (i, j, IoU).
+    With r(s) = rate s / rate 1, prototype i of scale s sees the image shrunk by r(t), prototype j of scale
+    t > s sees it shrunk by r(s); both maps go to the larger one's grid and are binarised at a quantile p_th
+    over the class's cells. A pair is quasi-equivariant if the mean IoU over the images of the class [D12] is
+    above `least`. Returns {p_th: dict} with Fig. 7's ratios in percent and the pairs (i, j, IoU).
     """
     factors = [rate / cfg.rates[0] for rate in cfg.rates]
     count = min(cfg.equivariance, len(data))
     chosen = Subset(loaders.TestView(data, 0), [k * len(data) // count for k in range(count)])
-    images = torch.zeros(len(net.prototypes), len(net.prototypes), device=device)         # in which i, j were compared
-    iou = images.repeat(len(quantiles), 1, 1)                        # sums over these
+    P = len(net.prototypes)
+    images = torch.zeros(P, P, device=device)            # in how many images i and j were compared
+    iou = images.repeat(len(quantiles), 1, 1)            # sums over these images
     loader = loaders.eval_loader(chosen, cfg.workers, device)
     for batch in tqdm(loader, desc="equivariance", leave=False, disable=None):
         x, mask = to_device(batch, device, "image", "mask")
         maps = [net.similarity(shrunk(x, factor))[0] for factor in factors]               # (P,h,w) each
         for s, t in torch.combinations(torch.arange(len(factors))).tolist():
-            for_t = maps[s]                                          # of the image shrunk by r(s): the larger maps
+            for_t = maps[s]                              # of the image shrunk by r(s): the larger maps
             for_s = resized(maps[t][None], for_t.shape[1:])[0]
             labels = labels_of_cells(mask[0], for_t.shape[1:])
-            for c, cells in zip(*(values.tolist() for values in labels.unique(return_counts=True))):
-                i, j = (((net.prototype_class == c) & (net.prototype_scale == scale)).nonzero()[:, 0]
-                        for scale in (s, t))
-                if cells < least_cells or not len(i) or not len(j):
+            for c in labels.unique().tolist():
+                inside = labels == c
+                of_class = net.prototype_class == c
+                i, j = ((of_class & (net.prototype_scale == k)).nonzero()[:, 0] for k in (s, t))
+                if inside.sum() < least_cells or not len(i) or not len(j):
                     continue
                 images[i[:, None], j] += 1
-                a, b = for_s[i][:, labels == c], for_t[j][:, labels == c]                 # (n_i,cells), (n_j,cells)
+                a, b = for_s[i][:, inside], for_t[j][:, inside]      # (n_i,cells), (n_j,cells)
                 for k, q in enumerate(quantiles):
                     active = [values >= row_quantile(values, q)[:, None] for values in (a, b)]
                     iou[k, i[:, None], j] += pairwise_iou(*active)
@@ -254,15 +260,20 @@ def pairwise_iou(a, b):
 
 
 def equivariance_ratios(net, iou, least):
-    """iou (P,P) on the CPU -> the ratios of Fig. 7 in percent and the pairs; those that share a prototype merge."""
+    """iou (P,P) on the CPU -> the ratios of Fig. 7 in percent, and the pairs.
+
+    Pairs that share a prototype merge into a group.
+    """
     pairs = [(i, j, float(iou[i, j])) for i, j in (iou > least).nonzero().tolist()]
-    group = list(range(len(iou)))                                    # merged: all members bear the smallest number
+    group = list(range(len(iou)))                        # in the end all of a group bear its smallest number
     for i, j, _ in pairs:
         both = group[i], group[j]
         group = [min(both) if number in both else number for number in group]
     paired = sorted({p for i, j, _ in pairs for p in (i, j)})
-    num_groups, classes = len({group[p] for p in paired}), net.prototype_class[paired].unique()
-    known = net.prototype_class.unique().numel()                     # classes with prototypes
-    return dict(groups=num_groups, groups_to_learned_groups=100 * num_groups / (known * net.groups.weights.shape[1]),
-                prototypes_in_groups=100 * len(paired) / len(iou), classes_with_groups=100 * len(classes) / known,
+    num_groups = len({group[p] for p in paired})
+    num_classes = len(net.prototype_class.unique())      # classes with prototypes
+    learned = num_classes * net.groups.weights.shape[1]
+    return dict(groups=num_groups, groups_to_learned_groups=100 * num_groups / learned,
+                prototypes_in_groups=100 * len(paired) / len(iou),
+                classes_with_groups=100 * len(net.prototype_class[paired].unique()) / num_classes,
                 pairs=sorted(pairs, key=lambda pair: -pair[2]))

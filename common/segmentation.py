@@ -39,10 +39,10 @@ def class_id(name, classes, option):
 
 
 def class_and_cell(logits, size, name, classes, pixel):
-    """What an explanation is about, from --class NAME and --pixel X Y (both may be empty): class id, (row, column).
+    """Class id and cell (row, column) to explain, from --class NAME and --pixel X Y; both may be empty.
 
-    logits (C,h,w) of an image of `size` (H,W). Without --pixel the cell where the logit of the class is highest;
-    without --class the class predicted at the pixel, or the one that most cells are predicted to be.
+    logits (C,h,w) of an image of `size` (H,W). Without --pixel the cell where the logit of the class is
+    highest; without --class the class predicted at the pixel, or the one that most cells have.
     """
     (H, W), (h, w) = size, logits.shape[1:]
     c = class_id(name, classes, "--class") if name else None
@@ -51,7 +51,7 @@ def class_and_cell(logits, size, name, classes, pixel):
         return c, divmod(int(logits[c].argmax()), w)
     x, y = pixel
     if not (0 <= x < W and 0 <= y < H):
-        raise UserError(f"--pixel {x} {y} lies outside the image, which is {W} x {H}: give x and y inside it.")
+        raise UserError(f"--pixel {x} {y} lies outside the image, which is {W} x {H}: give x, y inside it.")
     cell = y * h // H, x * w // W
     return int(logits[:, cell[0], cell[1]].argmax()) if c is None else c, cell
 
