@@ -76,7 +76,7 @@ from common.backbones import DENSE, build_dense, norm_parameters
 from common.loaders import to_device
 from common.parts import check_parts
 from common.run import RunConfig, UserError, opt
-from common.scaleprotoseg_measures import images_per_second, part_presence, sparsity  # noqa: F401 [D8] [D12]
+from common.scaleprotoseg_measures import part_presence     # noqa: F401 (others import it from this file)
 from common.tables import Table, row_configs, train_rows, write_table
 
 
@@ -304,7 +304,7 @@ def project_simplex(w):
     """
     falling = w.sort(-1, descending=True).values
     count = torch.arange(1, w.shape[-1] + 1, device=w.device)
-    theta = (falling.cumsum(-1) - 1) / count                         # if the first `count` entries stay
+    theta = (falling.cumsum(-1) - 1) / count                         # if `count` entries stay positive
     last = (falling > theta).sum(-1, keepdim=True) - 1
     return (w - theta.gather(-1, last)).clamp_min(0)
 
@@ -320,7 +320,7 @@ def group_activations(similarity, weights, members):
         weights = weights.float() * (members >= 0)[:, None]          # (C,G,N)
         s = similarity.float().flatten(2)                            # (B,P,h*w)
         member = members.clamp(min=0)
-        if C * s.shape[1] <= 8192:                                   # quicker than many small products
+        if C * s.shape[1] <= 8192:                                   # one product is quicker than many
             rows = weights.new_zeros(C * G, s.shape[1])              # (C*G,P), weights at their prototypes
             rows = rows.scatter_add(1, member.repeat_interleave(G, dim=0), weights.flatten(0, 1))
             exponent = rows @ s                                      # (B,C*G,h*w)
@@ -936,7 +936,7 @@ def report(net, cfg, sets, progress, machine):
         entries |= progress["counts"] | measures.analyse(net, data, sets["project"], cfg, device)
     iterations = {phase: getattr(cfg, phase) for phase in PHASES[cfg.method] if phase != "project"}
     entries |= run.facts(cfg, net, progress, machine, "method", "threshold") | dict(
-        images_per_second=images_per_second(net, data, cfg, device), split=cfg.test_split,
+        images_per_second=measures.images_per_second(net, data, cfg, device), split=cfg.test_split,
         iterations=iterations, finished=is_finished(cfg, progress))
     run.write_json(Path(cfg.out) / "metrics.json", entries)
     gallery.draw_figures(gallery.Drawing(net, cfg, progress, data, sets["project"], device), entries)
@@ -1109,7 +1109,7 @@ def thresholds(rows, cfg, train, machine):
         for name in rows:
             changed = replace(row_cfg, threshold=float(name))
             score = evaluate(net, data, ["final"], changed, machine)["final"]
-            results[name].append(dict(miou=score["miou"]) | sparsity(net, changed))
+            results[name].append(dict(miou=score["miou"]) | measures.sparsity(net, changed))
     return results
 
 

@@ -1516,8 +1516,8 @@ def test_groups_that_the_threshold_emptied_overlap_nowhere():
 
 def test_images_per_second_is_the_inverse_of_the_median_time(monkeypatch):
     net, cfg = small_net("group_joint", num_classes=14)
-    speed = measures.images_per_second(net, datasets.open_dataset("toy_scenes", "", "val"), cfg, CPU)
-    assert 0.1 < speed < 10_000 and not net.training
+    rate = measures.images_per_second(net, datasets.open_dataset("toy_scenes", "", "val"), cfg, CPU)
+    assert 0.1 < rate < 10_000 and not net.training
     seconds = {(1, 128, 128): 0.25}                                     # of a call that ends in labels
     monkeypatch.setattr(speed, "measured_speed", lambda step, *args, **kwargs: seconds[tuple(step().shape)])
     assert measures.images_per_second(net, datasets.open_dataset("toy_scenes", "", "val"), cfg, CPU) == 4
