@@ -30,30 +30,25 @@ L_pce     partial_cross_entropy() scalar   cross-entropy on labelled pixels     
 L_con     consistency_loss()      scalar   initial and augmented prediction agree              Eq. (10)
 lambda    w_local, w_global       scalar   weights of L_con-l and L_con-g                      Sec. 3.4
 
-Phases: warmup (L_pce) -> local (prototypes of the image; the memory fills) -> global (the memory is full:
-both). An "iteration" is an optimizer step. N counts the background, class 0, which every image is taken to
-contain.
+Phases: warmup (L_pce) -> local (prototypes of the image; the memory fills) -> global (it is full: both). N
+counts the background, class 0, which every image is taken to contain. An iteration is an optimizer step.
 
 Where the print is silent, contradicts itself, or differs from the released code ([D*] marks the line).
---reading official takes the code's side in D1, D3, D8, D9, D11 and D12; no configuration is known to give
-the printed tables.
+--reading official takes the code's side in D1, D3, D8, D9, D11, D12; no setting is known to give the tables.
 [D1] "Initial prediction values" (Eq. 1) are softmax probabilities here; in the code ReLU(logit), scaled to
      0..1 over the pixels of an image and class.
 [D2] Eq. (4) prints selectmin; the text updates the most similar slot, and so do the code and we. No second
      norm. In Eq. (2) we read topk(f_t) as the features of the pixels that Eq. (1) chose.
 [D3] Paper: K = 8 % of the pixels, n = 5, crop 512, batch 16, rate 3e-5, lambda_l = 0.01. Code: 1/12, 10,
      320, 12, 6e-5, and 0.02 while the memory fills.
-[D4] The "merge" of global prototypes (Sec. 3.3.2) is not described; as in the code every slot is a key of
-     its own.
+[D4] The "merge" of global prototypes (Sec. 3.3.2) is not described; as in the code every slot is a key.
 [D5] Eqs. (6), (7) write one "linear" for f and fp; the code has two, and one augmenter for both paths.
 [D6] F is taken after SegFormer's dropout, prototypes are constants and belong to one image, as in the code;
      the text says "within each batch".
 [D7] Which prediction L_pce looks at (one symbol in Sec. 3.4) is told by Fig. 2: initial, then local, then
-     global, one at a time and never their sum. --pce local is the fourth row of Table 2 (which colour of the
-     figure is which is our guess).
-[D8] L_con is "MSE" in the text and a cross-entropy in Eq. (10). We take Eq. (10), as a mean over pixels
-     instead of a sum; both sides get gradient, as in the code. Code: softmax twice, and the augmented
-     prediction is the target.
+     global, never a sum. --pce local is the fourth row of Table 2 (which colour is which is our guess).
+[D8] L_con is "MSE" in the text and a cross-entropy in Eq. (10): we take Eq. (10), as a mean over pixels;
+     both sides get gradient, as in the code. Code: softmax twice, the augmented prediction is the target.
 [D9] "Classes of the current image": those with a stroke in the crop, so that no prototype is made of a class
      that cannot be seen (the background always counts, as in the code). Code: those of the whole image.
 [D10] The memory is updated before it is used. It is full when every class that has a stroke in some training
@@ -74,7 +69,6 @@ the printed tables.
      networks run in bfloat16, prototypes, augmenter and losses in float32; the code knows float32 alone.
 """
 import math
-import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -85,20 +79,15 @@ import torch.nn.functional as F
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import pfa_figures, run, segmentation
+from common import files, heads, pfa_figures, run, segmentation, speed, strokes, tables, transforms
 from common.backbones import GOES_WITH, build_network, freeze_layer_norms
-from common.files import list_images, read_large_enough
-from common.heads import DilatedClassifier
 from common.image_classifier import (ClassifierConfig, scorer, scores_of_classifier, scores_of_file,
                                      scores_quality)
 from common.loaders import (ScribbleView, TestView, eval_loader, of_all_ranks, share_of_ranks, to_device,
                             train_loader)
 from common.run import UserError, opt
 from common.scribble_sets import classes_with_strokes, open_full, open_sets
-from common.speed import announce, counted
-from common.strokes import painted_strokes
-from common.tables import Table, train_rows, write_table
-from common.transforms import normalise, resize_to_short_side
+from common.tables import Table, beside_paper
 from common.weights import weights_in
 
 
@@ -109,8 +98,7 @@ class Config(ClassifierConfig):
     """Those of the image classifier [D15] stand in common/image_classifier.py."""
     method: str = opt("pfa", "pce = partial cross-entropy alone (baseline); full = all pixels of the full "
                       "masks (upper bound)", choices=("pfa", "pce", "full"))
-    augment: str = opt("both", "prototypes that augment the features in training (Table 2)",
-                       choices=("both", "local", "global"))
+    augment: str = opt("both", "prototypes in training (Table 2)", choices=("both", "local", "global"))
     reading: str = opt("paper", "official = the released code where it differs, [D*] at the top of the file",
                        choices=("paper", "official"))
     dataset: str = opt("voc_scribble", "reader of --data; voc and folder need --scribbles",
@@ -128,8 +116,7 @@ class Config(ClassifierConfig):
     weights: str = opt("imagenet", "of the backbone: a file or URL, imagenet (torchvision's), none; --table "
                        "3: a folder with mit_b1.pth, mit_b3.pth, mit_b5.pth", source=True)
     freeze_norms: bool = opt(None, "the backbone's LayerNorms do not learn [D12] (default no; official yes)")
-    crop: int = opt(None, "training crop in pixels (default 512; official 320); lower it if memory runs out",
-                    at_least=32)
+    crop: int = opt(None, "training crop in pixels (default 512; official 320)", at_least=32)
     scale_min: float = opt(0.5, "training images are resized by a random factor from here ...", above=0)
     scale_max: float = opt(2.0, "... to here", above=0)
     rotation: float = opt(10.0, "degrees they are turned at most", at_least=0)
@@ -138,8 +125,8 @@ class Config(ClassifierConfig):
     batch_size: int = opt(None, "images an iteration, over all GPUs (default 16; official 12)", above=0)
     iterations: int = opt(None, "of the whole training [D11] (default 132400; official 176400: 200 epochs)",
                           above=0, schedule=True)
-    warmup: int = opt(None, "iterations before prototypes are made (default 19860; official 26460)",
-                      at_least=0, schedule=True)
+    warmup: int = opt(None, "iterations without prototypes (default 19860; official 26460)", at_least=0,
+                      schedule=True)
     lr: float = opt(None, "AdamW learning rate of the backbone (default 3e-5; official 6e-5)", above=0)
     head_lr: float = opt(10.0, "all else learns so many times faster", above=0)
     lr_policy: str = opt(None, "multistep = a tenth after 60 and 85 % of the iterations; linear = to 0 "
@@ -147,32 +134,26 @@ class Config(ClassifierConfig):
     weight_decay: float = opt(0.01, "of AdamW", at_least=0)
     slots: int = opt(None, "n, global prototypes of a class (default 5; official 10)", above=0)
     momentum: float = opt(0.99, "alpha of Eq. (5)", at_least=0, at_most=1)
-    top_fraction: float = opt(None, "share of pixels that make a prototype (default 0.08; official 1/12)",
-                              at_least=0, at_most=1)
+    top_fraction: float = opt(None, "K / hw (default 0.08; official 1/12)", at_least=0, at_most=1)
     hidden: int = opt(128, "D, width of the augmenter's embedding space", above=0)
-    confidence: str = opt(None, "how sure a pixel is [D1] (default: the reading's)",
-                          choices=("paper", "official"))
+    confidence: str = opt(None, "p of Eq. (1) [D1] (default: the reading's)", choices=("paper", "official"))
     consistency: str = opt(None, "L_con [D8] (default: the reading's)", choices=("paper", "official", "mse"))
-    pce: str = opt("moves", "prediction under L_pce [D7]: moves = initial, local, global by phase; local = "
-                   "stays on local in the last phase; initial = always the plain one",
-                   choices=("moves", "local", "initial"))
-    classes_of: str = opt(None, "whose strokes tell the classes in training [D9] (default crop; official "
-                          "image)", choices=("crop", "image"))
+    pce: str = opt("moves", "prediction under L_pce [D7]: moves = the phase's; local = local in the last "
+                   "phase too; initial = always the plain one", choices=("moves", "local", "initial"))
+    classes_of: str = opt(None, "its strokes tell the classes [D9] (default crop; official image)",
+                          choices=("crop", "image"))
     w_local: float = opt(0.01, "lambda_l, weight of L_con-l", at_least=0)
     w_local_first: float = opt(None, "before the memory is full (default 0.01; official 0.02)", at_least=0)
     w_global: float = opt(0.01, "lambda_g, weight of L_con-g", at_least=0)
-    filter: int = opt(500, "pixels that a class needs in the plain prediction to lend its prototypes (Table "
-                      "4), in log.csv and with --infer filter; the report has 0, 100, 500 and 1000",
-                      at_least=0, evaluation=True)
+    filter: int = opt(500, "predicted pixels that a class needs to lend its prototypes (Table 4), in log.csv"
+                      " and with --infer filter; the report has others too", at_least=0, evaluation=True)
     eval_every: int = opt(5000, "iterations between evaluations, rows of log.csv", above=0, schedule=True)
     save_every: int = opt(1000, "iterations that --resume can lose", above=0, runtime=True)
     baseline: str = opt("", "run folder, such as one of --method pce: it joins the figures", runtime=True)
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
-    predict: str = opt("", "image or folder: write index PNGs and overlays to OUT/predictions and stop",
-                       uses_run=True)
-    infer: str = opt("plain", "classes whose prototypes --predict uses: plain = no augmentation; filter, "
-                     "classifier, scores as in Table 4", choices=("plain", "filter", "classifier", "scores"),
-                     runtime=True)
+    predict: str = opt("", "image or folder: write ids, overlays to OUT/predictions and stop", uses_run=True)
+    infer: str = opt("plain", "prototypes that --predict uses: plain = none; others as in Table 4",
+                     choices=("plain", "filter", "classifier", "scores"), runtime=True)
     draw: list = opt((), "IMAGE STROKES: adapt the run in OUT to the strokes on this image, write "
                      "OUT/drawings and stop. STROKES is an index PNG, or a PNG painted in the colours of "
                      "OUT/figures/colours.png, on the image itself or on nothing", uses_run=True)
@@ -180,8 +161,8 @@ class Config(ClassifierConfig):
     draw_lr: float = opt(2e-4, "learning rate of --draw; the backbone's is a tenth", above=0, runtime=True)
     table: int = opt(0, "train and evaluate the rows of this table of the paper on the chosen preset",
                      runtime=True, choices=(0, 2, 3, 4, 5))
-    figure: int = opt(0, "the same for a figure: 5 = slots of the memory, 6 = top-k, 8 = drop and shrink",
-                      runtime=True, choices=(0, 5, 6, 8))
+    figure: int = opt(0, "the same of Fig. 5 = slots, 6 = K, 8 = drop, shrink", choices=(0, 5, 6, 8),
+                      runtime=True)
 
     def __post_init__(self):
         """What was not given comes from the reading."""
@@ -246,7 +227,7 @@ def check_config(cfg):
 # ---- prototypes (Sec. 3.2) -------------------------------------------------------------------------------
 
 def full_precision(x):
-    """float32, or float64 if it is. In bfloat16 logits of 50 are off by 0.2, weights of Eq. (6) by a fifth."""
+    """float32, or float64 if it is. In bfloat16 a logit of 50 is off by 0.2: an attention by a fifth."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -477,7 +458,7 @@ def build_model(cfg, num_classes, weights="none"):
                             last_stride=last_stride)
     C = network.channels
     if cfg.head == "deeplabv2":                                          # [D13]
-        classifier = DilatedClassifier(C, num_classes)
+        classifier = heads.DilatedClassifier(C, num_classes)
     else:
         classifier = nn.Conv2d(C, num_classes, 1)
     if cfg.method != "pfa":
@@ -592,11 +573,8 @@ def split_parameters(net, lr, head_lr):
 # ---- training --------------------------------------------------------------------------------------------
 
 def wrap(net, phase, cfg, machine):
-    """net for a phase, in training mode, wrapped anew.
-
-    DistributedDataParallel waits for the gradient of every parameter that learns, so the augmenter is frozen
-    while no prediction uses it.
-    """
+    """net for a phase, in training mode. The augmenter is frozen while no prediction uses it, as
+    DistributedDataParallel would wait for its gradient, and the network is wrapped anew."""
     if net.augmenter is not None:
         paths = paths_of_phase(phase, cfg)
         for path in paths:
@@ -610,8 +588,8 @@ def train(cfg, machine):
     sets = open_sets(cfg)
     scores = scores_of_file(cfg, sets["test"])                           # a wrong file is told now
     baseline = load_other(cfg.baseline, machine.device, sets["test"].classes)
-    net, optimizer, scheduler, progress = prepare(cfg, sets["train"], machine)
-    parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
+    parts, progress = prepare(cfg, sets["train"], machine)
+    net, optimizer, scheduler = parts.values()
     scale = (cfg.scale_min, cfg.scale_max)
     view = ScribbleView(sets["train"], 0, cfg.crop, scale, cfg.rotation, cfg.blur)       # Sec. 4.2 [D14]
     tell_time(parts, view, sets, progress, cfg, machine)
@@ -642,7 +620,7 @@ def train(cfg, machine):
 # ==== from here on: the start of a run, evaluation, using a trained run, the paper's tables ================
 
 def prepare(cfg, data, machine):
-    """net, optimizer, scheduler, and the progress so far.
+    """parts {"model": net, "optimizer", "scheduler"}, and the progress so far.
 
     Makes the run folder once the model stands, so that a mistake in the options leaves nothing behind.
     progress, which every checkpoint holds: iteration (done), full_at (iterations until the memory was full,
@@ -659,12 +637,12 @@ def prepare(cfg, data, machine):
     run.start_run(cfg, machine)
     net.to(machine.device, memory_format=torch.channels_last)
     optimizer, scheduler = build_optimizer(net, cfg, machine.device)
+    parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     torch.manual_seed(cfg.seed + 1 + machine.rank)                       # dropout differs between processes
     progress = dict(iteration=0, full_at=None, seconds=0.0, classes=data.classes, log=[], sums={}, phases={})
     if resumes:
-        parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
         progress = run.load_checkpoint(last, parts, machine.device)
-    return net, optimizer, scheduler, progress
+    return parts, progress
 
 
 def tell_time(parts, view, sets, progress, cfg, machine):
@@ -681,7 +659,7 @@ def tell_time(parts, view, sets, progress, cfg, machine):
         x, scribbles, classes = to_device(batch, machine.device, "image", "mask", "classes")
         train_step(net.train(), net, optimizer, scheduler, x, scribbles, classes, phase, cfg)
     images = math.ceil(left / cfg.eval_every) * len(sets["val"]) + len(sets["test"])
-    announce(step, view, parts, left, images, cfg, machine)
+    speed.announce(step, view, parts, left, images, cfg, machine)
 
 
 def note_phase(phase, iteration, progress, machine):
@@ -706,9 +684,6 @@ def log_row(log, net, val_set, iteration, phase, lr, cfg, machine):
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------
-
-FILTERS = (0, 100, 500, 1000)                                            # Table 4, pixels
-
 
 def class_sets(plain, num_classes, modes, labels=None, scores=None, threshold=0.5):
     """{mode: (N,) bool}: classes whose prototypes may augment an image, background always. A.2, Table 4.
@@ -751,16 +726,14 @@ class Predictor(NamedTuple):
 
     def of_image(self, image):
         """uint8 (3,H,W) -> Plain."""
-        x = normalise(resize_to_short_side(image, self.cfg.test_size))[None]
+        x = transforms.normalise(transforms.resize_to_short_side(image, self.cfg.test_size))[None]
         device = self.net.occurs.device
         return self.plain(x.to(device, memory_format=torch.channels_last), image.shape[1:])
 
     def class_sets(self, plain, modes, labels=None, scores=None):
         """{mode: present}, see class_sets above. labels (H,W) integer, scores (N,)."""
-        if labels is not None:
-            labels = labels.long().to(plain.ids.device)
-        threshold = self.cfg.score_threshold
-        return class_sets(plain.ids, len(self.net.occurs), modes, labels, scores, threshold)
+        labels = None if labels is None else labels.long().to(plain.ids.device)
+        return class_sets(plain.ids, len(self.net.occurs), modes, labels, scores, self.cfg.score_threshold)
 
     def keys(self, path, features, logits, present):
         """Keys (1,M,C) and mask (1,M) of one of PATHS for an image."""
@@ -778,7 +751,7 @@ class Predictor(NamedTuple):
 
     @torch.inference_mode()
     def surest(self, plain, present):
-        """For pictures: p of Eq. (1), (N,h,w) float32, and its K pixels, (N,h,w) bool, both on the CPU."""
+        """For a picture: p of Eq. (1), (N,h,w) float32, and its K pixels, (N,h,w) bool, both on the CPU."""
         p = confidence(plain.logits, present[None], self.cfg.confidence)[0].cpu().flatten(1)
         K = max(1, int(self.cfg.top_fraction * p.shape[1]))
         chosen = torch.zeros(p.shape, dtype=torch.bool).scatter(1, p.topk(K).indices, True)
@@ -827,15 +800,12 @@ def headline_mode(scores, cfg):
 
 def all_modes(scores, cfg):
     """The modes of Table 4 for a run: filters, scores where there are any, and the true classes last."""
-    filters = [f"filter_{T}" for T in sorted({*FILTERS, cfg.filter})]
+    filters = [f"filter_{T}" for T in sorted({0, 100, 500, 1000, cfg.filter})]
     return list(dict.fromkeys([*filters, headline_mode(scores, cfg), "oracle"]))
 
 
 def report(net, cfg, sets, scores, baseline, progress, machine):
-    """The classifier if one is wanted, evaluation in all modes, metrics.json, figures/; returns the metrics.
-
-    The first process writes; others return None.
-    """
+    """Evaluation in all modes, metrics.json and figures/. Returns the metrics on the first process, else None."""
     data, predictor = sets["test"], Predictor(net.eval(), cfg)
     if scores is None and cfg.train_classifier and cfg.method == "pfa":
         scores = scores_of_classifier(cfg, sets["train"], data, machine)
@@ -892,7 +862,7 @@ def evaluate_run(cfg, machine):
 def predict(cfg, device):
     """--predict: for every image OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png."""
     predictor, progress = load_run(cfg, device)
-    images, paths = list_images(cfg.predict), predictor.net.paths()[-1:]
+    images, paths = files.list_images(cfg.predict), predictor.net.paths()[-1:]
     mode = f"filter_{cfg.filter}" if cfg.infer == "filter" else cfg.infer
     if mode != "plain" and not paths:
         raise UserError(f"--infer {cfg.infer}: the run in {cfg.out} has no prototypes; use --infer plain.")
@@ -903,7 +873,7 @@ def predict(cfg, device):
         print(f"{paths[0]} prediction, classes by the {cfg.infer}")
 
     def predict_file(file):
-        image = read_large_enough(file)
+        image = files.read_large_enough(file)
         plain = predictor.of_image(image)
         ids = plain.ids
         if mode != "plain":
@@ -947,13 +917,13 @@ def draw(cfg, device):
     """--draw IMAGE STROKES: a copy of the run adapted to this image's strokes; OUT/drawings/NAME*.png."""
     predictor, progress = load_run(cfg, device)
     classes, paths, file = progress["classes"], predictor.net.paths()[-1:], Path(cfg.draw[0])
-    image = read_large_enough(file)
-    scribbles = painted_strokes(cfg.draw[1], image, len(classes))
+    image = files.read_large_enough(file)
+    scribbles = strokes.painted_strokes(cfg.draw[1], image, len(classes))
     if not (scribbles == 0).any():
         print(f"note: no stroke of {classes[0]}; a few help to tell where the others end")
     size = image.shape[1:]
     factor = min(1, cfg.crop / min(size))
-    x = normalise(resize(image, [round(side * factor) for side in size]))[None]
+    x = transforms.normalise(resize(image, [round(side * factor) for side in size]))[None]
     x = x.to(device, memory_format=torch.channels_last)
     before = predictor.plain(x, size).ids
     adapt(predictor.net, x, scribbles[None].long().to(device), paths, cfg)
@@ -981,43 +951,37 @@ def best_rate(metrics):
 
 MIOU = {"plain": rate("plain", "plain"), "local": rate("local"), "global": rate("global"),
         "local, true classes": rate("local", "oracle"), "global, true classes": rate("global", "oracle")}
-NETWORKS = {                                                             # Table 3: options, what is printed
-    "DeepLabv2 ResNet-101": (R101 | dict(head="deeplabv2"), (43.6, 75.2, 77.7, 76.2)),
-    "DeepLabv3+ ResNet-101": (R101 | dict(head="deeplabv3plus"), (60.8, 102.3, 80.2, 78.1)),
-    "LTF ResNet-101": ("no design of F is known", (91.7, 138.4, 80.9, 78.2)),
-    "SegFormer MiT-B1": (dict(backbone="mit_b1", head="mlp"), (13.6, 19.4, 79.2, 77.9)),
-    "SegFormer MiT-B3": (dict(backbone="mit_b3", head="mlp"), (44.6, 44.5, 81.9, 79.8)),
-    "SegFormer MiT-B5": (dict(backbone="mit_b5", head="mlp"), (82.0, 72.9, 83.9, 81.5)),
-}
 TABLES = {
-    2: Table("Table 2: what each part adds", columns=MIOU,
-             rows={"baseline": dict(method="pce"), "local": dict(augment="local"),
-                   "global": dict(augment="global"), "both, L_pce on local": dict(pce="local"), "both": {}},
-             paper_columns=("paper basic", "paper local", "paper global"),
-             paper={"baseline": (67.5, None, None), "local": (75.7, 76.9, None),
-                    "global": (76.0, None, 77.4), "both, L_pce on local": (76.4, 77.7, 77.1),
-                    "both": (76.8, 77.3, 77.9)}),
-    3: Table("Table 3: backbones, all pixels and scribbles (global prediction); parameters and multiply-"
-             "adds as the paper counts them, without augmenter and attention products",
-             columns={"M parameters": "parameters", "G multiply-adds at 512": "multiply_adds",
-                      "full": "full", "scribble": "scribble"},
-             rows={name: changes for name, (changes, _) in NETWORKS.items()},
-             paper_columns=("paper M", "paper G", "paper full", "paper scribble"),
-             paper={name: printed for name, (_, printed) in NETWORKS.items()}),
-    4: Table("Table 4: which classes are in a test image? Paper: global prediction; beside classifier and "
-             "scores stands Q2L (mAP 96.6), MCAR (94.3) has 76.2", rows={"both": {}},
-             columns={name: name for name in ("mAP", "plain", "local", "global")}, paper_columns=("paper",),
-             paper={"oracle (true classes given)": (80.4,), "plain": (76.8,), "classifier": (77.9,),
-                    "scores": (77.9,), "filter_0": (74.1,), "filter_100": (75.2,), "filter_500": (75.7,),
-                    "filter_1000": (74.3,)}),
-    5: Table("Table 5: weights of the consistency losses", columns=MIOU,
-             rows={"both": {}}
-             | {f"lambda_l {w}": dict(w_local=w, w_local_first=w) for w in (0.005, 0.02, 0.05)}
-             | {f"lambda_g {w}": dict(w_global=w) for w in (0.005, 0.02, 0.05)},
-             paper_columns=("paper",),
-             paper={"both": (77.9,), "lambda_l 0.005": (77.7,), "lambda_l 0.02": (77.2,),
-                    "lambda_l 0.05": (76.8,), "lambda_g 0.005": (77.4,), "lambda_g 0.02": (77.6,),
-                    "lambda_g 0.05": (77.1,)}),
+    2: beside_paper("Table 2: what each part adds", MIOU, ("paper basic", "paper local", "paper global"), {
+        "baseline": (dict(method="pce"), 67.5, None, None),
+        "local": (dict(augment="local"), 75.7, 76.9, None),
+        "global": (dict(augment="global"), 76.0, None, 77.4),
+        "both, L_pce on local": (dict(pce="local"), 76.4, 77.7, 77.1),
+        "both": ({}, 76.8, 77.3, 77.9)}),
+    3: beside_paper("Table 3: backbones, all pixels and scribbles (global prediction); without augmenter "
+                    "and attention products, as the paper counts", {
+        "M parameters": "parameters", "G multiply-adds at 512": "multiply_adds", "full": "full",
+        "scribble": "scribble"}, ("paper M", "paper G", "paper full", "paper scribble"), {
+        "DeepLabv2 ResNet-101": (R101 | dict(head="deeplabv2"), 43.6, 75.2, 77.7, 76.2),
+        "DeepLabv3+ ResNet-101": (R101 | dict(head="deeplabv3plus"), 60.8, 102.3, 80.2, 78.1),
+        "LTF ResNet-101": ("no design of F is known", 91.7, 138.4, 80.9, 78.2),
+        "SegFormer MiT-B1": (dict(backbone="mit_b1", head="mlp"), 13.6, 19.4, 79.2, 77.9),
+        "SegFormer MiT-B3": (dict(backbone="mit_b3", head="mlp"), 44.6, 44.5, 81.9, 79.8),
+        "SegFormer MiT-B5": (dict(backbone="mit_b5", head="mlp"), 82.0, 72.9, 83.9, 81.5)}),
+    4: beside_paper("Table 4: which classes are in a test image? Paper: global prediction; beside "
+                    "classifier and scores stands Q2L (mAP 96.6), MCAR (94.3) has 76.2", {
+        "mAP": "mAP", "plain": "plain", "local": "local", "global": "global"}, ("paper",), {
+        "plain": ({}, 76.8), "filter_0": ({}, 74.1), "filter_100": ({}, 75.2), "filter_500": ({}, 75.7),
+        "filter_1000": ({}, 74.3), "classifier": ({}, 77.9), "scores": ({}, 77.9),
+        "oracle (true classes given)": ({}, 80.4)}),
+    5: beside_paper("Table 5: weights of the consistency losses", MIOU, ("paper",), {
+        "both": ({}, 77.9),
+        "lambda_l 0.005": (dict(w_local=0.005, w_local_first=0.005), 77.7),
+        "lambda_l 0.02": (dict(w_local=0.02, w_local_first=0.02), 77.2),
+        "lambda_l 0.05": (dict(w_local=0.05, w_local_first=0.05), 76.8),
+        "lambda_g 0.005": (dict(w_global=0.005), 77.4),
+        "lambda_g 0.02": (dict(w_global=0.02), 77.6),
+        "lambda_g 0.05": (dict(w_global=0.05), 77.1)}),
 }
 WEAKER = [*(("drop", ratio) for ratio in (0.0, 0.25, 0.5, 0.75)),        # Fig. 8, ratios of ours
           *(("shrink", ratio) for ratio in (0.25, 0.5, 0.75, 1.0))]
@@ -1033,48 +997,39 @@ FIGURES = {
 USUAL_ROW = dict(method="pfa", augment="both", pce="moves", figure=0)
 
 
-def row_folder(cfg, changes):
-    """The name of a row's run tells what differs from the usual row, so that tables share rows."""
-    usual = replace(cfg, **USUAL_ROW)
-    different = [f"{name}-{value}" for name, value in changes.items()
-                 if name != "weights" and value != getattr(usual, name)]
-    return "_".join(different) or "pfa"
-
-
 def run_table(cfg, machine):
-    """--table, --figure: every row as a run in OUT/rows/, then OUT/tableN.md or OUT/figureN.md and .png.
-
-    Returns {row: [metrics, one a seed]}.
-    """
+    """--table, --figure: every row is a run in OUT/rows/. Returns {row: [metrics, one a seed]}."""
     kind, number = ("figure", cfg.figure) if cfg.figure else ("table", cfg.table)
     table = FIGURES[number] if cfg.figure else TABLES[number]
-    rows = networks_of_table_3(cfg) if cfg.table == 3 else table.rows
+    rows = table.rows
+    if cfg.table == 3:
+        rows = networks_of_table_3(cfg)
+    elif cfg.table == 4:
+        rows = {"both": {}}
+    usual = replace(cfg, **USUAL_ROW)
+    folders = {name: tables.folder_of_changes(changes, usual) or "pfa" for name, changes in rows.items()}
     for changes in rows.values():
-        check_config(replace(cfg, **USUAL_ROW | changes))
-    results = train_rows({name: USUAL_ROW | changes for name, changes in rows.items()}, cfg, train, machine,
-                         lambda name: row_folder(cfg, rows[name]))
-    if machine.rank == 0 and cfg.table == 2:
-        folders = {name: Path(cfg.out) / "rows" / row_folder(cfg, rows[name])
-                   for name in ("baseline", "local", "global", "both")}
-        data = open_full(cfg, cfg.test_split)
-        predictors = {name: load_other(out, machine.device, data.classes) for name, out in folders.items()}
-        pfa_figures.draw_components(Path(cfg.out) / "components.png", predictors, data, cfg.filter)
-    if machine.rank == 0 and cfg.figure:
-        plain = {name: statistics.mean(map(MIOU["plain"], runs)) for name, runs in results.items()}
-        best = {name: statistics.mean(map(best_rate, runs)) for name, runs in results.items()}
-        pfa_figures.draw_curve(Path(cfg.out) / f"figure{number}.png", plain, best, table.title)
-    shown = results
+        check_config(replace(usual, **changes))
+    rows = {name: USUAL_ROW | changes for name, changes in rows.items()}
+    results = shown = tables.train_rows(rows, cfg, train, machine, folders.get)
     if cfg.table == 3:
         shown = networks_compared(cfg, results)
     elif cfg.table == 4:
-        shown = rows_by_mode(results["both"])
+        shown = pfa_figures.rows_by_mode(results["both"])
         table = table._replace(rows=dict.fromkeys(shown, {}))
-    every = [metrics for runs in results.values() for metrics in runs]
-    modes = {metrics["headline"] for metrics in every if metrics["method"] == "pfa"}
-    about = f"{cfg.iterations} iterations, {cfg.test_split} split, classes by {' and '.join(sorted(modes))}"
+    elif cfg.table == 2 and machine.rank == 0:
+        data, predictors = open_full(cfg, cfg.test_split), {}
+        for name in ("baseline", "local", "global", "both"):
+            out = tables.row_out(cfg, folders[name], cfg.seed)
+            predictors[name] = load_other(out, machine.device, data.classes)
+        pfa_figures.draw_components(Path(cfg.out) / "components.png", predictors, data, cfg.filter)
+    elif cfg.figure and machine.rank == 0:
+        pfa_figures.draw_curve(Path(cfg.out) / f"figure{number}.png", results, best_rate, table.title)
+    headline = results[list(results)[-1]][0]["headline"]
+    about = f"{cfg.iterations} iterations, {cfg.test_split} split, classes of local and global: {headline}"
     if cfg.figure:
         about += ", the paper plots no numbers"
-    write_table(number, table, shown, cfg, machine, about, name=kind)
+    tables.write_table(number, table, shown, cfg, machine, about, name=kind)
     return results
 
 
@@ -1100,17 +1055,6 @@ def networks_compared(cfg, results):
             counts = dict(parameters=parameters / 1e6, multiply_adds=multiply_adds)
             rows[name] = [counts | dict(full=best_rate(full), scribble=best_rate(scribble))
                           for full, scribble in pairs]
-    return rows
-
-
-def rows_by_mode(runs):
-    """Rows of Table 4: {mode: [columns, one a seed]}."""
-    rows = {}
-    for metrics in runs:
-        for mode, rates in metrics["miou"].items():
-            quality = metrics["class_map"] if mode in ("scores", "classifier") else None
-            name = "oracle (true classes given)" if mode == "oracle" else mode
-            rows.setdefault(name, []).append(rates | dict(mAP=quality))
     return rows
 
 
@@ -1147,9 +1091,7 @@ def main(cfg):
     if not cfg.predict and not cfg.draw:
         return train(cfg, machine)
     if machine.rank == 0:
-        use = predict if cfg.predict else draw
-        use(cfg, machine.device)
-    return None
+        (predict if cfg.predict else draw)(cfg, machine.device)
 
 
 if __name__ == "__main__":                                               # worker processes import this file

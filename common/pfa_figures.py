@@ -1,8 +1,9 @@
-"""Pictures of pfa_scribble.py, drawn from trained networks. Nothing here belongs to the method.
+"""How pfa_scribble.py shows what it has learned: pictures, and words. Nothing here belongs to the method.
 
-A predictor is the script's Predictor: a trained network (net, with the method paths), its settings (cfg), and
-the methods of_image (what the plain branch makes of a picture), class_sets, keys, augmented and surest.
+A predictor is the script's Predictor: a trained network (net, with the method paths), its settings (cfg),
+and the methods of_image (what the plain branch makes of a picture), class_sets, keys, augmented and surest.
 """
+import statistics
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def classes_of(predictor, plain, labels):
 
 
 def draw_training(path, predictor, data, baseline):
-    """training.png (Fig. 4): strokes of training images, what becomes of them, the full label if there is one."""
+    """training.png (Fig. 4): training images with strokes, what becomes of them, the full label if any."""
     full = open_full_train_set(predictor.cfg)
     has_strokes = predictor.cfg.method != "full"
 
@@ -236,18 +237,37 @@ def draw_components(path, predictors, data, threshold):
                   f"Components (Fig. 4, 11); classes with more than {threshold} predicted pixels", count=5)
 
 
-def draw_curve(path, plain, augmented, title):
-    """figureN.png: mIoU of the plain and of the augmented prediction of every row, {row: rate} each.
+def draw_curve(path, results, best_rate, title):
+    """figureN.png: mIoU of the plain and of the augmented prediction of every row {name: [metrics, one a seed]}.
 
-    Rows that end with ", local" and ", global" are compared with each other instead.
+    Rows that end with ", local" and ", global" are compared with each other instead. best_rate(metrics): mIoU of
+    the augmented prediction. With several seeds their mean.
     """
+    augmented = {row: statistics.mean(map(best_rate, runs)) for row, runs in results.items()}
     names = [row.removesuffix(", local") for row in augmented if row.endswith(", local")]
     if names:
-        series = {path: [augmented[f"{name}, {path}"] for name in names] for path in ("local", "global")}
+        series = {}
+        for ending in ("local", "global"):
+            series[ending] = [augmented[f"{name}, {ending}"] for name in names]
     else:
         names = list(augmented)
-        series = {"plain": list(plain.values()), "augmented": list(augmented.values())}
+        plain = [statistics.mean(metrics["miou"]["plain"]["plain"] for metrics in runs)
+                 for runs in results.values()]
+        series = {"plain": plain, "augmented": list(augmented.values())}
     figures.save_bars(path, series, names, title=title)
+
+
+# ---- in words and numbers --------------------------------------------------------------------------------
+
+def rows_by_mode(runs):
+    """[metrics, one a seed] -> rows of Table 4: {mode: [mAP and the rates of the predictions, one a seed]}."""
+    rows = {}
+    for metrics in runs:
+        for mode, rates in metrics["miou"].items():
+            quality = metrics["class_map"] if mode in ("scores", "classifier") else None
+            name = "oracle (true classes given)" if mode == "oracle" else mode
+            rows.setdefault(name, []).append(rates | dict(mAP=quality))
+    return rows
 
 
 def summary(metrics, cfg):

@@ -35,9 +35,26 @@ class Table(NamedTuple):
     digits: dict = {}
 
 
+def beside_paper(title, columns, paper_columns, rows):
+    """Table of rows {name: (what it changes, then what the paper prints under each of paper_columns)}."""
+    return Table(title, {name: changes for name, (changes, *_) in rows.items()}, columns, paper_columns,
+                 {name: printed for name, (_, *printed) in rows.items()})
+
+
 def folder_of(name):
     """A folder's name for a row: "w/o both" -> "no-both", "T = 2" -> "T2"."""
     return re.sub(r"[ /]+", "-", name.replace("w/o", "no").replace(" = ", "").replace(",", ""))
+
+
+def folder_of_changes(changes, usual, leave_out=("weights",)):
+    """A folder's name for a row by what differs from `usual`, a Config, so that tables share rows; "" if nothing."""
+    return "_".join(f"{name}-{value}" for name, value in changes.items()
+                    if name not in leave_out and value != getattr(usual, name))
+
+
+def row_out(cfg, folder, seed):
+    """The run of a row that is trained with this seed: OUT/rows/FOLDER, with its seed behind unless that is 0."""
+    return Path(cfg.out) / "rows" / (f"{folder}-seed{seed}" if seed else folder)
 
 
 def train_rows(rows, cfg, train, machine, folder=folder_of):
@@ -54,8 +71,7 @@ def train_rows(rows, cfg, train, machine, folder=folder_of):
             raise UserError(f"--seeds {cfg.seeds}: the row {name} sets the seed itself; leave --seeds out.")
         results[name] = []
         for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-            ending = f"-seed{seed}" if seed and "seed" not in changes else ""
-            out = Path(cfg.out) / "rows" / f"{folder(name)}{ending}"
+            out = row_out(cfg, folder(name), 0 if "seed" in changes else seed)
             row_cfg = replace(cfg, **{"table": type(cfg.table)(), "seeds": 1, "seed": seed, "out": str(out), **changes})
             if machine.rank == 0:
                 print(f"row {name}{f', seed {seed}' if cfg.seeds > 1 else ''} in {out}", flush=True)
