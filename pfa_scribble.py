@@ -47,8 +47,8 @@ Where the print is silent, contradicts itself, or differs from the released code
      the text says "within each batch".
 [D7] Which prediction L_pce looks at (one symbol in Sec. 3.4) is told by Fig. 2: initial, then local, then
      global, never a sum. --pce local is the fourth row of Table 2 (which colour is which is our guess).
-[D8] L_con is "MSE" in the text and a cross-entropy in Eq. (10): we take Eq. (10), as a mean over pixels;
-     both sides get gradient, as in the code. Code: softmax twice, the augmented prediction is the target.
+[D8] L_con is "MSE" in the text and a cross-entropy in Eq. (10). We take Eq. (10), a mean over pixels and not
+     a sum; both sides get gradient, as in the code. Code: softmax twice, the augmented one is the target.
 [D9] "Classes of the current image": those with a stroke in the crop, so that no prototype is made of a class
      that cannot be seen (the background always counts, as in the code). Code: those of the whole image.
 [D10] The memory is updated before it is used. It is full when every class that has a stroke in some training
@@ -98,7 +98,7 @@ class Config(ClassifierConfig):
     """Those of the image classifier [D15] stand in common/image_classifier.py."""
     method: str = opt("pfa", "pce = partial cross-entropy alone (baseline); full = all pixels of the full "
                       "masks (upper bound)", choices=("pfa", "pce", "full"))
-    augment: str = opt("both", "prototypes in training (Table 2)", choices=("both", "local", "global"))
+    augment: str = opt("both", "which prototypes augment (Table 2)", choices=("both", "local", "global"))
     reading: str = opt("paper", "official = the released code where it differs, [D*] at the top of the file",
                        choices=("paper", "official"))
     dataset: str = opt("voc_scribble", "reader of --data; voc and folder need --scribbles",
@@ -134,21 +134,23 @@ class Config(ClassifierConfig):
     weight_decay: float = opt(0.01, "of AdamW", at_least=0)
     slots: int = opt(None, "n, global prototypes of a class (default 5; official 10)", above=0)
     momentum: float = opt(0.99, "alpha of Eq. (5)", at_least=0, at_most=1)
-    top_fraction: float = opt(None, "K / hw (default 0.08; official 1/12)", at_least=0, at_most=1)
+    top_fraction: float = opt(None, "share of the pixels that make a prototype (default 0.08; official "
+                              "1/12)", at_least=0, at_most=1)
     hidden: int = opt(128, "D, width of the augmenter's embedding space", above=0)
-    confidence: str = opt(None, "p of Eq. (1) [D1] (default: the reading's)", choices=("paper", "official"))
+    confidence: str = opt(None, "how sure pixels are [D1] (default: reading)", choices=("paper", "official"))
     consistency: str = opt(None, "L_con [D8] (default: the reading's)", choices=("paper", "official", "mse"))
     pce: str = opt("moves", "prediction under L_pce [D7]: moves = the phase's; local = local in the last "
                    "phase too; initial = always the plain one", choices=("moves", "local", "initial"))
-    classes_of: str = opt(None, "its strokes tell the classes [D9] (default crop; official image)",
+    classes_of: str = opt(None, "whose strokes tell the classes [D9] (default crop; official image)",
                           choices=("crop", "image"))
     w_local: float = opt(0.01, "lambda_l, weight of L_con-l", at_least=0)
-    w_local_first: float = opt(None, "before the memory is full (default 0.01; official 0.02)", at_least=0)
+    w_local_first: float = opt(None, "the same until the memory is full (default 0.01; official 0.02)",
+                               at_least=0)
     w_global: float = opt(0.01, "lambda_g, weight of L_con-g", at_least=0)
     filter: int = opt(500, "predicted pixels that a class needs to lend its prototypes (Table 4), in log.csv"
                       " and with --infer filter; the report has others too", at_least=0, evaluation=True)
     eval_every: int = opt(5000, "iterations between evaluations, rows of log.csv", above=0, schedule=True)
-    save_every: int = opt(1000, "iterations that --resume can lose", above=0, runtime=True)
+    save_every: int = opt(1000, "iterations between checkpoints", above=0, runtime=True)
     baseline: str = opt("", "run folder, such as one of --method pce: it joins the figures", runtime=True)
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
     predict: str = opt("", "image or folder: write ids, overlays to OUT/predictions and stop", uses_run=True)
@@ -161,8 +163,8 @@ class Config(ClassifierConfig):
     draw_lr: float = opt(2e-4, "learning rate of --draw; the backbone's is a tenth", above=0, runtime=True)
     table: int = opt(0, "train and evaluate the rows of this table of the paper on the chosen preset",
                      runtime=True, choices=(0, 2, 3, 4, 5))
-    figure: int = opt(0, "the same of Fig. 5 = slots, 6 = K, 8 = drop, shrink", choices=(0, 5, 6, 8),
-                      runtime=True)
+    figure: int = opt(0, "the same for a figure: 5 = slots, 6 = share of pixels, 8 = weaker strokes",
+                      runtime=True, choices=(0, 5, 6, 8))
 
     def __post_init__(self):
         """What was not given comes from the reading."""
@@ -627,7 +629,7 @@ def prepare(cfg, data, machine):
     or None), phases {name: iterations in it}, classes (names), and what run.Log needs.
     """
     last = Path(cfg.out) / "last.pt"
-    resumes = cfg.resume and last.exists()                               # killed before the first: anew
+    resumes = cfg.resume and last.exists()                               # else there is no checkpoint yet
     torch.manual_seed(cfg.seed)
     if resumes:
         run.read_progress(cfg.out, ("full_at",), data.classes)
@@ -650,14 +652,13 @@ def tell_time(parts, view, sets, progress, cfg, machine):
     left = cfg.iterations - progress["iteration"]
     if left <= 0:
         return
-    net, optimizer, scheduler = parts.values()
     phase = cfg.method
     if phase == "pfa":
         phase = "local" if cfg.augment == "local" else "global"
 
     def step(batch):
         x, scribbles, classes = to_device(batch, machine.device, "image", "mask", "classes")
-        train_step(net.train(), net, optimizer, scheduler, x, scribbles, classes, phase, cfg)
+        train_step(parts["model"].train(), *parts.values(), x, scribbles, classes, phase, cfg)
     images = math.ceil(left / cfg.eval_every) * len(sets["val"]) + len(sets["test"])
     speed.announce(step, view, parts, left, images, cfg, machine)
 
@@ -805,7 +806,7 @@ def all_modes(scores, cfg):
 
 
 def report(net, cfg, sets, scores, baseline, progress, machine):
-    """Evaluation in all modes, metrics.json and figures/. Returns the metrics on the first process, else None."""
+    """Evaluation in all modes, metrics.json and figures/. Returns the metrics, on the first process."""
     data, predictor = sets["test"], Predictor(net.eval(), cfg)
     if scores is None and cfg.train_classifier and cfg.method == "pfa":
         scores = scores_of_classifier(cfg, sets["train"], data, machine)
@@ -968,12 +969,12 @@ TABLES = {
         "SegFormer MiT-B1": (dict(backbone="mit_b1", head="mlp"), 13.6, 19.4, 79.2, 77.9),
         "SegFormer MiT-B3": (dict(backbone="mit_b3", head="mlp"), 44.6, 44.5, 81.9, 79.8),
         "SegFormer MiT-B5": (dict(backbone="mit_b5", head="mlp"), 82.0, 72.9, 83.9, 81.5)}),
-    4: beside_paper("Table 4: which classes are in a test image? Paper: global prediction; beside "
-                    "classifier and scores stands Q2L (mAP 96.6), MCAR (94.3) has 76.2", {
-        "mAP": "mAP", "plain": "plain", "local": "local", "global": "global"}, ("paper",), {
-        "plain": ({}, 76.8), "filter_0": ({}, 74.1), "filter_100": ({}, 75.2), "filter_500": ({}, 75.7),
-        "filter_1000": ({}, 74.3), "classifier": ({}, 77.9), "scores": ({}, 77.9),
-        "oracle (true classes given)": ({}, 80.4)}),
+    4: Table("Table 4: which classes are in a test image? Paper: global prediction; beside classifier and "
+             "scores stands Q2L (mAP 96.6), MCAR (94.3) has 76.2", rows={"both": {}},
+             columns={name: name for name in ("mAP", "plain", "local", "global")}, paper_columns=("paper",),
+             paper={"plain": (76.8,), "filter_0": (74.1,), "filter_100": (75.2,), "filter_500": (75.7,),
+                    "filter_1000": (74.3,), "classifier": (77.9,), "scores": (77.9,),
+                    "oracle (true classes given)": (80.4,)}),
     5: beside_paper("Table 5: weights of the consistency losses", MIOU, ("paper",), {
         "both": ({}, 77.9),
         "lambda_l 0.005": (dict(w_local=0.005, w_local_first=0.005), 77.7),
@@ -1001,17 +1002,14 @@ def run_table(cfg, machine):
     """--table, --figure: every row is a run in OUT/rows/. Returns {row: [metrics, one a seed]}."""
     kind, number = ("figure", cfg.figure) if cfg.figure else ("table", cfg.table)
     table = FIGURES[number] if cfg.figure else TABLES[number]
-    rows = table.rows
-    if cfg.table == 3:
-        rows = networks_of_table_3(cfg)
-    elif cfg.table == 4:
-        rows = {"both": {}}
-    usual = replace(cfg, **USUAL_ROW)
+    rows = networks_of_table_3(cfg) if cfg.table == 3 else table.rows
+    usual = replace(cfg, table=0, seeds=1, **USUAL_ROW)
     folders = {name: tables.folder_of_changes(changes, usual) or "pfa" for name, changes in rows.items()}
     for changes in rows.values():
         check_config(replace(usual, **changes))
     rows = {name: USUAL_ROW | changes for name, changes in rows.items()}
-    results = shown = tables.train_rows(rows, cfg, train, machine, folders.get)
+    results = tables.train_rows(rows, cfg, train, machine, folders.get)
+    shown = results
     if cfg.table == 3:
         shown = networks_compared(cfg, results)
     elif cfg.table == 4:
@@ -1049,12 +1047,12 @@ def networks_compared(cfg, results):
     rows = {}
     for name, changes in TABLES[3].rows.items():
         if isinstance(changes, dict):
-            pairs = list(zip(results[f"{name} full"], results[f"{name} pfa"]))
-            num_classes = len(pairs[0][0]["iou"]["plain"]["plain"])
+            full, scribble = results[f"{name} full"], results[f"{name} pfa"]
+            num_classes = len(full[0]["iou"]["plain"]["plain"])
             parameters, multiply_adds = cost(replace(cfg, method="pce", **changes), num_classes)
             counts = dict(parameters=parameters / 1e6, multiply_adds=multiply_adds)
-            rows[name] = [counts | dict(full=best_rate(full), scribble=best_rate(scribble))
-                          for full, scribble in pairs]
+            rows[name] = [counts | dict(full=MIOU["plain"](first), scribble=best_rate(second))
+                          for first, second in zip(full, scribble)]
     return rows
 
 
@@ -1067,15 +1065,15 @@ def cost(cfg, num_classes, size=512):
     products = ("attention", "bmm")                                      # bmm: on the meta device
     with torch.device("meta"), torch.no_grad():
         net = build_model(cfg, num_classes).eval()
-        levels, count = counted(net.network.backbone, torch.empty(1, 3, size, size), products)
+        levels, count = speed.counted(net.network.backbone, torch.empty(1, 3, size, size), products)
         if cfg.head == "mlp":
             E, cells = net.network.channels, [level[0, 0].numel() for level in levels]
             count += sum(level.shape[1] * E * n for level, n in zip(levels, cells)) + 4 * E * E * cells[0]
             features = torch.empty(1, E, *levels[0].shape[2:])
         else:
-            features, more = counted(net.network.head, levels, products)
+            features, more = speed.counted(net.network.head, levels, products)
             count += more
-        count += counted(net.classifier, features, products)[1]
+        count += speed.counted(net.classifier, features, products)[1]
     return sum(p.numel() for p in net.parameters()), count / 1e9
 
 
@@ -1090,8 +1088,10 @@ def main(cfg):
         return evaluate_run(cfg, machine)
     if not cfg.predict and not cfg.draw:
         return train(cfg, machine)
-    if machine.rank == 0:
-        (predict if cfg.predict else draw)(cfg, machine.device)
+    if machine.rank == 0 and cfg.predict:
+        predict(cfg, machine.device)
+    elif machine.rank == 0:
+        draw(cfg, machine.device)
 
 
 if __name__ == "__main__":                                               # worker processes import this file
