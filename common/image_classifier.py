@@ -206,7 +206,7 @@ def load_classifier(cfg, num_classes, device):
 
 
 def scorer(cfg, files, num_classes, device):
-    """How --infer scores image files: a function of (file, image) -> scores (N,); None where it needs none."""
+    """How --infer scores image files: a function of (file, image) -> scores (N,), or None if it has none."""
     if cfg.infer == "classifier":
         net = load_classifier(cfg, num_classes, device)
         return lambda file, image: classify(net, image, cfg, device)

@@ -238,10 +238,10 @@ def draw_components(path, predictors, data, threshold):
 
 
 def draw_curve(path, results, best_rate, title):
-    """figureN.png: mIoU of the plain and of the augmented prediction of every row {name: [metrics, one a seed]}.
+    """figureN.png: mIoU of the plain and of the augmented prediction of every row, the mean over seeds.
 
-    Rows that end with ", local" and ", global" are compared with each other instead. best_rate(metrics): mIoU of
-    the augmented prediction. With several seeds their mean.
+    results: {row: [metrics, one a seed]}. Rows that end with ", local" and ", global" are compared with each
+    other instead. best_rate(metrics): mIoU of the augmented prediction.
     """
     augmented = {row: statistics.mean(map(best_rate, runs)) for row, runs in results.items()}
     names = [row.removesuffix(", local") for row in augmented if row.endswith(", local")]
@@ -260,7 +260,7 @@ def draw_curve(path, results, best_rate, title):
 # ---- in words and numbers --------------------------------------------------------------------------------
 
 def rows_by_mode(runs):
-    """[metrics, one a seed] -> rows of Table 4: {mode: [mAP and the rates of the predictions, one a seed]}."""
+    """[metrics, one a seed] -> rows of Table 4: {mode: [mAP and rates of the predictions, one a seed]}."""
     rows = {}
     for metrics in runs:
         for mode, rates in metrics["miou"].items():
