@@ -95,7 +95,7 @@ from common.weights import weights_in
 
 @dataclass
 class Config(ClassifierConfig):
-    """Those of the image classifier [D15] stand in common/image_classifier.py."""
+    """Options of the image classifier [D15] stand in common/image_classifier.py."""
     method: str = opt("pfa", "pce = partial cross-entropy alone (baseline); full = all pixels of the full "
                       "masks (upper bound)", choices=("pfa", "pce", "full"))
     augment: str = opt("both", "which prototypes augment (Table 2)", choices=("both", "local", "global"))
@@ -261,7 +261,7 @@ def extract_prototypes(features, scores, present, top_fraction=0.08):
     length, 0 where a class is absent. K = max(1, int(top_fraction h w)). Constants: no gradient flows
     back [D6].
     """
-    with torch.autocast(features.device.type, enabled=False):            # sums over a thousand pixels
+    with torch.autocast(features.device.type, enabled=False):            # float32 for long sums
         f = full_precision(features).flatten(2)                          # (B,C,hw)
         p = full_precision(scores).flatten(2)                            # (B,N,hw)
         K = max(1, int(top_fraction * p.shape[2]))
@@ -454,7 +454,7 @@ class PFA(nn.Module):
 
 def build_model(cfg, num_classes, weights="none"):
     """The network of the options. UserError as build_network raises it."""
-    last_stride = 1 if cfg.backbone.startswith("mit") else 2             # 1: so are Table 3's FLOPs
+    last_stride = 1 if cfg.backbone.startswith("mit") else 2             # 1 as Table 3's FLOPs tell
     output_stride = 16 if cfg.head == "deeplabv3plus" else 8
     network = build_network(cfg.backbone, cfg.head, num_classes, cfg.head_channels, weights, output_stride,
                             last_stride=last_stride)
@@ -517,7 +517,9 @@ def predictions_of(model, net, x, present, phase, cfg):
                 keys[path] = local_keys(prototypes, present)
             else:
                 keys[path] = global_keys(net.memory, present)
-        return predictions | net.augmented(features, **keys) if keys else predictions
+        if keys:
+            predictions |= net.augmented(features, **keys)
+        return predictions
 
 
 def losses_of(predictions, scribbles, phase, cfg):
@@ -744,7 +746,7 @@ class Predictor(NamedTuple):
 
     @torch.inference_mode()
     def augmented(self, plain, present, paths):
-        """{path: ids}."""
+        """{path: ids} with the prototypes of the classes present."""
         keys = {path: self.keys(path, plain.features, plain.logits, present) for path in paths}
         with run.autocast(plain.features.device, self.cfg.amp):
             logits = self.net.augmented(plain.features, **keys) if keys else {}
@@ -1024,9 +1026,9 @@ def run_table(cfg, machine):
     elif cfg.figure and machine.rank == 0:
         pfa_figures.draw_curve(Path(cfg.out) / f"figure{number}.png", results, best_rate, table.title)
     headline = results[list(results)[-1]][0]["headline"]
-    about = f"{cfg.iterations} iterations, {cfg.test_split} split, classes of local and global: {headline}"
-    if cfg.figure:
-        about += ", the paper plots no numbers"
+    paper = "plots no numbers" if cfg.figure else "has VOC 2012 val"
+    about = (f"{cfg.iterations} iterations, {cfg.test_split} split, classes of local and global: {headline}, "
+             f"the paper {paper}")
     tables.write_table(number, table, shown, cfg, machine, about, name=kind)
     return results
 
