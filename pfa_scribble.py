@@ -1027,8 +1027,8 @@ def run_table(cfg, machine):
         pfa_figures.draw_curve(Path(cfg.out) / f"figure{number}.png", results, best_rate, table.title)
     headline = results[list(results)[-1]][0]["headline"]
     paper = "plots no numbers" if cfg.figure else "has VOC 2012 val"
-    about = (f"{cfg.iterations} iterations, {cfg.test_split} split, classes of local and global: {headline}, "
-             f"the paper {paper}")
+    about = (f"{cfg.iterations} iterations, {cfg.test_split} split, classes of local and global: "
+             f"{headline}, the paper {paper}")
     tables.write_table(number, table, shown, cfg, machine, about, name=kind)
     return results
 
