@@ -273,7 +273,7 @@ def extract_prototypes(features, scores, present, top_fraction=0.08):
 
 
 class PrototypeMemory(nn.Module):
-    """Global prototypes (Sec. 3.2.3). Buffers, saved with the model: bank (N,n,C), count (N,) of slots."""
+    """Global prototypes (Sec. 3.2.3). Buffers, saved with the model: bank (N,n,C); count (N,), slots used."""
 
     def __init__(self, num_classes, slots, channels, momentum=0.99):
         super().__init__()
@@ -312,9 +312,9 @@ def local_keys(prototypes, present):
 
 
 def global_keys(memory, present):
-    """The n slots of every class, class-major [D4] -> keys (B,N*n,C), mask (B,N*n): classes present.
+    """The n slots of every class, class-major [D4] -> keys (B,N*n,C), mask (B,N*n) bool.
 
-    present (B,N) bool. An empty slot never counts.
+    present (B,N) bool. A key counts if its class is present and its slot is not empty.
     """
     keys = memory.bank.flatten(0, 1).expand(len(present), -1, -1)
     filled = (memory.bank != 0).any(2)                                   # (N,n)
@@ -334,7 +334,7 @@ class FeatureAugmenter(nn.Module):
         self.expand = nn.Linear(hidden, channels)
 
     def forward(self, features, keys, mask):
-        """features (B,C,h,w), keys (B,M,C), mask (B,M) bool -> f_aug (B,C,h,w), always float32."""
+        """features (B,C,h,w), keys (B,M,C), mask (B,M) bool -> f_aug (B,C,h,w), in full precision."""
         return self.augment(self.embed(features), keys, mask).unflatten(2, features.shape[2:])
 
     def embed(self, features):
