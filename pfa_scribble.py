@@ -273,7 +273,7 @@ def extract_prototypes(features, scores, present, top_fraction=0.08):
 
 
 class PrototypeMemory(nn.Module):
-    """Global prototypes (Sec. 3.2.3). Buffers, saved with the model: bank (N,n,C); count (N,), slots used."""
+    """Global prototypes (Sec. 3.2.3). Buffers: bank (N,n,C); count (N,), the slots in use."""
 
     def __init__(self, num_classes, slots, channels, momentum=0.99):
         super().__init__()
