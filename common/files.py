@@ -45,6 +45,15 @@ def read_image(path, page=0):
     return F.pil_to_tensor(picture.convert("RGB"))
 
 
+def read_large_enough(path, least=32):
+    """read_image; UserError if a side has fewer pixels than `least`, which is too small for a network."""
+    image = read_image(path)
+    height, width = image.shape[1:]
+    if min(height, width) < least:
+        raise UserError(f"{path} is {width} x {height} pixels, but {least} a side are needed: enlarge it.")
+    return image
+
+
 def load_mask(path, page=0):
     """Mask file -> array (H,W) as it stands in the file, of a palette PNG the indices. UserError: colours."""
     picture = load_picture(path, page)

@@ -124,6 +124,21 @@ class DeepLabv2Head(nn.Module):
         return self.reduce(levels[3])
 
 
+class DilatedClassifier(nn.Module):
+    """DeepLabv2's: four dilated 3x3 convolutions, summed. (B,channels,h,w) -> (B,N,h,w)."""
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(channels, num_classes, 3, padding=rate, dilation=rate)
+                                   for rate in (6, 12, 18, 24))
+        for conv in self.convs:
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x):
+        return sum(conv(x) for conv in self.convs)
+
+
 class DeepLabv3PlusHead(nn.Module):
     """DeepLabv3+: dilated convolutions side by side on level 4, then level 1: -> (B,channels,h_1,w_1).
 

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.files import IGNORE
@@ -167,6 +168,29 @@ def to_device(batch, device, *names):
         memory_format = torch.channels_last if is_image else torch.preserve_format
         moved.append(tensor.to(device, non_blocking=on_cuda, memory_format=memory_format))
     return moved
+
+
+def of_all_ranks(tensor):
+    """(B,...) of every process -> (B*world,...) in the order of the undivided batch; rank r has r::world."""
+    if not dist.is_initialized():
+        return tensor
+    tensor = tensor.contiguous()
+    every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, tensor)
+    return torch.stack(every, 1).flatten(0, 1)
+
+
+def share_of_ranks(count):
+    """A count of this process over its mean over all processes.
+
+    DistributedDataParallel averages over processes; a mean over all that is counted weighs each by this.
+    """
+    if not dist.is_initialized():
+        return 1.0
+    mine = count.float()
+    mean = mine / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mine / mean.clamp(min=1e-6)
 
 
 # ---- surveys of the masks --------------------------------------------------------------------------------

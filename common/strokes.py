@@ -1,4 +1,4 @@
-"""Scribbles, as lines and as pixels: read, draw, weaken, and invent them from full masks.
+"""Scribbles, as lines, as pixels and painted: read, draw, weaken, and invent them from full masks.
 
 A stroke as a line is (class id, points float (n,2)): x and y in pixels, (0, 0) is the centre of the first.
 Drawn scribbles are a map uint8 (H,W): class ids along the strokes, 255 = unlabelled.
@@ -7,8 +7,11 @@ The command line is data/prepare_scribbles.py.
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
+from common.figures import palette
+from common.files import load_picture, read_index_map
 from common.regions import connected_components, depth_inside, geodesic_distance
 from common.run import UserError
 
@@ -169,6 +172,38 @@ def weaken(scribbles, drop=0.0, shrink=0.0, seed=0):
     if shrink > 0 and kept.any():
         kept &= shrunk(strokes, shrink)
     return np.where(kept, scribbles, UNLABELLED).astype(np.uint8)
+
+
+# ---- strokes painted by hand -----------------------------------------------------------------------------
+
+def painted_strokes(path, image, num_classes):
+    """Strokes somebody drew on a photograph -> uint8 (H,W): class ids, 255 = unlabelled.
+
+    image uint8 (3,H,W). An index PNG as data/README.md describes it, or a painting in the colours of
+    figures.palette: on transparency, on white, or on the image itself, whose unchanged pixels are no strokes.
+    A painted pixel has the class whose colour is at most 40 away in each of R, G and B. UserError: another
+    size, nothing labelled.
+    """
+    picture = load_picture(path)
+    if (picture.width, picture.height) != (image.shape[2], image.shape[1]):
+        raise UserError(f"--draw: the image is {image.shape[2]} x {image.shape[1]} pixels, but its strokes "
+                        f"{path} are {picture.width} x {picture.height}: both must have the same size.")
+    if len(picture.getbands()) == 1:
+        ids = read_index_map(path, num_classes)
+    else:
+        painted = torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1)              # (4,H,W)
+        changed = (painted[3] > 127) & (painted[:3] != image).any(0)                                # (H,W)
+        r, g, b = painted[:3, changed].int()
+        code, index = (r * 65536 + g * 256 + b).unique(return_inverse=True)    # few colours, many pixels
+        colours = torch.stack([code // 65536, code // 256 % 256, code % 256], 1)                    # (U,3)
+        distance = (colours[:, None] - palette(num_classes).int()).abs().amax(2)                    # (U,N)
+        nearest, class_id = distance.min(1)                                                         # (U,)
+        ids = torch.full(changed.shape, UNLABELLED, dtype=torch.uint8)
+        ids[changed] = torch.where(nearest <= 40, class_id, UNLABELLED).to(torch.uint8)[index]
+    if (ids == UNLABELLED).all():
+        raise UserError(f"--draw: {path} has no stroke: it must hold class ids along strokes and 255 "
+                        "elsewhere, or strokes painted in the colours of figures/colours.png.")
+    return ids
 
 
 # ---- scribbles from full masks ---------------------------------------------------------------------------

@@ -23,8 +23,9 @@ class Table(NamedTuple):
     """One table of a paper.
 
     rows: {name: options that the row changes, or in place of them a sentence why it cannot be run}.
-    columns: {heading: key of metrics.json, or a function of the metrics}. paper: {row: what is printed, a
-    value for each heading of paper_columns; None = not printed}. digits: {heading: decimals} where not 1.
+    columns: {heading: key of metrics.json, (key, name) of a dict in it, or a function of all of it}. paper:
+    {row: what is printed, a value for each heading of paper_columns; None = not printed}. digits: {heading:
+    decimals} where not 1.
     """
     title: str
     rows: dict
@@ -34,19 +35,32 @@ class Table(NamedTuple):
     digits: dict = {}
 
 
+def beside_paper(title, columns, paper_columns, rows):
+    """Table of rows {name: (what it changes, then what the paper prints under each of paper_columns)}."""
+    return Table(title, {name: changes for name, (changes, *_) in rows.items()}, columns, paper_columns,
+                 {name: printed for name, (_, *printed) in rows.items()})
+
+
 def folder_of(name):
     """A folder's name for a row: "w/o both" -> "no-both", "T = 2" -> "T2"."""
     return re.sub(r"[ /]+", "-", name.replace("w/o", "no").replace(" = ", "").replace(",", ""))
 
 
-def row_configs(name, changes, cfg, folder=folder_of):
-    """The settings of a row's runs, one a seed: cfg.seed, cfg.seed + 1, ... A run stands in OUT/rows/.
+def folder_of_changes(changes, usual, leave_out=("weights",)):
+    """A folder's name for a row by what differs from the Config `usual`, so that tables share rows."""
+    return "_".join(f"{name}-{value}" for name, value in changes.items()
+                    if name not in leave_out and value != getattr(usual, name))
 
-    The run of seed 0 bears the name of the row alone, others end with their seed. folder(name): see folder_of.
-    """
+
+def row_out(cfg, folder, seed):
+    """The run of a row with this seed: OUT/rows/FOLDER, or OUT/rows/FOLDER-seedK if that is not 0."""
+    return Path(cfg.out) / "rows" / (f"{folder}-seed{seed}" if seed else folder)
+
+
+def row_configs(name, changes, cfg, folder=folder_of):
+    """The settings of a row's runs, one a seed: cfg.seed, cfg.seed + 1, ... folder(name): see folder_of."""
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        ending = f"-seed{seed}" if seed and "seed" not in changes else ""
-        out = Path(cfg.out) / "rows" / f"{folder(name)}{ending}"
+        out = row_out(cfg, folder(name), 0 if "seed" in changes else seed)
         base = dict(table=type(cfg.table)(), seeds=1, seed=seed, out=str(out))
         yield replace(cfg, **base | changes)
 
@@ -78,6 +92,7 @@ def finished_row(train, cfg, machine):
     evaluated otherwise is evaluated again.
     """
     out = Path(cfg.out)
+    trained = False
     if (out / "config.json").exists():
         saved = read_json(out / "config.json", "")
         now = json.loads(json.dumps(asdict(cfg)))       # tuples become lists, as in the file
@@ -91,13 +106,12 @@ def finished_row(train, cfg, machine):
             alike = all(now[name] == value for name, value in metrics.get("evaluated", {}).items())
             if alike and metrics.get("finished", True):
                 return metrics
-        cfg = replace(cfg, resume=trained)
-        if trained and machine.rank == 0:
-            (out / "metrics.json").unlink(missing_ok=True)
-            write_json(out / "config.json", asdict(replace(cfg, resume=False)))
     if dist.is_initialized():
-        dist.barrier()                                  # all have read what the first may now move aside
-    train(cfg, machine)
+        dist.barrier()                                  # all have read what the first now changes
+    if trained and machine.rank == 0:
+        (out / "metrics.json").unlink(missing_ok=True)
+        write_json(out / "config.json", asdict(replace(cfg, resume=False)))
+    train(replace(cfg, resume=trained), machine)
     if dist.is_initialized():
         dist.barrier()
     return read_json(out / "metrics.json", f"{out}/metrics.json is missing: run the table again.")
@@ -105,7 +119,11 @@ def finished_row(train, cfg, machine):
 
 def values_of(column, results):
     """[value of a column, one a seed] for the metrics of a row; None where a run has no such value."""
-    return [column(metrics) if callable(column) else metrics.get(column) for metrics in results]
+    if callable(column):
+        return [column(metrics) for metrics in results]
+    if isinstance(column, tuple):
+        return [metrics[column[0]].get(column[1]) for metrics in results]
+    return [metrics.get(column) for metrics in results]
 
 
 def cell_text(values, digits=1):

@@ -50,6 +50,19 @@ def locate_weights(weights, backbone):
     return weights
 
 
+def weights_in(weights, backbone):
+    """Of a folder FOLDER/BACKBONE.pth, or "imagenet" where that is missing and torchvision has weights.
+
+    Anything else but a folder is returned as it is. UserError as locate_weights.
+    """
+    if weights not in ("none", "imagenet") and Path(weights).is_dir():
+        path = Path(weights) / f"{backbone}.pth"
+        weights = str(path) if path.exists() or backbone in MIT else "imagenet"
+    if weights != "none":
+        locate_weights(weights, backbone)
+    return weights
+
+
 def read_state_dict(source):
     """The state dict (names and tensors, on the CPU) in a file or behind a URL, else UserError."""
     try:

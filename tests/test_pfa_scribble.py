@@ -28,9 +28,12 @@ from PIL import Image
 
 import pfa_scribble as pfa
 from commands import call, flags_of
-from common import datasets, figures, loaders, run, toy_scenes, transforms
+from common import datasets, figures, loaders, pfa_figures, run, speed, toy_scenes, transforms
+from common import tables as common_tables
 from common.files import read_image
+from common.image_classifier import ImageLabels, build_classifier, classify, read_scores
 from common.metrics import mean_average_precision
+from common.strokes import painted_strokes
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -139,15 +142,15 @@ def mistake(*argv):
 def train(cfg):
     """main(cfg) without its prints and figures."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(pfa, "draw_figures", lambda *args: None)
-        patch.setattr(run, "announce", lambda *args: None)
+        patch.setattr(pfa_figures, "draw_figures", lambda *args: None)
+        patch.setattr(speed, "announce", lambda *args: None)
         return pfa.main(cfg)
 
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    monkeypatch.setattr(pfa, "draw_figures", lambda *args: None)
-    monkeypatch.setattr(run, "announce", lambda *args: None)  # a test below shows that it changes nothing
+    monkeypatch.setattr(pfa_figures, "draw_figures", lambda *args: None)
+    monkeypatch.setattr(speed, "announce", lambda *args: None)  # a test below shows that it changes nothing
 
 
 def read(path):
@@ -186,7 +189,11 @@ def same(a, b):
 def load(out):
     """(net, cfg) of a run."""
     cfg = replace(run.read_config(pfa.Config, out), out=str(out))
-    return pfa.load_network(cfg, CPU)[0], cfg
+    return pfa.load_run(cfg, CPU)[0].net, cfg
+
+
+def evaluated(net, cfg, data, modes=(), scores=None):
+    return pfa.evaluate(pfa.Predictor(net, cfg), data, run.Machine(CPU), modes, scores)
 
 
 def copy_of(out, folder):
@@ -200,7 +207,7 @@ def watching():
     """.steps: of every training iteration what it was given and what it made of it."""
     found, now = SimpleNamespace(steps=[]), SimpleNamespace(step=None, on=True)
     one, predict, losses = pfa.train_step, pfa.predictions_of, pfa.losses_of
-    announce, readings = run.announce, dict(confidence=pfa.confidence, consistency_loss=pfa.consistency_loss)
+    announce, readings = speed.announce, dict(confidence=pfa.confidence, consistency_loss=pfa.consistency_loss)
 
     def announcing(*args):
         now.on = False
@@ -238,7 +245,7 @@ def watching():
         return called
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "announce", announcing)
+        patch.setattr(speed, "announce", announcing)
         patch.setattr(pfa, "train_step", stepping)
         patch.setattr(pfa, "predictions_of", predicting)
         patch.setattr(pfa, "losses_of", losing)
@@ -487,7 +494,7 @@ def test_warmup_ends_with_its_last_iteration(augment, full):
 @pytest.mark.parametrize("method", ["pce", "full"])
 def test_methods_without_prototypes_have_one_phase_their_own(method):
     net, cfg = small_net(method=method)
-    assert net.augmenter is None and net.memory is None and pfa.paths_of(net) == []
+    assert net.augmenter is None and net.memory is None and net.paths() == []
     assert {pfa.phase_of(net, i, cfg) for i in (0, WARMUP - 1, WARMUP, ITERATIONS - 1)} == {method}
 
 
@@ -572,7 +579,7 @@ def test_a_memory_full_with_the_last_iteration_gives_no_global_prediction(
     said = done("--out", tmp_path, *on(pictures, iterations=last, eval_every=last, augment=augment))
     (net, _), metrics = load(tmp_path), read(tmp_path / "metrics.json")
     assert net.memory_full() and net.trained.tolist() == ["local" in paths, False]
-    assert pfa.paths_of(net) == paths
+    assert net.paths() == paths
     assert metrics["iterations_until_bank_full"] is None
     assert metrics["phases"] == dict(warmup=WARMUP, local=last - WARMUP)
     assert all(set(rates) == set(paths) for mode, rates in metrics["miou"].items() if mode != "plain")
@@ -588,8 +595,8 @@ def test_a_memory_full_with_the_last_iteration_gives_no_global_prediction(
 def test_a_network_knows_the_predictions_that_it_was_trained_for(base, local, memory_only, pce, official):
     expected = {"both": ["local", "global"], "local": ["local"], "global": ["global"]}
     for found in (base, local, memory_only, official):
-        assert pfa.paths_of(load(found.out)[0]) == expected[found.metrics["augment"]]
-    assert pfa.paths_of(load(pce.out)[0]) == [] == pfa.paths_of(small_net(full=True)[0])
+        assert load(found.out)[0].paths() == expected[found.metrics["augment"]]
+    assert load(pce.out)[0].paths() == [] == small_net(full=True)[0].paths()
     assert "never filled" not in base.stdout
 
 
@@ -708,7 +715,7 @@ def moved(net, cfg, phase, steps=2, classes=None):
     """Names of the state that two training steps of a phase change."""
     optimizer, scheduler = pfa.build_optimizer(net, cfg, CPU)
     before = copy.deepcopy(net.state_dict())
-    model = pfa.wrap(net, phase, cfg, CPU, 1).train()
+    model = pfa.wrap(net, phase, cfg, run.Machine(CPU))
     for k in range(steps):
         x, scribbles, image_classes = small_batch(k)
         pfa.train_step(model, net, optimizer, scheduler, x, scribbles, image_classes, phase, cfg)
@@ -878,7 +885,7 @@ def test_filters_that_agree_share_a_line(base):
     for mode in FILTER_MODES[:4]:
         metrics["miou"][mode] = dict(local=50.0, **{"global": 60.0})
     metrics["miou"]["filter_1000"] = dict(local=50.0, **{"global": 60.2})
-    said = pfa.summary(metrics, load(base.out)[1])
+    said = pfa_figures.summary(metrics, load(base.out)[1])
     assert "more than 0 or 60 or 100 or 500 predicted pixels: local 50.0, global 60.0\n" in said
     assert "more than 1000 predicted pixels: local 50.0, global 60.2\n" in said
 
@@ -890,7 +897,7 @@ def test_the_scores_are_told_and_written_before_anything_is_drawn(local, tmp_pat
     def draw_figures(*args):
         raise run.UserError("the disk is full.")
 
-    monkeypatch.setattr(pfa, "draw_figures", draw_figures)
+    monkeypatch.setattr(pfa_figures, "draw_figures", draw_figures)
     ended = script("--out", out, "--eval-only")
     assert ended.returncode == 2 and "the disk is full" in ended.stderr
     assert "test mIoU: plain" in ended.stdout
@@ -911,9 +918,9 @@ def test_training_without_the_true_classes_of_the_val_split(pictures, tmp_path, 
     """Neither log.csv nor anything before the report asks for the oracle."""
     asked, evaluate = [], pfa.evaluate
 
-    def asking(net, data, cfg, device, rank=0, world=1, modes=(), scores=None):
+    def asking(predictor, data, machine, modes=(), scores=None):
         asked.append((data.split, list(modes)))
-        return evaluate(net, data, cfg, device, rank, world, modes, scores)
+        return evaluate(predictor, data, machine, modes, scores)
 
     monkeypatch.setattr(pfa, "evaluate", asking)
     train(config(tmp_path, pictures))
@@ -946,7 +953,7 @@ def test_the_log_has_a_row_for_every_evaluation(base, memory_only):
 
 def test_the_last_row_of_the_log_is_the_plain_evaluation_of_val(base, pictures):
     (net, cfg), val = load(base.out), datasets.open_dataset("folder", pictures, "val")
-    found = pfa.evaluate(net, val, cfg, CPU, modes=["filter_60"])
+    found = evaluated(net, cfg, val, ["filter_60"])
     row = rows_of_log(base.out)[-1]
     assert float(row["val_plain"]) == pytest.approx(found["plain"]["plain"]["miou"])
     for path in ("local", "global"):
@@ -988,7 +995,7 @@ def test_the_colours_of_the_classes_are_there_to_be_picked(base):
 def test_a_last_test_picture_without_labels_is_drawn_too(base, pictures, tmp_path, monkeypatch):
     """attention_matrix.png is of the last of the four pictures drawn that has labels."""
     for name in ("draw_examples", "draw_training", "draw_confidence"):
-        monkeypatch.setattr(pfa, name, lambda *args: None)
+        monkeypatch.setattr(pfa_figures, name, lambda *args: None)
     drawn, save = [], figures.save_matrix
     monkeypatch.setattr(figures, "save_matrix", lambda *args, **how: drawn.append(args) or save(*args, **how))
     data, out = Path(shutil.copytree(pictures, tmp_path / "data")), copy_of(base.out, tmp_path / "run")
@@ -1022,7 +1029,7 @@ def test_a_seed_decides_and_announcing_the_time_changes_nothing(base, pictures, 
 @contextlib.contextmanager
 def killed(place, call=0):
     """Ctrl-C when iteration `call` of the training or of the classifier begins, or as the report begins."""
-    step, sample, now = pfa.train_step, pfa.ImageLabels.__getitem__, SimpleNamespace(steps=0, samples=0)
+    step, sample, now = pfa.train_step, ImageLabels.__getitem__, SimpleNamespace(steps=0, samples=0)
 
     def train_step(*args):
         now.steps += 1
@@ -1041,7 +1048,7 @@ def killed(place, call=0):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pfa, "train_step", train_step)
-        patch.setattr(pfa.ImageLabels, "__getitem__", read_sample)
+        patch.setattr(ImageLabels, "__getitem__", read_sample)
         if place == "report":
             patch.setattr(pfa, "report", report)
         yield
@@ -1231,7 +1238,7 @@ def test_every_mode_is_scored_as_counted_by_hand(base, pictures):
     assert len({str(rates) for (_, path), rates in slow.items() if path == "global"}) >= 4    # modes differ
     rows = {name: torch.from_numpy(row) for name, row in scores.items()}
     test = datasets.open_dataset("folder", pictures, "test")
-    assert_rates(pfa.evaluate(net, test, cfg, CPU, 0, 1, pfa.all_modes(rows, cfg), rows), slow)
+    assert_rates(evaluated(net, cfg, test, pfa.all_modes(rows, cfg), rows), slow)
 
 
 def test_the_scores_of_a_run_are_those_of_its_checkpoint(base, pictures):
@@ -1245,7 +1252,7 @@ def test_a_filter_of_all_pixels_leaves_the_background_alone(base, pictures):
     net, cfg = load(base.out)
     telling(net)
     test, modes = datasets.open_dataset("folder", pictures, "test"), ["filter_1887", "filter_99999"]
-    found = pfa.evaluate(net, test, cfg, CPU, modes=modes)
+    found = evaluated(net, cfg, test, modes)
     assert found["filter_1887"] == found["filter_99999"]  # 51 x 37 pixels are not more than 1887
     slow = slow_evaluation(net, pictures, None, filters=(1887,))
     slow.pop(("oracle", "local")), slow.pop(("oracle", "global"))
@@ -1254,10 +1261,10 @@ def test_a_filter_of_all_pixels_leaves_the_background_alone(base, pictures):
 
 def test_modes_that_agree_on_the_classes_are_computed_once_and_score_the_same(base, pictures, monkeypatch):
     net, cfg = load(base.out)
-    test, calls, augmented = datasets.open_dataset("folder", pictures, "test"), [], pfa.augmented_ids
-    monkeypatch.setattr(pfa, "augmented_ids", lambda *args: calls.append(args) or augmented(*args))
+    test, calls, augmented = datasets.open_dataset("folder", pictures, "test"), [], pfa.Predictor.augmented
+    monkeypatch.setattr(pfa.Predictor, "augmented", lambda *args: calls.append(args) or augmented(*args))
     rows = {test.name_of(i): torch.zeros(N) for i in range(len(test))}  # no class but the background
-    found = pfa.evaluate(net, test, cfg, CPU, 0, 1, ["filter_1887", "scores", "filter_5000"], rows)
+    found = evaluated(net, cfg, test, ["filter_1887", "scores", "filter_5000"], rows)
     assert found["filter_1887"] == found["scores"] == found["filter_5000"] and len(calls) == len(test)
 
 
@@ -1308,7 +1315,6 @@ def test_mean_average_precision_by_hand():
     assert mean_average_precision(scores, truth) == pytest.approx(100 * (1 + 2 / 3) / 2)
     assert math.isnan(mean_average_precision(scores, torch.zeros_like(truth)))
     assert mean_average_precision(truth.float(), truth) == pytest.approx(100)
-    assert pfa.mean_average_precision is mean_average_precision         # the script's own name for it
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -1353,7 +1359,7 @@ def test_eval_only_on_another_split(base, pictures, tmp_path, no_figures):
 def test_evaluation_changes_neither_weights_nor_memory(base, pictures):
     (net, cfg), test = load(base.out), datasets.open_dataset("folder", pictures, "test")
     before = copy.deepcopy(net.state_dict())
-    pfa.evaluate(net, test, cfg, CPU, modes=["filter_0", "oracle"])
+    evaluated(net, cfg, test, ["filter_0", "oracle"])
     assert same(net.state_dict(), before)
 
 
@@ -1361,8 +1367,8 @@ def test_evaluation_takes_images_at_the_size_that_is_asked_for(base, pictures, t
     net, cfg = load(base.out)
     test, sizes = datasets.open_dataset("folder", pictures, "test"), []
     hook = net.network.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[2:])))
-    pfa.evaluate(net, test, cfg, CPU)
-    pfa.evaluate(net, test, replace(cfg, test_size=64), CPU)
+    evaluated(net, cfg, test)
+    evaluated(net, replace(cfg, test_size=64), test)
     hook.remove()
     assert sizes[:5] == [(37, 51), (34, 44)] + [(37, 51)] * 3           # [D16]: whole images
     assert sizes[5:7] == [(64, 88), (64, 83)]
@@ -1447,24 +1453,24 @@ def test_neither_network_nor_classifier_learns_from_full_masks(base, other_masks
 
 def test_the_classifier_is_told_the_classes_of_the_strokes(pictures):
     cfg = config("unused", pictures)
-    view = pfa.ImageLabels(pfa.open_train_set(cfg), 32)
+    view = ImageLabels(pfa.open_sets(cfg)["train"], 32)
     for k in range(6):
         sample, strokes = view[k, 0], ids_in(pictures / "strokes" / "train" / f"p{k}.png")
         assert sample["classes"].nonzero()[:, 0].tolist() == classes_of_crop(strokes)
         assert sample["image"].shape == (3, 32, 32)
         assert torch.equal(view[k, 1]["image"], sample["image"].flip(2))
-    assert pfa.build_classifier(cfg, N)(torch.randn(2, 3, 32, 32)).shape == (2, N - 1)
+    assert build_classifier(cfg, N)(torch.randn(2, 3, 32, 32)).shape == (2, N - 1)
 
 
 def test_scores_of_the_run_are_its_classifiers_on_the_whole_picture(base, pictures):
-    net, cfg = pfa.build_classifier(config("unused"), N), config("unused")
+    net, cfg = build_classifier(config("unused"), N), config("unused")
     run.load_checkpoint(base.out / "classifier.pt", dict(model=net), CPU)
     for name, row in scores_of_run(base.out).items():
         image = read_image(pictures / "images" / "test" / f"{name}.png")
         x = transforms.normalise(transforms.resize_to_square(image, 32))[None]
         with torch.no_grad():
             assert np.allclose(row[1:], net.eval()(x)[0].sigmoid(), atol=1e-6)
-        assert np.array_equal(row, pfa.classify(net, image, cfg, CPU))
+        assert np.array_equal(row, classify(net, image, cfg, CPU))
 
 
 @pytest.mark.parametrize("flags", [dict(scribble_drop=0.6), dict(scribble_shrink=1.0)])
@@ -1503,7 +1509,7 @@ def test_the_background_is_there_whatever_its_score(pictures, tmp_path):
     path = write_scores(tmp_path / "s.npz", p0=np.zeros(N), p1=np.arange(N), p2=np.arange(1, N))
     cfg = config("unused", pictures, class_scores=str(path))
     scores = pfa.scores_of_file(cfg, test)
-    assert same(scores, pfa.read_scores(path, [f"p{k}" for k in range(5)], N))
+    assert same(scores, read_scores(path, [f"p{k}" for k in range(5)], N))
     assert scores["p0"].tolist() == [1, 0, 0, 0, 0] and scores["p1"].tolist() == [1, 1, 2, 3, 4]
     assert scores["p2"].tolist() == [1, 1, 2, 3, 4] and set(scores) == {f"p{k}" for k in range(5)}
     assert pfa.scores_of_file(replace(cfg, class_scores=""), test) is None
@@ -1514,7 +1520,7 @@ def test_the_background_is_there_whatever_its_score(pictures, tmp_path):
                                               (0.0, 7.25, "from 0 to 7.25")])
 def test_scores_that_are_no_probabilities_are_noted(tmp_path, capsys, low, high, noted):
     row = np.array([low, high, 0.5, 0.5])
-    scores = pfa.read_scores(write_scores(tmp_path / "s.npz", names=("p0",), p1=row), ["p0", "p1"], N)
+    scores = read_scores(write_scores(tmp_path / "s.npz", names=("p0",), p1=row), ["p0", "p1"], N)
     said = capsys.readouterr().out
     assert scores["p1"].tolist() == pytest.approx([1, *row])            # taken as they are
     if noted:
@@ -1708,16 +1714,16 @@ def test_draw_adapts_a_copy_of_the_run_to_the_strokes(which, photo, tmp_path, re
 
 
 def test_drawing_leaves_memory_and_batch_norm_as_they_were(base, photo, tmp_path, monkeypatch):
-    nets, load_network = [], pfa.load_network
+    runs, load_run = [], pfa.load_run
 
     def loading(*args):
-        nets.append(load_network(*args))
-        return nets[-1]
+        runs.append(load_run(*args))
+        return runs[-1]
 
-    monkeypatch.setattr(pfa, "load_network", loading)
+    monkeypatch.setattr(pfa, "load_run", loading)
     out = copy_of(base.out, tmp_path / "run")
     done("--out", out, "--draw", photo.image, photo.strokes, "--draw-steps", 3)
-    before, after = load(base.out)[0].state_dict(), nets[0][0].state_dict()
+    before, after = load(base.out)[0].state_dict(), runs[0][0].net.state_dict()
     buffers = {name for name, _ in load(base.out)[0].named_buffers()}
     assert {"memory.bank", "memory.count", "occurs", "trained"} < buffers
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -1787,14 +1793,14 @@ def test_strokes_may_be_painted_in_the_colours_of_the_classes(photo, tmp_path):
     ids[6:10, 40:50] = 255
     x = torch.from_numpy(image).permute(2, 0, 1)
     Image.fromarray(ids).save(tmp_path / "index.png")
-    assert np.array_equal(pfa.read_strokes(tmp_path / "index.png", x, CLASSES), ids)
+    assert np.array_equal(painted_strokes(tmp_path / "index.png", x, N), ids)
     assert {0, 1, 2, 3} < set(np.unique(ids).tolist())
     for kind in ("transparent", "white", "image"):
         painted(ids, image, kind).save(tmp_path / f"{kind}.png")
-        found = pfa.read_strokes(tmp_path / f"{kind}.png", x, CLASSES)
+        found = painted_strokes(tmp_path / f"{kind}.png", x, N)
         assert found.dtype == torch.uint8 and np.array_equal(found, ids), kind
     painted(ids, image, "image").convert("RGBA").save(tmp_path / "opaque.png")
-    assert np.array_equal(pfa.read_strokes(tmp_path / "opaque.png", x, CLASSES), ids)
+    assert np.array_equal(painted_strokes(tmp_path / "opaque.png", x, N), ids)
 
 
 def test_a_painted_pixel_has_the_class_of_a_colour_close_by(tmp_path):
@@ -1812,7 +1818,7 @@ def test_a_painted_pixel_has_the_class_of_a_colour_close_by(tmp_path):
     layer[:, 7] = 255, 255, 255, 255
     layer[:, 8] = 0, 0, 0, 255
     Image.fromarray(layer).save(tmp_path / "painted.png")
-    found = pfa.read_strokes(tmp_path / "painted.png", torch.full((3, 4, 10), 90, dtype=torch.uint8), CLASSES)
+    found = painted_strokes(tmp_path / "painted.png", torch.full((3, 4, 10), 90, dtype=torch.uint8), N)
     assert np.array_equal(found, expected)
 
 
@@ -1867,7 +1873,7 @@ def width_of(path):
 
 def test_a_baseline_adds_a_column_to_the_examples(local, pce, tmp_path, monkeypatch):
     for name in ("draw_training", "draw_log", "draw_confidence", "draw_attention"):
-        monkeypatch.setattr(pfa, name, lambda *args: None)
+        monkeypatch.setattr(pfa_figures, name, lambda *args: None)
     out = copy_of(local.out, tmp_path / "run")
     done("--out", out, "--eval-only")
     alone = width_of(out / "figures" / "examples.png")
@@ -2017,14 +2023,21 @@ def test_a_row_gets_its_classifier_later(tables, pictures, tmp_path):
                                       f"{rates['global']:.1f}"]
 
 
+def row_config(cfg, changes):
+    usual = replace(cfg, **pfa.USUAL_ROW)
+    folder = common_tables.folder_of_changes(changes, usual) or "pfa"
+    return replace(usual, out=str(Path(cfg.out) / "rows" / folder), **changes)
+
+
 @pytest.mark.parametrize("name, flags", [("voc-b1", {}), ("voc-b3", dict(reading="official")), ("toy", {})])
 def test_rows_have_one_folder_if_and_only_if_they_have_the_same_settings(name, flags):
     cfg, found = preset(name, **flags), {}
-    for number, rows in [*pfa.TABLES.items(), *pfa.FIGURES.items()]:
-        found |= {(number, row): changes for row, (changes, _) in rows.items()}
+    for number, table in ((2, pfa.TABLES[2]), (5, pfa.TABLES[5]), *pfa.FIGURES.items()):
+        found |= {(number, row): changes for row, changes in table.rows.items()}
     found |= {(3, f"{row}, {method}"): changes | dict(method=method, weights="none")
-              for row, (changes, _) in pfa.TABLE_3.items() if changes for method in ("full", "pfa")}
-    configs = {key: pfa.row_config(cfg, changes) for key, changes in found.items()}
+              for row, changes in pfa.TABLES[3].rows.items() if isinstance(changes, dict)
+              for method in ("full", "pfa")}
+    configs = {key: row_config(cfg, changes) for key, changes in found.items()}
     by_folder, by_settings = {}, {}
     for key, row in configs.items():
         assert Path(row.out).parent == Path(cfg.out) / "rows"
@@ -2047,7 +2060,7 @@ def rows_without_training(monkeypatch, base, *argv, **flags):
     """The configs of the rows that --table or --figure asks for; each run becomes metrics like `base`'s."""
     asked = {}
 
-    def row(train_, cfg, *rest):
+    def row(train_, cfg, machine):
         asked[Path(cfg.out).name] = cfg
         rate = 10.0 + len(asked)
         m = copy.deepcopy(base.metrics)
@@ -2055,7 +2068,7 @@ def rows_without_training(monkeypatch, base, *argv, **flags):
         m["miou"][m["headline"]] = {"local": rate + 20, "global": rate + 40}
         return m
 
-    monkeypatch.setattr(run, "finished_row", row)
+    monkeypatch.setattr(common_tables, "finished_row", row)
     done(*argv, *flags_of(flags))
     return asked
 
@@ -2104,7 +2117,7 @@ def test_table_3_compares_backbones_in_full_and_with_strokes(base, pictures, tmp
 def test_table_3_asks_for_missing_weights_before_the_first_training(
         base, pictures, tmp_path, monkeypatch, weights, words):
     """Rows one and two would be days of training."""
-    monkeypatch.setattr(run, "finished_row", lambda *args: pytest.fail("a row was trained"))
+    monkeypatch.setattr(common_tables, "finished_row", lambda *args: pytest.fail("a row was trained"))
     (tmp_path / "folder").mkdir()
     for name in ("mit_b1", "mit_b3"):
         (tmp_path / "folder" / f"{name}.pth").touch()
@@ -2131,19 +2144,19 @@ def test_figures_5_and_8_ask_for_their_runs(base, pictures, tmp_path, monkeypatc
 
 # ---- mistakes ----
 
-BELOW = """crop batch-size iterations lr head-lr slots hidden head-channels scale-min eval-every save-every
+BELOW = """batch-size iterations lr head-lr slots hidden head-channels scale-min eval-every save-every
            classifier-iterations classifier-size classifier-lr draw-steps draw-lr""".split()
 NEGATIVE = "warmup test-size workers weight-decay w-local w-local-first w-global filter rotation".split()
-SHARES = "scribble-drop scribble-shrink momentum top-fraction score-threshold".split()
+SHARES = "scribble-shrink momentum top-fraction score-threshold".split()
 
 
 @pytest.mark.parametrize("argv, words", [
     *[([f"--{name}", 0], [f"--{name} 0", "above 0"]) for name in BELOW],
-    *[([f"--{name}", -1], [f"--{name} -1", "above 0"]) for name in ("crop", "lr")],
+    (["--lr", -1], ["--lr -1", "above 0"]), (["--crop", 0], ["--crop 0", "32 or more"]),
     *[([f"--{name}", -1], [f"--{name} -1", "negative"]) for name in NEGATIVE],
-    *[([f"--{name}", value], [f"--{name} {value}", "between 0 and 1"]) for name in SHARES
+    *[([f"--{name}", value], [f"--{name} {value}", "0 or more and at most 1"]) for name in SHARES
       for value in (-0.1, 1.5)],
-    (["--scribble-drop", 1], ["--scribble-drop 1", "no stroke"]),
+    *[(["--scribble-drop", value], [f"--scribble-drop {value}", "below 1"]) for value in (-0.1, 1, 1.5)],
     (["--scale-min", 1.5, "--scale-max", 0.5], ["--scale-max 0.5", "--scale-min 1.5"]),
     (["--warmup", ITERATIONS], [f"--warmup {ITERATIONS}", f"--iterations {ITERATIONS}", "--method pce"]),
     (["--head", "deeplabv2"], ["--head deeplabv2", "--backbone tiny", "mobilenet_v2"]),
@@ -2281,19 +2294,20 @@ def main(cfg):
     rank, order = dist.get_rank(), torch.arange(6).view(6, 1) * torch.ones(2)
     assert torch.equal(pfa.of_all_ranks(order[rank::2]), order), "not the order of the undivided batch"
     assert torch.equal(pfa.of_all_ranks((order > 2)[rank::2]), order > 2)
-    net = pfa.load_network(cfg, torch.device("cpu"))[0]
+    machine = run.Machine(torch.device("cpu"), rank, 2)
+    net = pfa.load_run(cfg, machine.device)[0].net
     net.memory.bank.zero_(), net.memory.count.zero_()
     for x, present in torch.load(f"{cfg.out}.batches", weights_only=True):
         pfa.predictions_of(net, net, x[rank::2], present[rank::2], "local", cfg)
     same_everywhere(net)
     memory = net.memory.bank.clone(), net.memory.count.clone()
-    slopes = slopes_of(net, run.distribute(net, torch.device("cpu"), 2), cfg, rank, 2)
+    slopes = slopes_of(net, run.distribute(net, machine), cfg, rank, 2)
     if rank == 0:
         torch.save((*memory, slopes), f"{cfg.out}.found")
 
 if __name__ == "__main__":
     pfa.train_step = checked
-    pfa.draw_figures = lambda *args: None
+    pfa.pfa_figures.draw_figures = lambda *args: None
     run.run_script(main, pfa.Config, pfa.PRESETS)
 """
 
@@ -2374,7 +2388,7 @@ def test_gpu_a_training_step_is_finite_in_bf16_and_never_waits_for_the_device(re
     net = net.to(device, memory_format=torch.channels_last)
     optimizer, scheduler = pfa.build_optimizer(net, cfg, device)
     batch = [t.to(device) for t in small_batch()]
-    model = pfa.wrap(net, phase, cfg, device, 1).train()
+    model = pfa.wrap(net, phase, cfg, run.Machine(device))
     for _ in range(3):                                                  # first calls: kernels load
         pfa.train_step(model, net, optimizer, scheduler, *batch, phase, cfg)
     torch.cuda.set_sync_debug_mode("error")

@@ -1,0 +1,216 @@
+"""Which classes are in an image? A classifier trained on the classes of the strokes, and files of scores.
+
+    scores = scores_of_classifier(cfg, train_set, test_set, machine)    # {image name: scores (N,)}
+    scores = read_scores("scores.npz", names, num_classes)              # the same from one of yours
+
+It stands in for Q2L and MCAR, which PFA asks at test time (A.2, Table 4). Scores are float32 between 0 and
+1, one a class; that of the background, class 0, is 1.
+"""
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from common import run
+from common.backbones import EXTRACTORS, build_extractor
+from common.loaders import to_device, train_loader
+from common.metrics import mean_average_precision
+from common.run import RunConfig, UserError, opt
+from common.transforms import normalise, resize_to_square
+
+
+@dataclass
+class ClassifierConfig(RunConfig):
+    """Options of the classifier and of the scores; for the Config of a script to inherit."""
+    class_scores: str = opt("", "FILE.npz: image name -> scores of the classes, from a classifier of yours",
+                            evaluation=True)
+    score_threshold: float = opt(0.5, "a class whose score is above counts as present", at_least=0,
+                                 at_most=1, evaluation=True)
+    train_classifier: bool = opt(False, "train a classifier of images on the strokes' classes when all else "
+                                 "is done; with --eval-only for a run that has none", evaluation=True)
+    classifier_backbone: str = opt("resnet50", "network of the image classifier", choices=EXTRACTORS)
+    classifier_weights: str = opt("imagenet", "pretrained weights of the image classifier: imagenet, file, "
+                                  "URL or none", source=True)
+    classifier_size: int = opt(448, "the image classifier sees squares of so many pixels a side", above=0)
+    classifier_iterations: int = opt(6600, "training steps of the image classifier, --batch-size images "
+                                     "each", above=0, schedule=True)
+    classifier_lr: float = opt(1e-4, "AdamW learning rate of the image classifier, falling to 0; its new "
+                               "layer learns 10 times as fast", above=0)
+
+
+# ---- files of scores -------------------------------------------------------------------------------------
+
+def read_scores(path, names, num_classes):
+    """--class-scores FILE -> {image name: (N,) float32}, background 1. UserError: a name without scores."""
+    N = num_classes
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            rows = {name: file[name] for name in file.files}
+    except Exception as error:                           # numpy raises many types for a wrong file
+        raise UserError(f"--class-scores {path} cannot be read ({error}): an .npz file is needed, written "
+                        "by numpy.savez(path, **{image name: scores}).") from None
+    missing = [name for name in names if name not in rows]
+    if missing:
+        raise UserError(f"--class-scores {path} lacks {len(missing)} of {len(names)} images, such as "
+                        f"{missing[0]}: its keys must be the images' names without ending.")
+    scores = {}
+    for name in names:
+        row = rows[name]
+        if row.shape not in ((N,), (N - 1,)) or row.dtype.kind not in "fiu" or not np.isfinite(row).all():
+            raise UserError(f"--class-scores {path} holds {row.dtype} of shape {row.shape} for {name}: {N} "
+                            f"finite numbers are needed, one a class, or {N - 1} without the background.")
+        row = torch.from_numpy(row.astype(np.float32))
+        scores[name] = torch.cat([torch.ones(1), row[len(row) - N + 1:]])          # the background is there
+    every = torch.stack(list(scores.values()))
+    if every.min() < 0 or every.max() > 1:
+        print(f"note: {path} has scores from {every.min():.3g} to {every.max():.3g}; if they are logits, "
+              "apply a sigmoid, or choose a fitting --score-threshold")
+    return scores
+
+
+def scores_of_file(cfg, data):
+    """--class-scores for all images of a data set, None without the option."""
+    if not cfg.class_scores:
+        return None
+    return read_scores(cfg.class_scores, [data.name_of(i) for i in range(len(data))], data.num_classes)
+
+
+def save_scores(path, scores):
+    """{image name: (N,) float32} -> .npz for --class-scores."""
+    with run.replacing(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        for name, row in scores.items():                 # numpy.savez would refuse an image called "file"
+            with archive.open(f"{name}.npy", "w") as entry:
+                np.lib.format.write_array(entry, row.numpy())
+
+
+def labelled_classes(mask, num_classes):
+    """Mask uint8 (H,W), 255 = no label -> bool (N,): the classes that occur, the background always."""
+    occurs = torch.bincount(mask.flatten(), minlength=256)[:num_classes] > 0
+    occurs[0] = True
+    return occurs
+
+
+def scores_quality(scores, data, learned):
+    """mAP of the scores against the classes of the labels (Table 4), over the classes learned (N,) bool."""
+    rows = torch.stack([scores[data.name_of(i)] for i in range(len(data))])
+    truth = torch.stack([labelled_classes(data.read_mask(i), data.num_classes) for i in range(len(data))])
+    columns = [c for c in learned.nonzero()[:, 0].tolist() if c]         # without the background
+    return mean_average_precision(rows[:, columns], truth[:, columns])
+
+
+# ---- the classifier --------------------------------------------------------------------------------------
+
+class ImageLabels(Dataset):
+    """Square images, classes of their strokes: view[(index, sample_seed)] -> dict(image, classes (N,))."""
+
+    def __init__(self, data, size):
+        self.data, self.size = data, size
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, key):
+        index, sample_seed = key
+        image, mask = self.data.read(index)
+        image = normalise(resize_to_square(image, self.size))
+        image = image.flip(2) if sample_seed % 2 else image
+        return {"image": image, "classes": labelled_classes(mask, self.data.num_classes)}
+
+
+def build_classifier(cfg, num_classes, weights="none"):
+    """Images (B,3,S,S) -> logits (B,N-1) of the classes but the background; several may be there."""
+    extractor = build_extractor(cfg.classifier_backbone, weights)
+    return nn.Sequential(extractor, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(extractor.channels, num_classes - 1))
+
+
+def train_classifier(cfg, data, machine):
+    """The classifier after cfg.classifier_iterations on the strokes' classes, kept in OUT/classifier.pt."""
+    path = Path(cfg.out) / "classifier.pt"
+    resumes = path.exists()                              # start_run moved those of earlier runs away
+    device = machine.device
+    torch.manual_seed(cfg.seed)
+    net = build_classifier(cfg, data.num_classes, "none" if resumes else cfg.classifier_weights)
+    net.to(device, memory_format=torch.channels_last)
+    model = run.distribute(net, machine)
+    groups = [dict(params=net[0].parameters(), lr=cfg.classifier_lr),
+              dict(params=net[-1].parameters(), lr=10 * cfg.classifier_lr)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
+    scheduler = run.poly_schedule(optimizer, max(1, cfg.classifier_iterations))
+    parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
+    start = run.load_checkpoint(path, parts, device)["iteration"] if resumes else 0
+    loader = train_loader(ImageLabels(data, cfg.classifier_size), cfg.batch_size, cfg.seed, start,
+                          cfg.classifier_iterations, cfg.workers, device, machine.rank, machine.world)
+    criterion = nn.BCEWithLogitsLoss()
+    model.train()
+    bar = tqdm(loader, total=cfg.classifier_iterations, initial=start, desc="classifier", leave=False,
+               disable=machine.quiet)
+    for iteration, batch in enumerate(bar, start + 1):
+        x, classes = to_device(batch, device, "image", "classes")
+        with run.autocast(device, cfg.amp):
+            logits = model(x)
+        optimizer.zero_grad(set_to_none=True)
+        criterion(logits.float(), classes[:, 1:].float()).backward()
+        optimizer.step()
+        scheduler.step()
+        if run.due(iteration, cfg.save_every, cfg.classifier_iterations):
+            run.save_checkpoint(path, parts, dict(iteration=iteration, classes=data.classes))
+    return net.eval()
+
+
+def scores_of_classifier(cfg, train_set, test_set, machine):
+    """--train-classifier: {image name: (N,) float32} for the test set, by a classifier of the training set.
+
+    Written to OUT/class_scores-SPLIT.npz too, for --class-scores.
+    """
+    net = train_classifier(cfg, train_set, machine)
+    scores = {}
+    for i in range(machine.rank, len(test_set), machine.world):
+        scores[test_set.name_of(i)] = classify(net, test_set.read(i)[0], cfg, machine.device)
+    if dist.is_initialized():
+        every = [None] * machine.world
+        dist.all_gather_object(every, scores)
+        scores = {name: row for part in every for name, row in part.items()}
+    if machine.rank == 0:
+        save_scores(Path(cfg.out) / f"class_scores-{test_set.split}.npz", scores)
+    return scores
+
+
+@torch.inference_mode()
+def classify(net, image, cfg, device):
+    """uint8 (3,H,W) -> scores (N,) float32 on the CPU; the background's is 1."""
+    x = normalise(resize_to_square(image, cfg.classifier_size))[None]
+    with run.autocast(device, cfg.amp):
+        logits = net(x.to(device, memory_format=torch.channels_last))[0].float()
+    return torch.cat([torch.ones(1), logits.sigmoid().cpu()])
+
+
+def load_classifier(cfg, num_classes, device):
+    """The classifier that --train-classifier left in cfg.out, in eval mode. UserError if there is none."""
+    path = Path(cfg.out) / "classifier.pt"
+    if not path.exists():
+        raise UserError(f"--infer classifier: {cfg.out} has no classifier.pt; make one with --eval-only "
+                        "--train-classifier, or choose another --infer.")
+    net = build_classifier(cfg, num_classes).to(device, memory_format=torch.channels_last)
+    done = run.load_checkpoint(path, dict(model=net), device)["iteration"]
+    if done < cfg.classifier_iterations:
+        print(f"note: the classifier in {path} is not finished: iteration {done} of "
+              f"{cfg.classifier_iterations}")
+    return net.eval()
+
+
+def scorer(cfg, files, num_classes, device):
+    """How --infer scores image files: a function of (file, image) -> scores (N,), or None if it has none."""
+    if cfg.infer == "classifier":
+        net = load_classifier(cfg, num_classes, device)
+        return lambda file, image: classify(net, image, cfg, device)
+    if cfg.infer == "scores":
+        scores = read_scores(cfg.class_scores, [file.stem for file in files], num_classes)
+        return lambda file, image: scores[file.stem]
+    return lambda file, image: None
