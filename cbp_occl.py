@@ -65,11 +65,11 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import datasets, figures, run
+from common import datasets, figures, files, loaders, run, transforms
 from common.backbones import build_network
 from common.metrics import ConfusionMatrix
 from common.run import RunConfig, UserError, opt
-from data.toy_scenes import LOOKALIKES as TOY_LOOKALIKES
+from common.toy_scenes import LOOKALIKES as TOY_LOOKALIKES
 
 
 # ---- options and recipes -------------------------------------------------------------------------------------
@@ -426,7 +426,7 @@ def initial_rows(cfg, network, train_set, device):
         return rows
     if cfg.init == "random":
         return None
-    loader = datasets.eval_loader(datasets.TestView(train_set, cfg.size), cfg.workers, device)
+    loader = loaders.eval_loader(loaders.TestView(train_set, cfg.size), cfg.workers, device)
     rows = class_means_of_backbone(network.to(device), loader, num_classes, device)
     if rows.shape[1] != channels:
         raise UserError(f"--init masked: the backbone's last level has {rows.shape[1]} channels, the features "
@@ -585,10 +585,10 @@ def train(cfg, device, rank=0, world=1):
     train_set, val_set, test_set = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in splits)
     model, net, optimizer, scheduler, progress = prepare(cfg, train_set, device, rank, world)
     out, start, log, sums = Path(cfg.out), progress["iteration"], progress["log"], progress["sums"]
-    view = datasets.TrainView(train_set, cfg.size, cfg.crop)
-    loader = datasets.train_loader(view, cfg.batch_size, cfg.seed, start, cfg.iterations, cfg.workers, device,
-                                   rank, world)
-    val_loader = datasets.eval_loader(datasets.TestView(val_set, cfg.size), cfg.workers, device, rank, world)
+    view = loaders.TrainView(train_set, cfg.size, cfg.crop)
+    loader = loaders.train_loader(view, cfg.batch_size, cfg.seed, start, cfg.iterations, cfg.workers, device,
+                                  rank, world)
+    val_loader = loaders.eval_loader(loaders.TestView(val_set, cfg.size), cfg.workers, device, rank, world)
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     model.train()
 
@@ -712,7 +712,7 @@ def count_parameters(net):
 
 def report(net, cfg, train_set, test_set, progress, device, rank, world):
     """Final evaluation on the test split, metrics.json and figures/ (rank 0 writes). Returns the metrics."""
-    loader = datasets.eval_loader(datasets.TestView(test_set, cfg.size), cfg.workers, device, rank, world)
+    loader = loaders.eval_loader(loaders.TestView(test_set, cfg.size), cfg.workers, device, rank, world)
     score = evaluate(net, loader, test_set.num_classes, cfg, device, rank)
     if rank:
         return None
@@ -720,7 +720,7 @@ def report(net, cfg, train_set, test_set, progress, device, rank, world):
     if all(rate is None for rate in score["iou"]):
         raise UserError(f"no pixel of the {cfg.test_split} split is labelled, so there is nothing to score: check "
                         "its masks, or choose another --test-split.")
-    analysis = analyse(net, cfg, score, datasets.pixel_counts(train_set, cfg.workers), classes)
+    analysis = analyse(net, cfg, score, loaders.pixel_counts(train_set, cfg.workers), classes)
     absent = [classes[i] for i in score["absent"]]
     metrics = score | analysis | dict(
         iou=dict(zip(classes, score["iou"])), f1=dict(zip(classes, score["f1"])), absent=absent,
@@ -740,7 +740,7 @@ def draw_figures(net, cfg, test_set, analysis, folder, device):
     """Fig. 5 (f1_by_frequency.png), Fig. 6 (similarity_map.png), Fig. 7 (examples.png)."""
     net.eval()
     names, count = test_set.classes, len(test_set)
-    view, grid, present = datasets.TestView(test_set, cfg.size), [], set()
+    view, grid, present = loaders.TestView(test_set, cfg.size), [], set()
     for i in sorted({round(k * (count - 1) / 3) for k in range(4)}):
         image, label = test_set.read(i)
         x = view[i]["image"][None].to(device)
@@ -787,9 +787,9 @@ def predict(cfg, device):
     """--predict: for every image OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png."""
     net, progress = load_run(cfg, device)
     classes, folder = progress["classes"], Path(cfg.out) / "predictions"
-    for path in tqdm(datasets.list_images(cfg.predict), desc="predict", disable=None):
-        image = datasets.read_image(path)                              # (3,H,W) uint8
-        x = datasets.normalise(datasets.resize_to_short_side(image, cfg.size))[None].to(device)
+    for path in tqdm(files.list_images(cfg.predict), desc="predict", disable=None):
+        image = files.read_image(path)                                 # (3,H,W) uint8
+        x = transforms.normalise(transforms.resize_to_short_side(image, cfg.size))[None].to(device)
         ids = predict_labels(net, x, image.shape[1:], cfg)[0].to(torch.uint8).cpu()
         figures.save_prediction(folder, path.stem, image, ids)
         share = 100 * torch.bincount(ids.flatten().long(), minlength=len(classes)) / ids.numel()

@@ -87,7 +87,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import datasets, figures, run
+from common import datasets, figures, files, loaders, run, transforms
 from common.backbones import EXTRACTORS, GOES_WITH, build_extractor, build_network, locate_weights
 from common.metrics import ConfusionMatrix, mean_average_precision
 from common.run import RunConfig, UserError, opt
@@ -638,12 +638,13 @@ def open_sets(cfg):
 
 def training_view(data, cfg):
     """Strokes with Sec. 4.2's augmentation: scale, rotation, blur, flip, crop."""
-    return datasets.ScribbleView(data, 0, cfg.crop, (cfg.scale_min, cfg.scale_max), cfg.rotation, cfg.blur)   # [D14]
+    scale = (cfg.scale_min, cfg.scale_max)
+    return loaders.ScribbleView(data, 0, cfg.crop, scale, cfg.rotation, cfg.blur)                # [D14]
 
 
 def test_loader(data, cfg, device, rank=0, world=1):
     """Whole images, one a batch [D16]."""
-    return datasets.eval_loader(datasets.TestView(data, cfg.test_size), cfg.workers, device, rank, world)
+    return loaders.eval_loader(loaders.TestView(data, cfg.test_size), cfg.workers, device, rank, world)
 
 
 def to_device(batch, device, *names):
@@ -655,7 +656,7 @@ def to_device(batch, device, *names):
 
 def survey(data, cfg, rank):
     """(N,) bool: classes with a stroke in some training image. Prints which masks and classes have none."""
-    found = datasets.survey_scribbles(data, cfg.workers)
+    found = loaders.survey_scribbles(data, cfg.workers)
     if rank == 0:
         for names, what in ((found["empty"], "label nothing"), (found["background_only"], "label background alone")):
             if names:
@@ -710,8 +711,8 @@ def train(cfg, device, rank=0, world=1):
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     start, sums = progress["iteration"], progress["sums"]
     expect(net, parts, sets, progress, cfg, device, rank, world)
-    loader = datasets.train_loader(training_view(sets["train"], cfg), cfg.batch_size, cfg.seed, start, cfg.iterations,
-                                   cfg.workers, device, rank, world)
+    loader = loaders.train_loader(training_view(sets["train"], cfg), cfg.batch_size, cfg.seed, start,
+                                  cfg.iterations, cfg.workers, device, rank, world)
     began, phase = time.perf_counter() - progress["seconds"], None
     torch.backends.cudnn.benchmark = True                            # crops are of one size, whole images are not
     bar = tqdm(loader, total=cfg.iterations, initial=start, leave=False, disable=True if rank else None)
@@ -843,7 +844,7 @@ class ImageLabels(Dataset):
     def __getitem__(self, key):
         index, sample_seed = key
         image, mask = self.data.read(index)
-        image = datasets.normalise(datasets.resize_to_square(image, self.size))
+        image = transforms.normalise(transforms.resize_to_square(image, self.size))
         image = image.flip(2) if sample_seed % 2 else image
         return {"image": image, "classes": classes_in(mask[None].long(), self.data.num_classes)[0]}
 
@@ -871,8 +872,8 @@ def scores_of_classifier(cfg, sets, device, rank=0, world=1):
     parts, start = dict(model=net, optimizer=optimizer, scheduler=scheduler), 0
     if resumes:
         start = run.load_checkpoint(path, parts, device)["iteration"]
-    loader = datasets.train_loader(ImageLabels(data, cfg.classifier_size), cfg.batch_size, cfg.seed, start,
-                                   cfg.classifier_iterations, cfg.workers, device, rank, world)
+    loader = loaders.train_loader(ImageLabels(data, cfg.classifier_size), cfg.batch_size, cfg.seed, start,
+                                  cfg.classifier_iterations, cfg.workers, device, rank, world)
     model.train()
     bar = tqdm(loader, total=cfg.classifier_iterations, initial=start, desc="classifier", leave=False,
                disable=True if rank else None)
@@ -909,7 +910,7 @@ def save_scores(path, scores):
 @torch.inference_mode()
 def classify(net, image, cfg, device):
     """uint8 (3,H,W) -> scores (N,) float32 on the CPU; the background's is 1."""
-    x = datasets.normalise(datasets.resize_to_square(image, cfg.classifier_size))[None]
+    x = transforms.normalise(transforms.resize_to_square(image, cfg.classifier_size))[None]
     with run.autocast(device, cfg.amp):
         logits = net(x.to(device, memory_format=torch.channels_last))[0].float()
     return torch.cat([torch.ones(1), logits.sigmoid().cpu()])
@@ -1116,7 +1117,7 @@ def load_baseline(cfg, device, classes):
 
 def network_input(image, size, device):
     """uint8 (3,H,W) -> (1,3,h,w), short side `size` or 0 = as it is."""
-    x = datasets.normalise(datasets.resize_to_short_side(image, size))[None]
+    x = transforms.normalise(transforms.resize_to_short_side(image, size))[None]
     return x.to(device, memory_format=torch.channels_last)
 
 
@@ -1315,7 +1316,7 @@ def load_classifier(cfg, num_classes, device):
 
 def read_large_enough(file):
     """An image of the user's, uint8 (3,H,W). UserError below 32 pixels a side, which is too small for a network."""
-    image = datasets.read_image(file)
+    image = files.read_image(file)
     if min(image.shape[1:]) < 32:
         raise UserError(f"{file} is {image.shape[2]} x {image.shape[1]} pixels, but 32 a side are needed: enlarge it.")
     return image
@@ -1325,15 +1326,16 @@ def predict(cfg, device):
     """--predict: for every image OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png."""
     net, progress = load_network(cfg, device)
     classes, folder, path = progress["classes"], Path(cfg.out) / "predictions", (paths_of(net) or ["plain"])[-1]
-    N, files = len(classes), datasets.list_images(cfg.predict)
+    N = len(classes)
+    paths = files.list_images(cfg.predict)
     mode = f"filter_{cfg.filter}" if cfg.infer == "filter" else cfg.infer
     if mode != "plain" and path == "plain":
         raise UserError(f"--infer {cfg.infer}: the run in {cfg.out} has no prototypes; use --infer plain.")
     classifier = load_classifier(cfg, N, device) if mode == "classifier" else None
-    scores = read_scores(cfg.class_scores, [file.stem for file in files], N) if mode == "scores" else {}
+    scores = read_scores(cfg.class_scores, [file.stem for file in paths], N) if mode == "scores" else {}
     print(f"{path} prediction, classes by the {cfg.infer}" if mode != "plain" else "plain prediction"
           + "; --infer filter, classifier or scores augments it" * (path != "plain"))
-    for file in tqdm(files, desc="predict", disable=None):
+    for file in tqdm(paths, desc="predict", disable=None):
         image = read_large_enough(file)
         seen = see_image(net, image, cfg, device)
         ids = seen.plain
@@ -1354,12 +1356,12 @@ def read_strokes(path, image, classes):
     white, or on the image (3,H,W) uint8 itself, whose unchanged pixels are no strokes. A painted pixel has the class
     whose colour is at most 40 away in each of R, G and B. UserError: other size, nothing labelled.
     """
-    picture = datasets.load_picture(path)
+    picture = files.load_picture(path)
     if (picture.width, picture.height) != (image.shape[2], image.shape[1]):
         raise UserError(f"--draw: the image is {image.shape[2]} x {image.shape[1]} pixels, but its strokes {path} "
                         f"are {picture.width} x {picture.height}: both must have the same size.")
     if len(picture.getbands()) == 1:
-        ids = datasets.read_index_map(path, len(classes))
+        ids = files.read_index_map(path, len(classes))
     else:
         painted = torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1)   # (4,H,W)
         changed = (painted[3] > 127) & (painted[:3] != image).any(0) # (H,W)

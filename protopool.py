@@ -82,7 +82,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import datasets, figures, images, metrics, run
+from common import figures, files, images, loaders, metrics, run, transforms
 from common.backbones import EXTRACTORS, build_extractor
 from common.run import RunConfig, UserError, opt
 
@@ -425,18 +425,19 @@ def augment(image, kind):
     """
     if kind == "none":
         return image
-    flips = torch.tensor([1 - 2 * datasets.coin(), 1 - 2 * (datasets.coin() and kind == "chain")])        # x, y
+    flips = torch.tensor([1 - 2 * transforms.coin(),                 # along x
+                          1 - 2 * (transforms.coin() and kind == "chain")])              # along y
     matrix = torch.eye(3)                                            # output -> input, coordinates in [-1, 1]
     if kind != "flip":
-        angle = math.radians(datasets.uniform(-15, 15))
-        c, s, k = math.cos(angle), math.sin(angle), math.tan(math.radians(datasets.uniform(-10, 10)))
+        angle = math.radians(transforms.uniform(-15, 15))
+        c, s, k = math.cos(angle), math.sin(angle), math.tan(math.radians(transforms.uniform(-10, 10)))
         rotation = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]])
         shear = torch.tensor([[1, k, 0], [0, 1, 0], [0, 0, 1]])
-        shear = shear.T if datasets.coin() else shear                # along x or along y
+        shear = shear.T if transforms.coin() else shear              # along x or along y
         skew = torch.eye(3)
         skew[2, :2] = torch.rand(2) * 0.4 - 0.2                      # the plane tilts
         if kind == "chain":
-            matrix = rotation @ (skew if datasets.coin() else matrix) @ shear
+            matrix = rotation @ (skew if transforms.coin() else matrix) @ shear
         else:
             matrix = (rotation, skew, shear)[torch.randint(3, ()).item()]
     line = torch.linspace(-1, 1, image.shape[-1])
@@ -538,8 +539,8 @@ def training_view(data, cfg):
 
 def training_batches(data, start, stop, cfg, device, rank, world):
     """Iterator over the augmented batches of the iterations start..stop-1, on the device."""
-    loader = datasets.train_loader(training_view(data, cfg), cfg.batch_size, cfg.seed, start, stop, cfg.workers,
-                                   device, rank, world)
+    loader = loaders.train_loader(training_view(data, cfg), cfg.batch_size, cfg.seed, start, stop,
+                                  cfg.workers, device, rank, world)
     return (to_device(batch, device) for batch in loader)
 
 
@@ -694,7 +695,7 @@ def slot_batches(net, data, start, stop, cfg, device, rank, world):
         return
     batches = (to_device(batch, device) for batch in clean_loader(data, cfg, device))
     slots, labels = map(torch.cat, zip(*[(fixed_slots(net, x), labels) for x, labels in batches]))
-    for batch in datasets.BatchesFrom(len(labels), cfg.batch_size, cfg.seed, start, stop, rank, world):
+    for batch in loaders.BatchesFrom(len(labels), cfg.batch_size, cfg.seed, start, stop, rank, world):
         index = torch.tensor([i for i, _ in batch]).to(device, non_blocking=True)
         yield slots[index], labels[index], labels[index], 1.0
 
@@ -967,7 +968,7 @@ def truth_metrics(net, data, cfg, device):
 
 def network_input(image, cfg, device):
     """uint8 (3,H,W) -> float32 (1,3,S,S), as images.CleanView does."""
-    return datasets.normalise(resize(image, [cfg.size, cfg.size], antialias=True))[None].to(device)
+    return transforms.normalise(resize(image, [cfg.size, cfg.size], antialias=True))[None].to(device)
 
 
 @torch.inference_mode()
@@ -1188,7 +1189,7 @@ def load_run(cfg, device):
 
 def explain(cfg, device):
     """--explain: for every image OUT/explanations/NAME.png (Fig. 6) and NAME.json."""
-    paths = datasets.list_images(cfg.explain)
+    paths = files.list_images(cfg.explain)
     names = Counter(path.stem for path in paths)
     if names and max(names.values()) > 1:
         raise UserError(f"--explain {cfg.explain} holds several images called {names.most_common(1)[0][0]}: "
@@ -1197,7 +1198,7 @@ def explain(cfg, device):
     patches = prototype_patches(net, sets["train"], progress, cfg, device)
     folder = Path(cfg.out) / "explanations"
     for path in paths:
-        facts = explain_image(net, datasets.read_image(path), path.name, progress["classes"], patches,
+        facts = explain_image(net, files.read_image(path), path.name, progress["classes"], patches,
                               folder / f"{path.stem}.png", cfg, device)
         run.write_json(folder / f"{path.stem}.json", facts)
         print(f"{path}: {facts['prediction']} ({100 * facts['probability']:.0f} %) because "

@@ -76,7 +76,7 @@ from torch.utils.data import Subset, default_collate
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import datasets, figures, run
+from common import datasets, figures, files, loaders, run, transforms
 from common.backbones import DENSE, build_dense
 from common.metrics import ConfusionMatrix
 from common.parts import connected_components, open_parts
@@ -731,13 +731,13 @@ def open_sets(cfg):
 
 def test_loader(data, cfg, device, rank=0, world=1):
     """Whole images as they are tested, one a batch."""
-    return datasets.eval_loader(datasets.TestView(data, cfg.test_size, cfg.test_square), cfg.workers, device, rank,
-                                world)
+    view = loaders.TestView(data, cfg.test_size, cfg.test_square)
+    return loaders.eval_loader(view, cfg.workers, device, rank, world)
 
 
 def native_loader(data, cfg, device):
     """Whole images in their own size: projection and analysis."""
-    return datasets.eval_loader(datasets.TestView(data, 0), cfg.workers, device)
+    return loaders.eval_loader(loaders.TestView(data, 0), cfg.workers, device)
 
 
 def train_phase(net, phase, sets, progress, cfg, device, rank, world):
@@ -753,8 +753,8 @@ def train_phase(net, phase, sets, progress, cfg, device, rank, world):
         progress |= dict(phase=phase, iteration=0, sums={})
     start, offset, sums = progress["iteration"], progress["offset"], progress["sums"]
     view = training_view(sets["train"], cfg)
-    loader = datasets.train_loader(view, cfg.batch_size, cfg.seed, offset + start, offset + total, cfg.workers,
-                                   device, rank, world)
+    loader = loaders.train_loader(view, cfg.batch_size, cfg.seed, offset + start, offset + total, cfg.workers,
+                                  device, rank, world)
     began = time.perf_counter() - progress["seconds"]
     model.train()
     torch.backends.cudnn.benchmark = True                            # here alone: whole images differ in size
@@ -856,7 +856,8 @@ def project(net, sets, progress, cfg, device, rank, world):
 
 
 def training_view(data, cfg):
-    return datasets.TrainView(data, 0, cfg.crop, (cfg.scale_min, cfg.scale_max), photometric=False, crop_retries=0)
+    return loaders.TrainView(data, 0, cfg.crop, (cfg.scale_min, cfg.scale_max), photometric=False,
+                             crop_retries=0)
 
 
 def stage1_of(cfg, classes):
@@ -1031,7 +1032,7 @@ def part_scores(net, data, parts, cfg, device):
     hits = torch.zeros(len(quantiles), *shape, device=device)        # images in which p lights up on q
     seen = torch.zeros(shape, device=device)                         # images of p's class that show q
     stable, pairs = torch.zeros(len(quantiles)), 0
-    view = datasets.TestView(data, 0)
+    view = loaders.TestView(data, 0)
     for i in tqdm(range(len(data)), desc="parts", leave=False, disable=None):
         if not parts.has(i):
             continue
@@ -1071,7 +1072,7 @@ def part_purity(net, data, parts, cfg, device, most=10):
     """
     used, similarity, part = used_prototypes(net, cfg.threshold), [], []
     area = torch.zeros(data.num_classes, parts.num_parts + 1)        # pixels of each part in each class
-    view = datasets.TestView(data, cfg.test_size, cfg.test_square)
+    view = loaders.TestView(data, cfg.test_size, cfg.test_square)
     for i in tqdm(range(len(data)), desc="purity", leave=False, disable=None):
         part_map = parts.part_map(i) if parts.has(i) else None
         if part_map is None:
@@ -1135,7 +1136,7 @@ def size_and_scale(net, data, parts, cfg, device):
     the larger the field of view). size_scale_within_class: the mean over classes, as some classes are all small.
     """
     rows = []                                                        # class, size, scale
-    view = datasets.TestView(data, cfg.test_size, cfg.test_square)
+    view = loaders.TestView(data, cfg.test_size, cfg.test_square)
     for i in tqdm(range(len(data)), desc="objects", leave=False, disable=None):
         objects = parts.object_map(i)
         if objects is None:
@@ -1212,7 +1213,7 @@ def mean_overlap(net, data, cfg, device):
 @torch.no_grad()
 def images_per_second(net, data, cfg, device):
     """Table 10 "It/s": whole test images from input to labels, the clock read when the device is done."""
-    sample = datasets.TestView(data, cfg.test_size, cfg.test_square)[0]
+    sample = loaders.TestView(data, cfg.test_size, cfg.test_square)[0]
     x = sample["image"][None].to(device, memory_format=torch.channels_last)
     net.eval()
 
@@ -1236,8 +1237,8 @@ def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_
     factors = [rate / rates[0] for rate in rates]
     iou, seen = torch.zeros(len(quantiles), P, P, device=device), torch.zeros(P, P, device=device)
     count = min(cfg.equivariance, len(data))
-    chosen = Subset(datasets.TestView(data, 0), [k * len(data) // count for k in range(count)])
-    loader = datasets.eval_loader(chosen, cfg.workers, device)
+    chosen = Subset(loaders.TestView(data, 0), [k * len(data) // count for k in range(count)])
+    loader = loaders.eval_loader(chosen, cfg.workers, device)
     for batch in tqdm(loader, desc="equivariance", leave=False, disable=None):
         x, mask = to_device(batch, device)
         maps = [net.similarity(downscaled(x, f))[0] for f in factors]    # (P,h,w) for each size of the image
@@ -1403,13 +1404,13 @@ def region_box(similarity, cell, mask, margin=5):
 def read_sample(data, i):
     """Image uint8 (3,H,W), label (H,W) and network input (1,3,H,W) of one picture in its own size."""
     image, mask = data.read(i)
-    return image, mask.long(), datasets.normalise(image)[None]
+    return image, mask.long(), transforms.normalise(image)[None]
 
 
 def network_input(image, cfg, device):
     """uint8 (3,H,W) -> (1,3,h,w) as tested."""
-    fit = datasets.resize_to_square if cfg.test_square else datasets.resize_to_short_side
-    return datasets.normalise(fit(image, cfg.test_size))[None].to(device)
+    fit = transforms.resize_to_square if cfg.test_square else transforms.resize_to_short_side
+    return transforms.normalise(fit(image, cfg.test_size))[None].to(device)
 
 
 def predict_labels(net, image, cfg, device):
@@ -1693,7 +1694,7 @@ def explain_cell(net, similarity, c, cell, alpha=0.0):
 def explain(cfg, device):
     """--explain IMAGE: OUT/explanations/NAME-CLASS.png and .json. Returns the numbers."""
     d, path = load_run(cfg, device), Path(cfg.explain)
-    classes, image = d.progress["classes"], datasets.read_image(path)
+    classes, image = d.progress["classes"], files.read_image(path)
     similarity = d.net.similarity(network_input(image, cfg, device))[0]                   # (P,h,w)
     logits = d.net.logits(similarity[None], cfg.threshold)[0]        # (C,h,w)
     (H, W), (h, w) = image.shape[1:], logits.shape[1:]
@@ -1827,8 +1828,8 @@ def predict(cfg, device):
     """--predict: for every image OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png."""
     net, progress = load_network(cfg, device)
     classes, folder = progress["classes"], Path(cfg.out) / "predictions"
-    for path in tqdm(datasets.list_images(cfg.predict), desc="predict", disable=None):
-        image = datasets.read_image(path)
+    for path in tqdm(files.list_images(cfg.predict), desc="predict", disable=None):
+        image = files.read_image(path)
         ids = predict_labels(net, image, cfg, device)
         figures.save_prediction(folder, path.stem, image, ids)
         share = 100 * torch.bincount(ids.flatten().long(), minlength=len(classes)) / ids.numel()

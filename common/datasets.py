@@ -1,18 +1,10 @@
-"""Data for semantic segmentation: readers for ten data sets, transforms, batches, loaders.
+"""Data sets for semantic segmentation: their tables, their layouts on disk, and readers for all ten.
 
     data = open_dataset("camvid", "/path/to/CamVid", "train")  # checks the layout, see data/README.md
     image, mask = data.read(0)                                 # uint8 (3,H,W) RGB; (H,W), 255 = ignore
-    view = TrainView(data, size=360, crop=360)                 # random scale, crop, flip and colours
-    loader = train_loader(view, batch_size=8, seed=0, start=0, stop=1000, workers=4, device="cuda")
 
-The transforms are those of mmsegmentation's default pipelines. All that is random about a training sample
-comes from torch's CPU generator, seeded with a number that belongs to this one sample. So the same seed gives
-the same samples for any number of workers, and a resumed run goes on with the batches it would have seen.
+What a network sees of them is in common/loaders.py.
 """
-import contextlib
-import hashlib
-import itertools
-import math
 import os
 import re
 import zlib
@@ -20,18 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch.nn.functional import grid_sample, pad
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
+from common import strokes, toy_scenes
+from common.files import (IGNORE, IMAGE_ENDINGS, files_in, first_values, listing, load_mask, opened,
+                          read_image, read_index_map, read_list)
+from common.loaders import mixed_seed
 from common.run import UserError
-from data import strokes, toy_scenes
-
-IGNORE = 255                                             # label of a pixel that counts nowhere
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)   # of ImageNet, RGB, for values 0..255
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 # ---- the data sets ---------------------------------------------------------------------------------------
 
@@ -149,138 +135,13 @@ CLASSES["cocostuff164k"] = [COCO_UNUSED.get(i) or next(used_names) for i in rang
 NUM_CLASSES = {name: len(names) for name, names in CLASSES.items()}      # all but folder: it has classes.txt
 
 
-# ---- files -----------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def opened(path):
-    """Pillow image, not yet decoded; UserError for a missing or damaged file."""
-    try:
-        with Image.open(path) as picture:
-            yield picture
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except Exception as error:                           # Pillow raises many types for a damaged file
-        raise UserError(f"{path} cannot be read as an image ({error}): it is damaged or cut short, "
-                        "so copy or download it again.") from None
-
-
-def load_picture(path, page=0):
-    """Decoded Pillow image; page: which one of a multi-page TIFF. UserError as in `opened`."""
-    with opened(path) as picture:
-        if page:
-            picture.seek(page)
-        picture.load()
-        return picture
-
-
-def read_image(path, page=0):
-    """-> uint8 (3,H,W) RGB; grey and palette images become RGB, a camera's rotation mark is obeyed."""
-    picture = load_picture(path, page)
-    if picture.mode[0] in "IF":                          # Pillow would clip these to white
-        raise UserError(f"{path} has more than 8 bits a channel (mode {picture.mode}): convert it to 8 bits.")
-    ImageOps.exif_transpose(picture, in_place=True)
-    return F.pil_to_tensor(picture.convert("RGB"))
-
-
-def load_mask(path, page=0):
-    """Mask file -> array (H,W) as it stands in the file, of a palette PNG the indices. UserError: colours."""
-    picture = load_picture(path, page)
-    if len(picture.getbands()) > 1:
-        raise UserError(f"{path} is a colour picture (mode {picture.mode}), not a map of class ids: use the "
-                        "original index masks (palette or grey PNG), or convert the colours to ids first.")
-    return np.array(picture)
-
-
-def first_values(wrong):
-    """The first five different values of an array, for messages."""
-    values = np.unique(wrong).tolist()
-    return f"{values[:5]}" + (f" and {len(values) - 5} more" if len(values) > 5 else "")
-
-
-def read_index_map(path, num_classes, unlabelled=IGNORE):
-    """Mask file -> uint8 (H,W): ids 0..N-1, 255 = ignore. Of a palette PNG the indices are read.
-
-    unlabelled: the file's id of unlabelled pixels; larger ids move down by one to close the gap.
-    UserError for a colour picture and for values that are no ids.
-    """
-    raw = load_mask(path)
-    last = num_classes if unlabelled < IGNORE else num_classes - 1
-    wrong = raw[(raw > last) & (raw != IGNORE)]
-    if wrong.size:
-        raise UserError(f"{path} has the pixel values {first_values(wrong)}, but with {num_classes} classes "
-                        f"only 0..{last} and 255 (= ignore) are ids: convert colour or 0/255 masks to ids "
-                        "first.")
-    ids = raw.astype(np.uint8)
-    if unlabelled < IGNORE:
-        ids[raw > unlabelled] -= 1
-        ids[(raw == unlabelled) | (raw == IGNORE)] = IGNORE
-    return torch.from_numpy(ids)
-
-
-def read_labels(path, name, page=0):
-    """Mask file -> uint8 (H,W): its values replaced by the ids that LABELS[name] gives them, 255 = ignore.
-
-    UserError for a colour picture and for values that LABELS[name] lacks.
-    """
-    unknown = 254                                        # no id: there are fewer classes
-    table = np.full(256, unknown, dtype=np.uint8)
-    table[list(LABELS[name])] = list(LABELS[name].values())
-    raw = load_mask(path, page)
-    small = raw.astype(np.uint8)                         # 16-bit values would wrap around
-    ids = table[small]
-    wrong = raw[(ids == unknown) | (small != raw)]
-    if wrong.size:
-        raise UserError(f"{path} has the pixel values {first_values(wrong)}, which are no labels of {name}: "
-                        f"use its original files, unchanged: {TREES[name][0]}.")
-    return torch.from_numpy(ids)
-
-
-def list_images(path):
-    """An image file, or a folder of them (not its sub-folders) -> sorted paths; UserError if none."""
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    found = sorted(p for p in path.glob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.name[0] != ".")
-    if not found:
-        raise UserError(f"{path} holds no image ({' '.join(IMAGE_ENDINGS)}): found there: {listing(path)}.")
-    return found
-
-
 # ---- layouts: where a data set keeps its images and masks ------------------------------------------------
 # Only directories are listed, no image is decoded: 20,000 pairs take a moment.
-
-def listing(folder, limit=8):
-    """The first names in a folder, for messages."""
-    if not folder.is_dir():
-        return "no such folder"
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(folder))
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more or "nothing"
-
 
 def layout_error(name, root, problem, trees=TREES):
     tree, source = trees[name]
     return UserError(f"{name}: {problem}; expected {tree}; found in ROOT = {root}: {listing(root)}; "
                      f"source: {source} (see data/README.md).")
-
-
-def files_in(folder, endings, tail=""):
-    """{stem: path} of the files with these endings, sorted; `tail` is cut off the stems."""
-    files = {}
-    for entry in sorted(os.listdir(folder)):
-        stem, ending = os.path.splitext(entry)
-        if ending.lower() in endings and stem.endswith(tail) and not entry.startswith("."):
-            stem = stem.removesuffix(tail)
-            if stem in files:
-                raise UserError(f"{folder} holds both {files[stem].name} and {entry}: keep one, as image and "
-                                "mask are matched by their names without ending.")
-            files[stem] = folder / entry
-    return files
-
-
-def read_list(path):
-    """Non-empty lines of a text file."""
-    return [line.strip() for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
 
 
 def pair_files(name, root, images, masks, names=None, tail="", image_tail="", ending=".png"):
@@ -470,6 +331,24 @@ def folder_classes(root):
 
 # ---- data sets -------------------------------------------------------------------------------------------
 
+def read_labels(path, name, page=0):
+    """Mask file -> uint8 (H,W): its values replaced by the ids that LABELS[name] gives them, 255 = ignore.
+
+    UserError for a colour picture and for values that LABELS[name] lacks.
+    """
+    unknown = 254                                        # no id: there are fewer classes
+    table = np.full(256, unknown, dtype=np.uint8)
+    table[list(LABELS[name])] = list(LABELS[name].values())
+    raw = load_mask(path, page)
+    small = raw.astype(np.uint8)                         # 16-bit values would wrap around
+    ids = table[small]
+    wrong = raw[(ids == unknown) | (small != raw)]
+    if wrong.size:
+        raise UserError(f"{path} has the pixel values {first_values(wrong)}, which are no labels of {name}: "
+                        f"use its original files, unchanged: {TREES[name][0]}.")
+    return torch.from_numpy(ids)
+
+
 class SegmentationSet:
     """Images and masks on disk. Attributes: name, split, classes (names), num_classes, paths, pages."""
 
@@ -504,7 +383,7 @@ class SegmentationSet:
 
 
 class ToyScenes(SegmentationSet):
-    """Scenes of data/toy_scenes.py, drawn when first read and kept in memory; paths is None."""
+    """Scenes of common/toy_scenes.py, drawn when first read and kept in memory; paths is None."""
 
     def __init__(self, split, seed=0, labels="mask"):
         super().__init__("toy_scenes", split, CLASSES["toy_scenes"], None)
@@ -612,368 +491,3 @@ def open_dataset(name, root, split, seed=0, mask_dir=""):
         paths = folder_files(root, split, mask_dir)
     classes = folder_classes(root) if name == "folder" else CLASSES[name]
     return SegmentationSet(name, split, classes, paths, UNLABELLED.get(name, IGNORE), pages)
-
-
-# ---- transforms of one image -----------------------------------------------------------------------------
-
-def uniform(low, high):
-    return low + (high - low) * torch.rand(()).item()
-
-
-def coin():
-    return torch.rand(()).item() < 0.5
-
-
-def normalise(image):
-    """uint8 (3,H,W) RGB -> float32 (3,H,W): minus MEAN, divided by STD (mmsegmentation default)."""
-    return F.normalize(image.float(), MEAN, STD)
-
-
-def denormalise(x):
-    """The way back, for figures: float (3,H,W) -> uint8 (3,H,W)."""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (x.float() * std + mean).round().clamp(0, 255).to(torch.uint8)
-
-
-def fitted_size(height, width, size, ratio=1.0):
-    """(height, width) of the largest image of this aspect whose long side is at most 4 size * ratio and whose
-    short side is at most size * ratio (mmcv's keep-ratio rule). size = 0: height * ratio, width * ratio."""
-    factor = ratio
-    if size:
-        factor = min(int(4 * size * ratio) / max(height, width), int(size * ratio) / min(height, width))
-    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
-
-
-def resize_to_short_side(image, size):
-    """uint8 (3,H,W) -> uint8 (3,h,w): short side `size`, long side <= 4 size, aspect kept; 0 = as it is.
-
-    Bilinear without antialiasing, as OpenCV does it and so as the networks of the papers were scored.
-    """
-    return F.resize(image, fitted_size(*image.shape[1:], size), antialias=False)
-
-
-def resize_to_square(image, size):
-    """uint8 (3,H,W) -> uint8 (3,size,size), whatever the aspect; bilinear without antialiasing."""
-    return F.resize(image, [size, size], antialias=False)
-
-
-def crop_corner(mask, crop, max_share=0.75, retries=10):
-    """Corner (y, x) of a random crop x crop window of the mask uint8 (H,W): mmsegmentation's RandomCrop.
-
-    Drawn again, at most `retries` times, while one class covers max_share or more of the window's labelled
-    pixels, or none is labelled. The last draw is taken as it is.
-    """
-    rows, columns = (max(side - crop, 0) + 1 for side in mask.shape)
-    for _ in range(retries + 1):
-        y, x = torch.randint(rows, ()).item(), torch.randint(columns, ()).item()
-        counts = torch.bincount(mask[y:y + crop, x:x + crop].flatten(), minlength=256)[:IGNORE]
-        if counts.max() < max_share * counts.sum():      # so there are two classes at least
-            break
-    return y, x
-
-
-def scale_values(image, factor=1.0, shift=0.0):
-    """uint8 -> uint8, clipped to 0..255; fractions are cut off, as in mmsegmentation."""
-    return image.float().mul_(factor).add_(shift).clamp_(0, 255).to(torch.uint8)
-
-
-def scale_saturation(image, factor):
-    """HSV saturation times `factor`, at most 1; hue and value stay. uint8 (3,H,W) -> uint8.
-
-    Saturation is (max - min) / max over R, G, B: scaling it scales each channel's distance from the maximum.
-    """
-    highest, lowest = image.amax(0).float(), image.amin(0).float()                          # (H,W)
-    stretch = (highest / (highest - lowest).clamp(min=1)).clamp_(max=factor)                # saturation <= 1
-    return image.float().sub_(highest).mul_(stretch).add_(highest).round_().to(torch.uint8)
-
-
-def shift_hue(image, steps):
-    """HSV hue plus `steps` of 2 degrees (OpenCV's scale 0..179), |steps| <= 30. uint8 (3,H,W) -> uint8.
-
-    OpenCV rounds hue and saturation to 8 bits on the way; here 0 steps change nothing.
-    """
-    r, g, b = image.float()                                                                 # (H,W)
-    highest, lowest = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
-    chroma = highest - lowest
-    hue = torch.where(highest == r, g - b, torch.where(highest == g, b - r + 2 * chroma, r - g + 4 * chroma))
-    hue = hue / chroma.clamp(min=1) + steps / 30         # in units of 60 degrees: R at 0, G at 2, B at 4
-    channels = []
-    for centre in (0, 2, 4):                             # share: 1 within 60 degrees, 0 beyond 120
-        share = (hue - centre).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
-        channels.append(share.mul_(chroma).add_(lowest).round_().to(torch.uint8))
-    return torch.stack(channels)
-
-
-def distort_colours(image):
-    """mmsegmentation's PhotoMetricDistortion, every step with probability 1/2. uint8 (3,H,W) -> uint8.
-
-    Not torchvision's ColorJitter, which multiplies the brightness and mixes with grey for the saturation.
-    """
-    if coin():
-        image = scale_values(image, shift=uniform(-32, 32))                                 # brightness
-    contrast, contrast_first = coin(), coin()
-    if contrast and contrast_first:
-        image = scale_values(image, factor=uniform(0.5, 1.5))
-    if coin():
-        image = scale_saturation(image, uniform(0.5, 1.5))
-    if coin():
-        image = shift_hue(image, torch.randint(-18, 18, ()).item())
-    if contrast and not contrast_first:
-        image = scale_values(image, factor=uniform(0.5, 1.5))
-    return image
-
-
-def augment(image, mask, size, crop, scale=(0.5, 2.0), photometric=True, crop_retries=10):
-    """mmsegmentation's training pipeline: resize to fit inside (4 size, size) * r, r ~ U(scale); crop; flip;
-    colours; normalise; pad on the right and at the bottom with 0 and 255. crop_retries: see crop_corner.
-
-    image uint8 (3,H,W), mask uint8 (H,W) -> float32 (3,crop,crop), uint8 (crop,crop).
-    """
-    resized = fitted_size(*mask.shape, size, uniform(*scale))
-    image = F.resize(image, resized, antialias=False)                              # bilinear, as OpenCV does
-    mask = F.resize(mask[None], resized, interpolation=InterpolationMode.NEAREST)  # (1,h,w)
-    y, x = crop_corner(mask[0], crop, retries=crop_retries)
-    image, mask = (t[:, y:y + crop, x:x + crop].contiguous() for t in (image, mask))
-    if coin():
-        image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
-    if photometric:
-        image = distort_colours(image)                   # after the crop: no pixel is computed in vain
-    padding = [0, 0, crop - mask.shape[2], crop - mask.shape[1]]                   # left, top, right, bottom
-    return F.pad(normalise(image), padding, fill=0), F.pad(mask, padding, fill=IGNORE)[0]
-
-
-BLUR = torch.softmax(-(torch.arange(5.0) - 2) ** 2 / (2 * 1.1 ** 2), 0).tolist()   # OpenCV's sigma for 5
-
-
-def rotated(image, mask, angle, rows, columns):
-    """The window rows x columns (slices) of an image turned about its centre by `angle` degrees.
-
-    image float (3,H,W), normalised, mask uint8 (H,W) -> (3,h,w) bilinear, (h,w) nearest. What comes from
-    outside the image is 0, the mean colour, and 255.
-    """
-    height, width = mask.shape
-    y = torch.arange(rows.start, rows.stop)[:, None] - (height - 1) / 2             # from the centre
-    x = torch.arange(columns.start, columns.stop) - (width - 1) / 2
-    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    grid = torch.stack([(cos * x - sin * y) * 2 / width, (sin * x + cos * y) * 2 / height], -1)[None]
-    image = grid_sample(image[None], grid, "bilinear", "zeros", align_corners=False)[0]
-    negative = mask[None, None].float() - IGNORE         # so that the zeros outside become 255
-    mask = grid_sample(negative, grid, "nearest", "zeros", align_corners=False) + IGNORE
-    return image, mask[0, 0].to(torch.uint8)
-
-
-def blurred(image):
-    """5x5 Gaussian blur of float (3,H,W), mirrored at the border without repeating it (OpenCV's default)."""
-    padded = pad(image[None], [2, 2, 2, 2], mode="reflect")[0]                      # (3,H+4,W+4)
-    height, width = image.shape[1:]
-    tall = sum(weight * padded[:, i:i + height] for i, weight in enumerate(BLUR))   # (3,H,W+4)
-    return sum(weight * tall[..., i:i + width] for i, weight in enumerate(BLUR))
-
-
-def augment_scribble(image, mask, size, crop, scale=(0.5, 2.0), rotation=10.0, blur=True):
-    """Training pipeline of PFA (Sec. 4.2): scale r ~ U(scale); then, each with probability 1/2, a rotation of
-    U(-rotation, rotation) degrees about the centre, a 5x5 Gaussian blur, a flip; pad evenly with the mean
-    colour and 255; random crop.
-
-    image uint8 (3,H,W), mask uint8 (H,W) -> float32 (3,crop,crop) normalised, uint8 (crop,crop). Sizes as in
-    fitted_size. The mask is only ever resampled by nearest neighbour. Rotation and blur are worked out for
-    the crop alone, which comes to the same.
-    """
-    height, width = fitted_size(*mask.shape, size, uniform(*scale))
-    turn, angle, blurs, flips = coin(), uniform(-rotation, rotation), coin() and blur, coin()
-    image = F.resize(image, [height, width], antialias=False)
-    mask = F.resize(mask[None], [height, width], interpolation=InterpolationMode.NEAREST)[0]
-    y, x = (torch.randint(max(side - crop, 0) + 1, ()).item() for side in (height, width))
-    top, left = max(y - 2, 0), max(x - 2, 0)             # the window, and what a blur needs around it
-    rows, columns = slice(top, min(y + crop + 2, height)), slice(left, min(x + crop + 2, width))
-    if turn:
-        image, mask = rotated(normalise(image), mask, angle, rows, columns)
-    else:
-        image, mask = normalise(image[:, rows, columns]), mask[rows, columns]
-    if blurs and min(height, width) > 2:
-        image = blurred(image)
-    rows, columns = slice(y - top, y - top + crop), slice(x - left, x - left + crop)
-    image, mask = image[:, rows, columns], mask[rows, columns]
-    if flips:
-        image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
-    lack_y, lack_x = (crop - side for side in mask.shape)
-    padding = [lack_x // 2, lack_y // 2, (lack_x + 1) // 2, (lack_y + 1) // 2]     # left, top, right, bottom
-    return F.pad(image, padding, fill=0), F.pad(mask[None], padding, fill=IGNORE)[0]
-
-
-# ---- views: what a network sees of a data set ------------------------------------------------------------
-
-@contextlib.contextmanager
-def seeded(sample_seed):
-    """Within, torch's CPU generator starts from this seed; afterwards it is as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(sample_seed)     # torch.manual_seed would reseed the GPUs too
-        yield
-
-
-class TrainView(Dataset):
-    """Augmented samples: view[(index, sample_seed)] -> dict(image, mask, index); same key, same sample.
-
-    image float32 (3,crop,crop), normalised; mask int64 (crop,crop), 255 = ignore. size: short side at r = 1,
-    0 = the image's own; r ~ U(scale). crop_retries: how often a crop that one class fills is drawn again, see
-    crop_corner; 0 = the first is taken.
-    """
-
-    def __init__(self, data, size, crop, scale=(0.5, 2.0), photometric=True, crop_retries=10):
-        self.data, self.size, self.crop, self.scale, self.photometric = data, size, crop, scale, photometric
-        self.crop_retries = crop_retries
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, key):
-        index, sample_seed = key
-        image, mask = self.data.read(index)
-        with seeded(sample_seed):
-            image, mask = augment(image, mask, self.size, self.crop, self.scale, self.photometric,
-                                  self.crop_retries)
-        return {"image": image, "mask": mask.long(), "index": index}
-
-
-class ScribbleView(Dataset):
-    """Samples of PFA (Sec. 4.2, see augment_scribble): view[(index, sample_seed)] -> dict(image, mask,
-    classes, index); same key, same sample.
-
-    image float32 (3,crop,crop), normalised; mask int64 (crop,crop), 255 = ignore; classes bool (N,): those
-    that are labelled anywhere in the whole image, whatever the crop shows. size: short side at r = 1, 0 = the
-    image's own; r ~ U(scale). rotation: largest angle in degrees. blur: False = never.
-    """
-
-    def __init__(self, data, size, crop, scale=(0.5, 2.0), rotation=10.0, blur=True):
-        self.data, self.size, self.crop = data, size, crop
-        self.scale, self.rotation, self.blur = scale, rotation, blur
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, key):
-        index, sample_seed = key
-        image, mask = self.data.read(index)
-        classes = torch.bincount(mask.flatten(), minlength=256)[:self.data.num_classes] > 0
-        with seeded(sample_seed):
-            image, mask = augment_scribble(image, mask, self.size, self.crop, self.scale, self.rotation,
-                                           self.blur)
-        return {"image": image, "mask": mask.long(), "classes": classes, "index": index}
-
-
-class TestView(Dataset):
-    """Whole images: view[i] -> dict(image, mask, index).
-
-    image float32 (3,h,w), normalised, resized as in resize_to_short_side, or with `square` as in
-    resize_to_square; mask int64 (H,W) as in the file: resize the logits to the mask before argmax, never the
-    mask. UserError for a square of size 0.
-    """
-    __test__ = False                                     # pytest: this is no test
-
-    def __init__(self, data, size, square=False):
-        if square and not size:
-            raise UserError("--size 0 leaves every image as it is, but square test images need a side: set "
-                            "--size to its number of pixels, such as 513.")
-        self.data, self.size, self.square = data, size, square
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, i):
-        image, mask = self.data.read(i)
-        resized = (resize_to_square if self.square else resize_to_short_side)(image, self.size)
-        return {"image": normalise(resized), "mask": mask.long(), "index": i}
-
-
-# ---- batches and loaders ---------------------------------------------------------------------------------
-
-def mixed_seed(*numbers):
-    """Integers -> one 56-bit seed. A hash, so that neighbouring numbers give unrelated seeds."""
-    text = " ".join(str(number) for number in numbers)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
-
-
-class BatchesFrom(Sampler):
-    """Batches of the iterations start..stop-1 (stop = None: without end) as lists of (index, sample_seed).
-
-    A run is one long row of samples, a fresh permutation of the data set every epoch, cut into batches; so a
-    batch may reach into the next epoch. Its content depends on seed, batch_size and iteration alone.
-    batch_size counts all ranks together: rank r of w gets the samples r::w of each batch.
-    """
-
-    def __init__(self, length, batch_size, seed, start=0, stop=None, rank=0, world=1):
-        if batch_size < 1 or batch_size % world:
-            raise UserError(f"--batch-size {batch_size} counts the images of all processes together: it must "
-                            f"be a multiple of their number, {world}.")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.start, self.stop, self.rank, self.world = start, stop, rank, world
-
-    def __len__(self):
-        return self.stop - self.start
-
-    def __iter__(self):
-        current, order = None, None
-        for iteration in itertools.count(self.start) if self.stop is None else range(self.start, self.stop):
-            batch = []
-            for k in range(iteration * self.batch_size, (iteration + 1) * self.batch_size):
-                epoch, position = divmod(k, self.length)
-                if epoch != current:
-                    generator = torch.Generator().manual_seed(mixed_seed(self.seed, "epoch", epoch))
-                    current, order = epoch, torch.randperm(self.length, generator=generator).tolist()
-                batch.append((order[position], mixed_seed(self.seed, "sample", k)))
-            yield batch[self.rank::self.world]
-
-
-def make_loader(view, batches, workers, device):
-    """Its own generator: every pass over a DataLoader draws a number, and dropout must not notice that."""
-    return DataLoader(view, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
-                      pin_memory=torch.device(device).type == "cuda", generator=torch.Generator())
-
-
-def train_loader(view, batch_size, seed, start, stop, workers, device, rank=0, world=1):
-    """DataLoader over a TrainView, see BatchesFrom: image (B,3,crop,crop), mask (B,crop,crop), index (B,)."""
-    batches = BatchesFrom(len(view), batch_size, seed, start, stop, rank, world)
-    return make_loader(view, batches, workers, device)
-
-
-def eval_loader(view, workers, device, rank=0, world=1):
-    """DataLoader over a TestView, one image a batch as sizes differ; rank r of w gets the images r::w."""
-    return make_loader(view, [[i] for i in range(rank, len(view), world)], workers, device)
-
-
-def counts_of_masks(data, workers=0):
-    """Of each mask in turn: int64 (256,), how many pixels have each value."""
-    for mask in DataLoader(range(len(data)), batch_size=None, collate_fn=data.read_mask, num_workers=workers,
-                           generator=torch.Generator()):
-        yield torch.bincount(mask.flatten(), minlength=256)
-
-
-def pixel_counts(data, workers=0):
-    """int64 (N,): labelled pixels per class over the split; reads the masks only."""
-    return sum(counts_of_masks(data, workers))[:data.num_classes]
-
-
-def survey_scribbles(data, workers=0):
-    """What the scribbles of a split label; reads the masks only.
-
-    -> dict: images int64 (N,): in how many images each class is labelled; empty, background_only: names of
-    the images whose masks label nothing, or only class 0; labelled: labelled pixels in percent of all.
-    UserError where all masks together label nothing, or only class 0.
-    """
-    counts = torch.stack(list(counts_of_masks(data, workers)))                      # (images,256)
-    has = counts[:, :data.num_classes] > 0                                          # (images,N)
-    example = f", such as {data.paths[0][1]}," if data.paths else ""
-    where = f"{data.name} {data.split}: all {len(data)} masks{example}"
-    expected = ("a scribble mask holds the class ids along the strokes and 255 at all other pixels, with "
-                "strokes of the background (0) and of the objects")
-    if not has.any():
-        raise UserError(f"{where} hold nothing but 255 (unlabelled): {expected}; pass the folder of such "
-                        "masks.")
-    if data.num_classes > 1 and not has[:, 1:].any():
-        raise UserError(f"{where} label only class 0, {data.classes[0]}: {expected}; if 0 stands for "
-                        "unlabelled pixels in your files, write 255 there.")
-    empty, background = ~has.any(1), has[:, 0] & ~has[:, 1:].any(1)
-    names = [data.name_of(i) for i in range(len(data))]
-    return {"images": has.sum(0), "empty": [n for n, e in zip(names, empty.tolist()) if e],
-            "background_only": [n for n, b in zip(names, background.tolist()) if b],
-            "labelled": 100 * counts[:, :IGNORE].sum().item() / counts.sum().item()}

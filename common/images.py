@@ -5,7 +5,7 @@
     view = TrainView(data, size=224, augment=flip_and_turn)        # augment: uint8 (3,224,224) -> the same
     loader = train_loader(view, batch_size=80, seed=0, start=0, stop=1000, workers=4, device="cuda")
 
-train_loader is that of common/datasets.py. As there, all randomness of a training sample comes from torch's
+train_loader is that of common/loaders.py. As there, all randomness of a training sample comes from torch's
 CPU generator, seeded for this sample alone. CUB and Stanford Cars have no validation images: split "val" is
 a share of every class's training images, and split "train" is the others.
 """
@@ -18,10 +18,12 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from common.datasets import (layout_error, list_images, make_loader, mixed_seed, normalise, read_image,
-                             read_list)
+from common import toy_birds
+from common.datasets import layout_error
+from common.files import list_images, read_image, read_list
+from common.loaders import make_loader, mixed_seed
 from common.run import UserError
-from data import toy_birds
+from common.transforms import normalise
 
 DATASETS = ("toy_birds", "cub", "cars", "imagefolder")
 SPLITS = ("train", "val", "test")
@@ -85,7 +87,7 @@ class ImageSet:
 
 
 class ToyBirds(ImageSet):
-    """Birds of data/toy_birds.py, drawn when first read and kept in memory; paths is None, an item has the
+    """Birds of common/toy_birds.py, drawn when first read and kept in memory; paths is None, an item has the
     bird's number within `part` (train or test) instead."""
 
     def __init__(self, split, items, part):

@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.datasets import CLASSES, IGNORE, listing, load_picture
+from common import toy_scenes
+from common.datasets import CLASSES
+from common.files import IGNORE, listing, load_picture
 from common.regions import connected_components
 from common.run import UserError
-from data import toy_scenes
 
 # Names of the parts in the order of their ids. "engine*10": the files number the engines of an image with
 # ten ids in a row, which are all read as this one part.

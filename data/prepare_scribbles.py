@@ -6,7 +6,7 @@
     python -m data.prepare_scribbles weaken FOLDER OUT --drop 0.3 --shrink 0.5  # PFA, Fig. 8; PNG or XML
 
 OUT must be new or empty. It gets an index PNG for every file, in the same sub-folders: class ids along the
-strokes, 255 = unlabelled. It appears only when it is complete. The work is done by data/strokes.py.
+strokes, 255 = unlabelled. It appears only when it is complete. The work is done by common/strokes.py.
 """
 import argparse
 import json
@@ -18,11 +18,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.datasets import list_images, listing, mixed_seed, opened, read_index_map
 from common.figures import palette
+from common.files import list_images, listing, opened, read_index_map
+from common.loaders import mixed_seed
 from common.run import UserError
-from data.strokes import (UNLABELLED, check_ratios, draw_strokes, read_strokes, scribbles_from_mask, weaken,
-                          weaken_strokes)
+from common.strokes import (UNLABELLED, check_ratios, draw_strokes, read_strokes, scribbles_from_mask, weaken,
+                            weaken_strokes)
 
 PALETTE = palette(256).tolist()
 PALETTE[UNLABELLED] = [255, 255, 255]

@@ -1,4 +1,7 @@
-"""common/datasets.py against numpy, colorsys and brute force; tiny data sets are written to tmp_path."""
+"""common/{datasets,files,transforms,loaders}.py against numpy, colorsys and brute force.
+
+Tiny data sets are written to tmp_path.
+"""
 import colorsys
 import itertools
 import math
@@ -15,9 +18,9 @@ from torchvision.datasets import Cityscapes
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from common import datasets as ds
+from common import files, loaders, toy_scenes, transforms
 from common.run import UserError
 from data import prepare_cocostuff10k as prepare
-from data import toy_scenes
 
 REPO = Path(__file__).parent.parent
 
@@ -69,13 +72,15 @@ def message(call, *args, **kwargs):
 # ---- sizes, crops, padding -------------------------------------------------------------------------------
 
 def test_fitted_size_by_hand():
-    assert ds.fitted_size(480, 640, 512) == (512, 683)  # short side 512; 640 * 512/480 = 682.67
-    assert ds.fitted_size(640, 480, 512) == (683, 512)
-    assert ds.fitted_size(100, 1000, 512) == (205, 2048)               # the long side stops at 4 * 512
-    assert ds.fitted_size(480, 640, 512, 0.5) == (256, 341)
-    assert ds.fitted_size(333, 500, 512, 1.999) == (1023, 1536)        # int(512 * 1.999) = 1023
-    assert ds.fitted_size(33, 57, 0) == (33, 57) and ds.fitted_size(33, 57, 0, 2.0) == (66, 114)
-    assert ds.fitted_size(1, 900, 64, 0.5) == (1, 128) and ds.fitted_size(900, 1, 64, 0.5) == (128, 1)
+    assert transforms.fitted_size(480, 640, 512) == (512, 683)  # short side 512; 640 * 512/480 = 682.67
+    assert transforms.fitted_size(640, 480, 512) == (683, 512)
+    assert transforms.fitted_size(100, 1000, 512) == (205, 2048)           # the long side stops at 4 * 512
+    assert transforms.fitted_size(480, 640, 512, 0.5) == (256, 341)
+    assert transforms.fitted_size(333, 500, 512, 1.999) == (1023, 1536)        # int(512 * 1.999) = 1023
+    assert transforms.fitted_size(33, 57, 0) == (33, 57)
+    assert transforms.fitted_size(33, 57, 0, 2.0) == (66, 114)
+    assert transforms.fitted_size(1, 900, 64, 0.5) == (1, 128)
+    assert transforms.fitted_size(900, 1, 64, 0.5) == (128, 1)
 
 
 def test_fitted_size_is_the_largest_that_fits():
@@ -84,7 +89,7 @@ def test_fitted_size_is_the_largest_that_fits():
         h, w = rng.integers(20, 1500, 2).tolist()
         size, ratio = int(rng.integers(64, 600)), float(rng.uniform(0.5, 2))
         long_limit, short_limit = math.floor(4 * size * ratio), math.floor(size * ratio)
-        new_h, new_w = ds.fitted_size(h, w, size, ratio)
+        new_h, new_w = transforms.fitted_size(h, w, size, ratio)
         assert max(new_h, new_w) <= long_limit and min(new_h, new_w) <= short_limit
         assert max(new_h, new_w) == long_limit or min(new_h, new_w) == short_limit
         assert abs(new_h - new_w * h / w) <= 0.5 + 0.5 * h / w + 1e-6  # aspect kept up to the rounding
@@ -92,7 +97,7 @@ def test_fitted_size_is_the_largest_that_fits():
 
 def test_resizing_is_bilinear_without_antialiasing_and_nearest_for_masks():
     h, w, image, mask = 37, 50, random_image(37, 50), random_mask(37, 50)
-    out, labels = ds.augment(image, mask, size=20, crop=64, scale=(1.0, 1.0), photometric=False)
+    out, labels = transforms.augment(image, mask, size=20, crop=64, scale=(1.0, 1.0), photometric=False)
     new_h, new_w = 20, 27
     ys, xs = ((np.arange(n) + 0.5) * old / n - 0.5 for n, old in ((new_h, h), (new_w, w)))
     expected = np.zeros((3, new_h, new_w))
@@ -104,7 +109,7 @@ def test_resizing_is_bilinear_without_antialiasing_and_nearest_for_masks():
         expected[:, i, j] = ((1 - dy) * ((1 - dx) * a[:, y0, x0] + dx * a[:, y0, x1])
                              + dy * ((1 - dx) * a[:, y1, x0] + dx * a[:, y1, x1]))
     nearest = mask.numpy()[(np.arange(new_h) * h // new_h)[:, None], np.arange(new_w) * w // new_w]
-    got = ds.denormalise(out)[:, :new_h, :new_w].numpy().astype(float)
+    got = transforms.denormalise(out)[:, :new_h, :new_w].numpy().astype(float)
     got_labels = labels[:new_h, :new_w].numpy()
     if (got_labels != nearest).any():                                   # this sample was flipped
         got, got_labels = got[:, :, ::-1], got_labels[:, ::-1]
@@ -127,7 +132,7 @@ def test_crop_rule_equals_brute_force():
         draws = [(torch.randint(61, ()).item(), torch.randint(91, ()).item()) for _ in range(11)]
         good = [(y, x) for y, x in draws if rule_holds(mask[y:y + 30, x:x + 30].numpy())]
         torch.manual_seed(seed)
-        assert ds.crop_corner(mask, 30) == (good or draws[-1:])[0]
+        assert transforms.crop_corner(mask, 30) == (good or draws[-1:])[0]
         kept += bool(good)
     assert 20 < kept < 200                                              # both outcomes were seen
 
@@ -142,7 +147,7 @@ def test_crop_rule_equals_brute_force():
 ])
 def test_number_of_crop_tries(mask, draws):
     torch.manual_seed(3)
-    ds.crop_corner(mask.to(torch.uint8), 10)                            # the whole mask is the only window
+    transforms.crop_corner(mask.to(torch.uint8), 10)                      # the whole mask is the only window
     after = torch.get_rng_state()
     torch.manual_seed(3)
     for _ in range(2 * draws):
@@ -152,7 +157,7 @@ def test_number_of_crop_tries(mask, draws):
 
 def test_image_smaller_than_the_crop_is_padded_right_and_below():
     image, mask = random_image(21, 34), random_mask(21, 34)
-    x, y = ds.augment(image, mask, size=0, crop=50, scale=(1.0, 1.0), photometric=False)
+    x, y = transforms.augment(image, mask, size=0, crop=50, scale=(1.0, 1.0), photometric=False)
     assert x.shape == (3, 50, 50) and x.dtype == torch.float32 and y.shape == (50, 50)
     assert (x[:, 21:] == 0).all() and (x[:, :, 34:] == 0).all()
     assert (y[21:] == 255).all() and (y[:, 34:] == 255).all()
@@ -170,8 +175,8 @@ def test_image_and_mask_stay_together_and_half_are_flipped():
     flips = 0
     for seed in range(100):
         torch.manual_seed(seed)
-        x, y = ds.augment(image, mask, size=0, crop=32, scale=(1.0, 1.0), photometric=False)
-        assert torch.equal(ds.denormalise(x)[0], y)
+        x, y = transforms.augment(image, mask, size=0, crop=32, scale=(1.0, 1.0), photometric=False)
+        assert torch.equal(transforms.denormalise(x)[0], y)
         windows = mask.unfold(0, 32, 1).unfold(1, 32, 1)                # every upright crop
         flips += not (windows == y).flatten(2).all(2).any()
     assert 30 < flips < 70
@@ -182,7 +187,7 @@ def test_image_and_mask_stay_together_and_half_are_flipped():
 def test_odd_sizes_work(height, width, size, crop):
     for seed in range(8):
         torch.manual_seed(seed)
-        x, y = ds.augment(random_image(height, width), random_mask(height, width), size, crop)
+        x, y = transforms.augment(random_image(height, width), random_mask(height, width), size, crop)
         assert x.shape == (3, crop, crop) and y.shape == (crop, crop) and torch.isfinite(x).all()
 
 
@@ -199,7 +204,7 @@ def test_hue_steps_are_two_degrees(steps):
     pixels = random_image(1, 2000)[:, 0]
     pixels[:, :3] = torch.tensor([[0, 255, 77], [0, 255, 77], [0, 255, 77]], dtype=torch.uint8)       # grey
     expected = hsv_reference(pixels.numpy(), lambda h, s, v: ((h + steps / 180) % 1, s, v))
-    got = ds.shift_hue(pixels[:, None], steps)[:, 0].numpy()
+    got = transforms.shift_hue(pixels[:, None], steps)[:, 0].numpy()
     assert abs(got - expected).max() <= 0.5 + 1e-3
     assert (got[:, :3] == pixels[:, :3].numpy()).all()
     assert steps or (got == pixels.numpy()).all()
@@ -207,16 +212,16 @@ def test_hue_steps_are_two_degrees(steps):
 
 def test_hue_of_pure_colours():
     red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
-    assert ds.shift_hue(red, 30).flatten().tolist() == [255, 255, 0]    # 60 degrees on: yellow
-    assert ds.shift_hue(red, -30).flatten().tolist() == [255, 0, 255]
-    assert ds.shift_hue(red, 15).flatten().tolist() == [255, 128, 0]
+    assert transforms.shift_hue(red, 30).flatten().tolist() == [255, 255, 0]    # 60 degrees on: yellow
+    assert transforms.shift_hue(red, -30).flatten().tolist() == [255, 0, 255]
+    assert transforms.shift_hue(red, 15).flatten().tolist() == [255, 128, 0]
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.9, 1.0, 1.5])
 def test_saturation(factor):
     pixels = random_image(1, 2000)[:, 0]
     expected = hsv_reference(pixels.numpy(), lambda h, s, v: (h, min(s * factor, 1), v))
-    got = ds.scale_saturation(pixels[:, None], factor)[:, 0].numpy()
+    got = transforms.scale_saturation(pixels[:, None], factor)[:, 0].numpy()
     assert abs(got - expected).max() <= 0.5 + 1e-3
     assert factor != 1 or (got == pixels.numpy()).all()
 
@@ -225,26 +230,26 @@ def test_brightness_and_contrast_are_clipped_and_cut():
     values = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
     for factor, shift in ((1.0, -31.7), (1.0, 20.4), (1.49, 0.0), (0.5, 0.0)):
         expected = np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32(shift)
-        got = ds.scale_values(values, factor, shift)
+        got = transforms.scale_values(values, factor, shift)
         assert got.dtype == torch.uint8 and (got.numpy() == np.floor(np.clip(expected, 0, 255))).all()
 
 
 def test_colours_unchanged_if_every_coin_says_no(monkeypatch):
-    monkeypatch.setattr(ds, "coin", lambda: False)
+    monkeypatch.setattr(transforms, "coin", lambda: False)
     image = random_image(20, 20)
-    assert torch.equal(ds.distort_colours(image), image)
+    assert torch.equal(transforms.distort_colours(image), image)
 
 
 @pytest.mark.parametrize("contrast_first", [True, False])
 def test_order_of_the_colour_steps(monkeypatch, contrast_first):
     coins = iter([True, True, contrast_first, True, True])     # brightness, contrast, first?, saturation, hue
     steps = []
-    monkeypatch.setattr(ds, "coin", lambda: next(coins))
-    monkeypatch.setattr(ds, "scale_values",
+    monkeypatch.setattr(transforms, "coin", lambda: next(coins))
+    monkeypatch.setattr(transforms, "scale_values",
                         lambda x, factor=1.0, shift=0.0: steps.append((factor, shift)) or x)
-    monkeypatch.setattr(ds, "scale_saturation", lambda x, factor: steps.append("saturation") or x)
-    monkeypatch.setattr(ds, "shift_hue", lambda x, n: steps.append("hue") or x)
-    ds.distort_colours(random_image(4, 4))
+    monkeypatch.setattr(transforms, "scale_saturation", lambda x, factor: steps.append("saturation") or x)
+    monkeypatch.setattr(transforms, "shift_hue", lambda x, n: steps.append("hue") or x)
+    transforms.distort_colours(random_image(4, 4))
     assert steps.pop(0)[0] == 1.0                                       # brightness: a shift
     factor, shift = steps.pop(0 if contrast_first else -1)
     assert shift == 0.0 and factor != 1.0
@@ -257,13 +262,14 @@ def test_colour_ranges_and_probabilities(monkeypatch):
     def scale_values(image, factor=1.0, shift=0.0):
         seen["contrast" if shift == 0 else "brightness"].append(factor if shift == 0 else shift)
         return image
-    monkeypatch.setattr(ds, "scale_values", scale_values)
-    monkeypatch.setattr(ds, "scale_saturation", lambda x, factor: seen["saturation"].append(factor) or x)
-    monkeypatch.setattr(ds, "shift_hue", lambda x, n: seen["hue"].append(n) or x)
+    monkeypatch.setattr(transforms, "scale_values", scale_values)
+    monkeypatch.setattr(transforms, "scale_saturation",
+                        lambda x, factor: seen["saturation"].append(factor) or x)
+    monkeypatch.setattr(transforms, "shift_hue", lambda x, n: seen["hue"].append(n) or x)
     torch.manual_seed(0)
     image = random_image(2, 2)
     for _ in range(2000):
-        ds.distort_colours(image)
+        transforms.distort_colours(image)
     for name, low, high in (("brightness", -32, 32), ("contrast", 0.5, 1.5), ("saturation", 0.5, 1.5)):
         edge = 0.02 * (high - low)
         assert low <= min(seen[name]) < low + edge and high - edge < max(seen[name]) <= high
@@ -274,9 +280,9 @@ def test_colour_ranges_and_probabilities(monkeypatch):
 def test_normalise_by_hand_and_back():
     image = torch.tensor([0, 124, 255], dtype=torch.uint8).view(3, 1, 1)
     expected = [(0 - 123.675) / 58.395, (124 - 116.28) / 57.12, (255 - 103.53) / 57.375]
-    assert ds.normalise(image).flatten().tolist() == pytest.approx(expected)
+    assert transforms.normalise(image).flatten().tolist() == pytest.approx(expected)
     image = random_image(9, 7)
-    assert torch.equal(ds.denormalise(ds.normalise(image)), image)
+    assert torch.equal(transforms.denormalise(transforms.normalise(image)), image)
 
 
 # ---- views and loaders -----------------------------------------------------------------------------------
@@ -292,7 +298,7 @@ def same(a, b):
 
 def test_train_view_depends_on_its_key_alone(folder):
     data = ds.open_dataset("folder", folder, "train")
-    view = ds.TrainView(data, size=32, crop=24)
+    view = loaders.TrainView(data, size=32, crop=24)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     a = view[(2, 77)]
@@ -306,7 +312,7 @@ def test_train_view_depends_on_its_key_alone(folder):
 
 def test_train_view_restores_the_generator_after_an_error(tmp_path):
     data = ds.open_dataset("folder", folder_set(tmp_path), "train")
-    view = ds.TrainView(data, size=32, crop=24, scale=("a", "b"))
+    view = loaders.TrainView(data, size=32, crop=24, scale=("a", "b"))
     before = torch.get_rng_state()
     with pytest.raises(TypeError):
         view[(0, 1)]
@@ -315,21 +321,22 @@ def test_train_view_restores_the_generator_after_an_error(tmp_path):
 
 def test_test_view_keeps_the_mask_at_its_own_size(folder):
     data = ds.open_dataset("folder", folder, "val")
-    sample = ds.TestView(data, 30)[1]
+    sample = loaders.TestView(data, 30)[1]
     image, mask = data.read(1)
     assert sample["image"].shape == (3, 30, 42) and sample["index"] == 1
     assert sample["mask"].dtype == torch.int64 and torch.equal(sample["mask"], mask.long())
-    assert torch.equal(ds.TestView(data, 0)[1]["image"], ds.normalise(image))
-    assert ds.resize_to_short_side(random_image(10, 100), 32).shape == (3, 13, 128)      # long side <= 4 * 32
+    assert torch.equal(loaders.TestView(data, 0)[1]["image"], transforms.normalise(image))
+    narrow = transforms.resize_to_short_side(random_image(10, 100), 32)
+    assert narrow.shape == (3, 13, 128)                                 # long side <= 4 * 32
 
 
 def test_square_test_view_ignores_the_aspect(folder):
     data = ds.open_dataset("folder", folder, "val")
-    sample, (image, mask) = ds.TestView(data, 33, square=True)[1], data.read(1)
+    sample, (image, mask) = loaders.TestView(data, 33, square=True)[1], data.read(1)
     assert sample["image"].shape == (3, 33, 33) and torch.equal(sample["mask"], mask.long())
     expected = torch.nn.functional.interpolate(image[None].float(), (33, 33), mode="bilinear")[0]
-    assert (ds.denormalise(sample["image"]).float() - expected).abs().max() <= 1         # from 40 x 56 pixels
-    assert "--size 0" in message(ds.TestView, data, 0, square=True)
+    assert (transforms.denormalise(sample["image"]).float() - expected).abs().max() <= 1  # from 40 x 56 pixels
+    assert "--size 0" in message(loaders.TestView, data, 0, square=True)
 
 
 @pytest.mark.parametrize("options, draws", [({}, 11), ({"crop_retries": 2}, 3), ({"crop_retries": 0}, 1)])
@@ -340,7 +347,7 @@ def test_crop_retries_of_the_train_view(tmp_path, options, draws):
     save_pair(tmp_path / "images" / "train" / "a.png", tmp_path / "masks" / "train" / "a.png", mask)
     (tmp_path / "classes.txt").write_text("".join(f"c{i}\n" for i in range(70)))
     data = ds.open_dataset("folder", tmp_path, "train")
-    view, drawn = ds.TrainView(data, 0, 20, (1.0, 1.0), photometric=False, **options), set()
+    view, drawn = loaders.TrainView(data, 0, 20, (1.0, 1.0), photometric=False, **options), set()
     for seed in range(60):
         torch.manual_seed(seed)
         torch.rand(())                                                  # the scale
@@ -357,10 +364,10 @@ def test_crop_retries_of_the_train_view(tmp_path, options, draws):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(folder, workers):
-    view = ds.TrainView(ds.open_dataset("folder", folder, "train"), size=32, crop=24)
+    view = loaders.TrainView(ds.open_dataset("folder", folder, "train"), size=32, crop=24)
     before = torch.get_rng_state()
-    alone = list(ds.train_loader(view, 4, 7, 0, 5, 0, "cpu"))
-    helped = list(ds.train_loader(view, 4, 7, 0, 5, workers, "cpu"))
+    alone = list(loaders.train_loader(view, 4, 7, 0, 5, 0, "cpu"))
+    helped = list(loaders.train_loader(view, 4, 7, 0, 5, workers, "cpu"))
     assert len(alone) == len(helped) == 5
     assert alone[0]["image"].shape == (4, 3, 24, 24) and alone[0]["mask"].shape == (4, 24, 24)
     assert all(same(a, b) for a, b in zip(alone, helped))
@@ -368,45 +375,46 @@ def test_workers_change_nothing(folder, workers):
 
 
 def test_resumed_loader_goes_on_with_the_same_samples(folder):
-    view = ds.TrainView(ds.open_dataset("folder", folder, "train"), size=32, crop=24)
-    whole = list(ds.train_loader(view, 3, 5, 0, 6, 0, torch.device("cpu")))
-    rest = list(ds.train_loader(view, 3, 5, 4, 6, 0, torch.device("cpu")))
+    view = loaders.TrainView(ds.open_dataset("folder", folder, "train"), size=32, crop=24)
+    whole = list(loaders.train_loader(view, 3, 5, 0, 6, 0, torch.device("cpu")))
+    rest = list(loaders.train_loader(view, 3, 5, 4, 6, 0, torch.device("cpu")))
     assert len(rest) == 2 and all(same(a, b) for a, b in zip(whole[4:], rest))
 
 
 def test_batches_resume_and_partition():
-    whole = list(ds.BatchesFrom(10, 4, seed=3, stop=12))
-    assert len(ds.BatchesFrom(10, 4, seed=3, start=5, stop=12)) == 7
-    assert list(ds.BatchesFrom(10, 4, seed=3, start=5, stop=12)) == whole[5:]
-    endless = ds.BatchesFrom(10, 4, seed=3, start=5)
+    whole = list(loaders.BatchesFrom(10, 4, seed=3, stop=12))
+    assert len(loaders.BatchesFrom(10, 4, seed=3, start=5, stop=12)) == 7
+    assert list(loaders.BatchesFrom(10, 4, seed=3, start=5, stop=12)) == whole[5:]
+    endless = loaders.BatchesFrom(10, 4, seed=3, start=5)
     assert list(itertools.islice(endless, 7)) == whole[5:]
-    parts = [list(ds.BatchesFrom(10, 4, seed=3, stop=12, rank=r, world=2)) for r in range(2)]
+    parts = [list(loaders.BatchesFrom(10, 4, seed=3, stop=12, rank=r, world=2)) for r in range(2)]
     for batch, a, b in zip(whole, *parts):
         assert a == batch[0::2] and b == batch[1::2]
 
 
 def test_every_epoch_has_every_sample_once():
-    samples = [pair for batch in ds.BatchesFrom(10, 4, seed=3, stop=15) for pair in batch]   # 6 epochs
+    samples = [pair for batch in loaders.BatchesFrom(10, 4, seed=3, stop=15) for pair in batch]   # 6 epochs
     epochs = [[index for index, _ in samples[i:i + 10]] for i in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6                 # each in its own order
     assert len({seed for _, seed in samples}) == 60                     # and no augmentation twice
-    other = [pair for batch in ds.BatchesFrom(10, 4, seed=4, stop=15) for pair in batch]
+    other = [pair for batch in loaders.BatchesFrom(10, 4, seed=4, stop=15) for pair in batch]
     assert not {seed for _, seed in samples} & {seed for _, seed in other}
     assert [index for index, _ in other] != [index for index, _ in samples]
 
 
 def test_batch_larger_than_the_data_set():
-    batch = next(iter(ds.BatchesFrom(3, 7, seed=0, stop=1)))
+    batch = next(iter(loaders.BatchesFrom(3, 7, seed=0, stop=1)))
     assert len(batch) == 7
     assert sorted(i for i, _ in batch[:3]) == sorted(i for i, _ in batch[3:6]) == [0, 1, 2]
 
 
 def test_evaluation_ranks_partition_the_images(folder):
-    view = ds.TestView(ds.open_dataset("folder", folder, "val"), 0)
-    seen = [[batch["index"].item() for batch in ds.eval_loader(view, 0, "cpu", rank, 2)] for rank in range(2)]
+    view = loaders.TestView(ds.open_dataset("folder", folder, "val"), 0)
+    seen = [[batch["index"].item() for batch in loaders.eval_loader(view, 0, "cpu", rank, 2)]
+            for rank in range(2)]
     assert seen == [[0, 2, 4], [1, 3]]
-    batch = next(iter(ds.eval_loader(view, 2, "cpu")))
+    batch = next(iter(loaders.eval_loader(view, 2, "cpu")))
     assert batch["image"].shape == (1, 3, 40, 56) and batch["mask"].shape == (1, 40, 56)
 
 
@@ -414,7 +422,7 @@ def test_pixel_counts(folder):
     data = ds.open_dataset("folder", folder, "train")
     masks = [np.array(Image.open(folder / "masks" / "train" / f"p{i}.png")) for i in range(5)]
     expected = [sum(int((m == c).sum()) for m in masks) for c in range(4)]
-    assert ds.pixel_counts(data).tolist() == ds.pixel_counts(data, workers=2).tolist() == expected
+    assert loaders.pixel_counts(data).tolist() == loaders.pixel_counts(data, workers=2).tolist() == expected
 
 
 # ---- readers ---------------------------------------------------------------------------------------------
@@ -569,7 +577,7 @@ def check_em(root, count=30, val=10):
             assert mask.tolist() == [[int(row >= number % 4)] * 6 for row in range(4)]
             assert torch.equal(data.read_mask(i), mask)
         membrane = sum(6 * (number % 4) for number in names[split])
-        assert ds.pixel_counts(data).tolist() == [membrane, 24 * len(data) - membrane]
+        assert loaders.pixel_counts(data).tolist() == [membrane, 24 * len(data) - membrane]
     for cut in "12":
         assert len(names[f"val-{cut}"]) == val
         assert sorted(names[f"train-{cut}"] + names[f"val-{cut}"]) == list(range(count))
@@ -795,7 +803,7 @@ def test_toy_scenes():
     assert len(data) == toy_scenes.SPLITS["val"] and data.paths is None and data.name_of(5) == "0005"
     assert (image.permute(1, 2, 0).numpy() == scene["image"]).all() and (mask.numpy() == scene["mask"]).all()
     assert data.read(5)[0] is image                                     # kept, not drawn again
-    ds.TrainView(data, size=0, crop=128, scale=(1.0, 1.0))[(5, 0)]
+    loaders.TrainView(data, size=0, crop=128, scale=(1.0, 1.0))[(5, 0)]
     assert (image.permute(1, 2, 0).numpy() == scene["image"]).all()     # and not written to
     assert not torch.equal(ds.open_dataset("toy_scenes", "", "train", seed=3).read(5)[0], image)
     scribbled = ds.open_dataset("toy_scenes", "", "train", mask_dir="scribbles").read(0)[1]
@@ -805,28 +813,28 @@ def test_toy_scenes():
 
 def test_grey_palette_and_rotated_images_are_read_as_upright_rgb(tmp_path):
     save(tmp_path / "grey.png", [[0, 9, 200]])
-    assert ds.read_image(tmp_path / "grey.png").tolist() == [[[0, 9, 200]]] * 3
+    assert files.read_image(tmp_path / "grey.png").tolist() == [[[0, 9, 200]]] * 3
     Image.fromarray(np.array([[[9, 8, 7, 0]]], dtype=np.uint8)).save(tmp_path / "alpha.png")
-    assert ds.read_image(tmp_path / "alpha.png").flatten().tolist() == [9, 8, 7]
+    assert files.read_image(tmp_path / "alpha.png").flatten().tolist() == [9, 8, 7]
     palette = Image.new("P", (2, 1), 1)
     palette.putpalette([0, 0, 0, 1, 2, 3])
     palette.save(tmp_path / "palette.png")
-    assert ds.read_image(tmp_path / "palette.png")[:, 0, 0].tolist() == [1, 2, 3]
+    assert files.read_image(tmp_path / "palette.png")[:, 0, 0].tolist() == [1, 2, 3]
     exif = Image.Exif()
     exif[0x0112] = 6                                                    # "turn me by 90 degrees"
     Image.new("RGB", (20, 10)).save(tmp_path / "phone.jpg", exif=exif)
-    assert ds.read_image(tmp_path / "phone.jpg").shape == (3, 20, 10)
+    assert files.read_image(tmp_path / "phone.jpg").shape == (3, 20, 10)
 
 
 def test_list_images(tmp_path):
     for name in ("b.jpg", "a.PNG", "c.webp"):
         save(tmp_path / name, np.zeros((2, 2, 3)))
     (tmp_path / "notes.txt").write_text("x")
-    assert [p.name for p in ds.list_images(tmp_path)] == ["a.PNG", "b.jpg", "c.webp"]
-    assert ds.list_images(str(tmp_path / "b.jpg")) == [tmp_path / "b.jpg"]
-    assert "no such folder" in message(ds.list_images, tmp_path / "nothing")
+    assert [p.name for p in files.list_images(tmp_path)] == ["a.PNG", "b.jpg", "c.webp"]
+    assert files.list_images(str(tmp_path / "b.jpg")) == [tmp_path / "b.jpg"]
+    assert "no such folder" in message(files.list_images, tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    assert "no image" in message(ds.list_images, tmp_path / "empty")
+    assert "no image" in message(files.list_images, tmp_path / "empty")
 
 
 # ---- messages --------------------------------------------------------------------------------------------
@@ -839,8 +847,8 @@ def test_wrong_names_and_options(tmp_path):
     assert "--data ROOT" in message(ds.open_dataset, "camvid", "", "train")
     assert "scribbles" in message(ds.open_dataset, "ade20k", tmp_path, "train", mask_dir="scribbles")
     assert "'x'" in message(ds.open_dataset, "toy_scenes", "", "train", mask_dir="x")
-    assert "--batch-size 3" in message(ds.BatchesFrom, 10, 3, 0, world=2)
-    assert "--batch-size 0" in message(ds.BatchesFrom, 10, 0, 0)
+    assert "--batch-size 3" in message(loaders.BatchesFrom, 10, 3, 0, world=2)
+    assert "--batch-size 0" in message(loaders.BatchesFrom, 10, 0, 0)
 
 
 @pytest.mark.parametrize("name", list(ds.TREES))
@@ -939,7 +947,7 @@ def test_faulty_files_are_named(tmp_path, fault):
 
 def test_values_out_of_range_after_the_shift(tmp_path):
     save(tmp_path / "m.png", [[0, 151, 3]])
-    text = message(ds.read_index_map, tmp_path / "m.png", 150, 0)
+    text = message(files.read_index_map, tmp_path / "m.png", 150, 0)
     assert "[151]" in text and "0..150" in text                         # as they stand in the file
 
 
@@ -947,8 +955,8 @@ def test_values_out_of_range_after_the_shift(tmp_path):
 def test_the_sentence_survives_a_worker(tmp_path, workers):
     data, _ = broken_set(tmp_path, "sizes")
     direct = message(data.read, 0)
-    for loader in (ds.train_loader(ds.TrainView(data, 32, 24), 2, 0, 0, 2, workers, "cpu"),
-                   ds.eval_loader(ds.TestView(data, 32), workers, "cpu")):
+    for loader in (loaders.train_loader(loaders.TrainView(data, 32, 24), 2, 0, 0, 2, workers, "cpu"),
+                   loaders.eval_loader(loaders.TestView(data, 32), workers, "cpu")):
         assert message(list, loader) == direct
 
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from common import images as im
-from common.datasets import train_loader
+from common import toy_birds
+from common.loaders import train_loader
 from common.run import UserError
-from data import toy_birds
 
 BIRDS = {7: "001.Black_footed_Albatross", 3: "002.St._Gull", 12: "Jay"}         # ids out of order, with gaps
 BOX = (4.9, 3.2, 20.6, 10.9)                             # x 4..25 (25.5), y 3..14 (14.1), ends exclusive

@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 
 from common import parts as pt
-from common import regions
+from common import regions, toy_scenes
 from common.datasets import open_dataset
 from common.run import UserError
-from data import toy_scenes
 
 
 def save(path, array):

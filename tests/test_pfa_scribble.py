@@ -28,9 +28,9 @@ from PIL import Image
 
 import pfa_scribble as pfa
 from commands import call, flags_of
-from common import datasets, figures, run
+from common import datasets, figures, loaders, run, toy_scenes, transforms
+from common.files import read_image
 from common.metrics import mean_average_precision
-from data import toy_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -530,8 +530,8 @@ def expected_phases(crops, waited_for, warmup=WARMUP, slots=SLOTS, augment="both
 def crops_of(data, iterations=ITERATIONS, seed=0, crop=32, scale=(0.5, 2.0)):
     """The training masks, batch by batch, as a user's own loader gives them."""
     strokes = datasets.open_dataset("folder", data, "train", mask_dir="strokes")
-    view = datasets.ScribbleView(strokes, 0, crop, scale, 10.0, True)
-    return [batch["mask"].numpy() for batch in datasets.train_loader(view, 3, seed, 0, iterations, 0, CPU)]
+    view = loaders.ScribbleView(strokes, 0, crop, scale, 10.0, True)
+    return [batch["mask"].numpy() for batch in loaders.train_loader(view, 3, seed, 0, iterations, 0, CPU)]
 
 
 def test_phases_of_a_run_follow_from_its_training_masks(base, pictures):
@@ -1460,8 +1460,8 @@ def test_scores_of_the_run_are_its_classifiers_on_the_whole_picture(base, pictur
     net, cfg = pfa.build_classifier(config("unused"), N), config("unused")
     run.load_checkpoint(base.out / "classifier.pt", dict(model=net), CPU)
     for name, row in scores_of_run(base.out).items():
-        image = datasets.read_image(pictures / "images" / "test" / f"{name}.png")
-        x = datasets.normalise(datasets.resize_to_square(image, 32))[None]
+        image = read_image(pictures / "images" / "test" / f"{name}.png")
+        x = transforms.normalise(transforms.resize_to_square(image, 32))[None]
         with torch.no_grad():
             assert np.allclose(row[1:], net.eval()(x)[0].sigmoid(), atol=1e-6)
         assert np.array_equal(row, pfa.classify(net, image, cfg, CPU))

@@ -25,9 +25,8 @@ from PIL import Image
 
 import protopool
 from commands import call, flags_of
-from common import images, run
+from common import images, run, toy_birds
 from common.run import UserError
-from data import toy_birds
 from protopool import ProtoPool, Source, project_prototypes
 
 ROOT = Path(__file__).resolve().parents[1]

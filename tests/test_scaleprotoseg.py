@@ -27,8 +27,8 @@ from PIL import Image
 
 import scaleprotoseg
 from commands import call, flags_of
-from common import datasets, run
-from data import toy_scenes
+from common import datasets, loaders, run, toy_scenes, transforms
+from common.files import read_image
 from scaleprotoseg import Source, project_prototypes, prune_prototypes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -687,7 +687,7 @@ def test_after_projection_every_prototype_is_a_patch_of_its_source(base, picture
     for p, source in enumerate(sources):
         image, mask = data.read(source.image)
         with torch.no_grad():
-            z = net.maps(datasets.normalise(image)[None])[-1].sigmoid()[0].unflatten(0, (2, 6))
+            z = net.maps(transforms.normalise(image)[None])[-1].sigmoid()[0].unflatten(0, (2, 6))
         labels = nearest_exact(mask[None], *z.shape[2:])[0]
         assert labels[source.row, source.column] == net.prototype_class[p]
         patch = z[net.prototype_scale[p], :, source.row, source.column]
@@ -783,7 +783,7 @@ def test_pruned_prototypes_leave_a_run_of_protoseg(ancestor):
     assert metrics["pruned"] > 0 and metrics["duplicates"] > 0
     assert len(progress["sources"]) == len(net.prototypes) == len(progress["prototype_class"])
     data = datasets.open_dataset("toy_scenes", "", "train")
-    loader = datasets.eval_loader(datasets.TestView(data, 0), 0, CPU)
+    loader = loaders.eval_loader(loaders.TestView(data, 0), 0, CPU)
     assert prune_prototypes(net, loader, CPU).all()                     # nothing is left to prune
 
 
@@ -978,7 +978,7 @@ def explanation(out, image, *argv):
 def test_explain_takes_the_pixel_and_class_that_are_asked_for(base, pictures):
     image = pictures / "images" / "test" / "2.png"                      # 51 x 37: 13 x 10 cells
     net, _, cfg = load(base.out)
-    _, logits, _ = slow_logits(net, datasets.normalise(datasets.read_image(image))[None], cfg.threshold)
+    _, logits, _ = slow_logits(net, transforms.normalise(read_image(image))[None], cfg.threshold)
     for c, name in enumerate(CLASSES):
         strongest = divmod(int(logits[c].argmax()), 13)
         for pixel, cell in (((), strongest), ((50, 36), (9, 12)), ((0, 5), (1, 0))):
@@ -998,7 +998,7 @@ def test_explain_takes_the_pixel_and_class_that_are_asked_for(base, pictures):
 def test_explain_chooses_the_class_that_fills_the_picture_or_of_the_pixel(base, pictures):
     image = pictures / "images" / "test" / "3.png"
     net, _, cfg = load(base.out)
-    _, logits, _ = slow_logits(net, datasets.normalise(datasets.read_image(image))[None], cfg.threshold)
+    _, logits, _ = slow_logits(net, transforms.normalise(read_image(image))[None], cfg.threshold)
     predicted = logits.argmax(0)
     most = Counter(predicted.flatten().tolist()).most_common(1)[0][0]
     assert explanation(base.out, image)[0]["class"] == CLASSES[most]
@@ -1026,8 +1026,8 @@ def test_predict_writes_the_argmax_at_the_pictures_own_size(method, base, ancest
     net, _, cfg = load(out)
     assert files(out / "predictions") == {f"{k}{tail}.png" for k in range(5) for tail in ("", "_overlay")}
     for k in range(5):
-        image = datasets.read_image(pictures / "images" / "test" / f"{k}.png")
-        x = datasets.normalise(image)[None]
+        image = read_image(pictures / "images" / "test" / f"{k}.png")
+        x = transforms.normalise(image)[None]
         if method == "deeplab":
             with torch.no_grad():
                 logits = sum(conv(net.backbone(x)) for conv in net.aspp)[0].double().numpy()
@@ -1312,7 +1312,7 @@ def seen_as(net, clean, noisy=None):
     noisy = clean if noisy is None else noisy
 
     def similarity(x):
-        i = round(datasets.denormalise(x[0].mean((1, 2), keepdim=True)).float().mean().item() / 20)
+        i = round(transforms.denormalise(x[0].mean((1, 2), keepdim=True)).float().mean().item() / 20)
         return (noisy if x.std((2, 3)).max() > 0.05 else clean)[i][None]
 
     net.similarity = similarity
@@ -1536,7 +1536,7 @@ def test_equivariance_looks_at_so_many_pictures_evenly_spaced_and_at_objects_of_
     for least_cells, pairs in ((10, 1), (11, 0)):
         found = scaleprotoseg.equivariance(net, Shades(masks), cfg, CPU, least_cells=least_cells)
         assert len(found["0.6"]["pairs"]) == pairs
-    shades = [round(datasets.denormalise(x[0]).float().mean().item() / 20) for x in seen]
+    shades = [round(transforms.denormalise(x[0]).float().mean().item() / 20) for x in seen]
     assert shades == [0, 0, 2, 2, 4, 4] * 2                             # each in two sizes
 
 

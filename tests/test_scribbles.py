@@ -1,4 +1,4 @@
-"""Scribbles: data/strokes.py, data/prepare_scribbles.py and what common/datasets.py does with them, against
+"""Scribbles: common/strokes.py, data/prepare_scribbles.py and what common/datasets.py does with them, against
 hand values, brute force and a pipeline for whole images in numpy; files are written to tmp_path."""
 import heapq
 import json
@@ -15,10 +15,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from common import datasets as ds
-from common import regions
+from common import loaders, regions, transforms
+from common import strokes as st
 from common.run import UserError
 from data import prepare_scribbles as prepare
-from data import strokes as st
 
 REPO = Path(__file__).parent.parent
 
@@ -545,22 +545,22 @@ def folder_of(root, masks, classes=4):
 def test_survey_by_hand(tmp_path, workers):
     masks = [canvas(4, 5, (0, 0, 1, 0, 5), (2, 2, 3, 0, 4)), canvas(4, 5), canvas(4, 5, (0, 1, 3, 1, 2)),
              canvas(4, 5, (2, 0, 1, 0, 1), (3, 1, 2, 0, 1))]
-    found = ds.survey_scribbles(folder_of(tmp_path, masks), workers)
+    found = loaders.survey_scribbles(folder_of(tmp_path, masks), workers)
     assert found["images"].tolist() == [2, 0, 2, 1] and found["images"].dtype == torch.int64
     assert found["empty"] == ["p1"] and found["background_only"] == ["p2"]
     assert found["labelled"] == pytest.approx(100 * (9 + 0 + 2 + 2) / 80)
 
 
 def test_scribbles_that_teach_nothing_are_refused(tmp_path):
-    text = message(ds.survey_scribbles, folder_of(tmp_path / "a", [canvas(4, 5)] * 2))
+    text = message(loaders.survey_scribbles, folder_of(tmp_path / "a", [canvas(4, 5)] * 2))
     assert "p0.png" in text and "nothing but 255" in text and "class ids along the strokes" in text
     background = [canvas(4, 5), canvas(4, 5, (0, 0, 4, 0, 5))]
-    text = message(ds.survey_scribbles, folder_of(tmp_path / "b", background))
+    text = message(loaders.survey_scribbles, folder_of(tmp_path / "b", background))
     assert "p0.png" in text and "only class 0, class0" in text and "write 255" in text
     toys = ds.WeakerScribbles(ds.open_dataset("toy_scenes", "", "val"), drop=1.0)
-    assert "toy_scenes val" in message(ds.survey_scribbles, toys)
+    assert "toy_scenes val" in message(loaders.survey_scribbles, toys)
     one_class = folder_of(tmp_path / "c", [canvas(4, 5, (0, 0, 1, 0, 5))], classes=1)
-    assert ds.survey_scribbles(one_class)["images"].tolist() == [1]         # there is no other
+    assert loaders.survey_scribbles(one_class)["images"].tolist() == [1]         # there is no other
 
 
 # ---- ScribbleView ----------------------------------------------------------------------------------------
@@ -626,10 +626,10 @@ def test_working_on_the_crop_alone_comes_to_the_same(monkeypatch, crop, turn, bl
         corner = [min(max(c, 0), max(s - crop, 0)) for c, s in zip(corner, size)]
         coins, draws = iter([turn, blur, flip]), iter([1.2, angle])
         numbers = iter(corner)
-        monkeypatch.setattr(ds, "coin", lambda: bool(next(coins)))
-        monkeypatch.setattr(ds, "uniform", lambda low, high: next(draws))
-        monkeypatch.setattr(ds.torch, "randint", lambda high, shape: torch.tensor(next(numbers)))
-        got, got_mask = ds.augment_scribble(image, mask, 0, crop)
+        monkeypatch.setattr(transforms, "coin", lambda: bool(next(coins)))
+        monkeypatch.setattr(transforms, "uniform", lambda low, high: next(draws))
+        monkeypatch.setattr(transforms.torch, "randint", lambda high, shape: torch.tensor(next(numbers)))
+        got, got_mask = transforms.augment_scribble(image, mask, 0, crop)
         monkeypatch.undo()
         want, want_mask = whole_image_pipeline(image, mask, size, crop, angle * turn, blur, flip, corner)
         assert got.shape == (3, crop, crop) and got.dtype == torch.float32 and got_mask.dtype == torch.uint8
@@ -640,19 +640,21 @@ def test_working_on_the_crop_alone_comes_to_the_same(monkeypatch, crop, turn, bl
 def test_what_is_random_about_a_sample(monkeypatch):
     image, mask = random_pair(20, 30, 0)
     angles, blurs, scales = [], [], []
-    rotated, blurred, fitted_size = ds.rotated, ds.blurred, ds.fitted_size
-    monkeypatch.setattr(ds, "rotated", lambda i, m, a, *window: angles.append(a) or rotated(i, m, a, *window))
-    monkeypatch.setattr(ds, "blurred", lambda i: blurs.append(1) or blurred(i))
-    monkeypatch.setattr(ds, "fitted_size", lambda h, w, s, r: scales.append(r) or fitted_size(h, w, s, r))
+    rotated, blurred, fitted_size = transforms.rotated, transforms.blurred, transforms.fitted_size
+    monkeypatch.setattr(transforms, "rotated",
+                        lambda i, m, a, *window: angles.append(a) or rotated(i, m, a, *window))
+    monkeypatch.setattr(transforms, "blurred", lambda i: blurs.append(1) or blurred(i))
+    monkeypatch.setattr(transforms, "fitted_size",
+                        lambda h, w, s, r: scales.append(r) or fitted_size(h, w, s, r))
     torch.manual_seed(0)
     for _ in range(600):
-        ds.augment_scribble(image, mask, 0, 16)
+        transforms.augment_scribble(image, mask, 0, 16)
     assert 250 < len(angles) < 350 and 250 < len(blurs) < 350
     assert -10 <= min(angles) < -9.5 and 9.5 < max(angles) <= 10 and abs(np.mean(angles)) < 1.5
     assert 0.5 <= min(scales) < 0.52 and 1.98 < max(scales) <= 2 and abs(np.mean(scales) - 1.25) < 0.07
     del angles[:], blurs[:]
     for _ in range(20):
-        ds.augment_scribble(image, mask, 0, 16, rotation=0.0, blur=False)
+        transforms.augment_scribble(image, mask, 0, 16, rotation=0.0, blur=False)
     assert not blurs and not any(angles)
 
 
@@ -661,8 +663,9 @@ def test_crops_fall_everywhere_and_half_are_flipped():
     flips, lefts = 0, []
     torch.manual_seed(0)
     for _ in range(300):
-        image, _ = ds.augment_scribble(x.expand(3, 4, 10), x, 0, 4, scale=(1, 1), rotation=0, blur=False)
-        row = ds.denormalise(image)[0, 0].tolist()
+        image, _ = transforms.augment_scribble(x.expand(3, 4, 10), x, 0, 4, scale=(1, 1), rotation=0,
+                                               blur=False)
+        row = transforms.denormalise(image)[0, 0].tolist()
         flips += row[0] > row[-1]
         lefts.append(min(row) // 25)
     assert 120 < flips < 180
@@ -671,10 +674,10 @@ def test_crops_fall_everywhere_and_half_are_flipped():
 
 def test_image_and_mask_stay_together(tmp_path):
     mask = np.random.default_rng(0).integers(0, 4, (4, 5)).repeat(16, 0).repeat(16, 1)
-    view = ds.ScribbleView(folder_of(tmp_path, [mask]), 0, 72, blur=False)
+    view = loaders.ScribbleView(folder_of(tmp_path, [mask]), 0, 72, blur=False)
     for seed in range(30):
         sample = view[(0, seed)]
-        value, label = ds.denormalise(sample["image"])[0].float(), sample["mask"]
+        value, label = transforms.denormalise(sample["image"])[0].float(), sample["mask"]
         near = torch.nn.functional.max_pool2d(torch.stack([label, -label]).float()[None], 5, 1)[0]
         alike = torch.nn.functional.pad(near[0] == -near[1], [2, 2, 2, 2])  # no other label within 2 pixels
         inside, outside = alike & (label != 255), alike & (label == 255)
@@ -685,7 +688,7 @@ def test_image_and_mask_stay_together(tmp_path):
 
 def test_classes_are_those_of_the_whole_image(tmp_path):
     mask = canvas(60, 60, (0, 0, 2, 0, 60), (3, 58, 60, 0, 60))
-    view = ds.ScribbleView(folder_of(tmp_path, [mask, canvas(60, 60)]), 0, 16)
+    view = loaders.ScribbleView(folder_of(tmp_path, [mask, canvas(60, 60)]), 0, 16)
     samples = [view[(0, seed)] for seed in range(12)]
     assert all(s["classes"].tolist() == [True, False, False, True] for s in samples)
     assert any(not (s["mask"] == 3).any() for s in samples)                 # though the crop shows less
@@ -694,8 +697,9 @@ def test_classes_are_those_of_the_whole_image(tmp_path):
 
 def test_thin_strokes_survive_half_the_size():
     mask = torch.from_numpy(five_drawn())
-    half, _ = ds.augment_scribble(torch.zeros(3, 110, 150, dtype=torch.uint8), mask, 0, 80, scale=(0.5, 0.5),
-                                  rotation=0.0, blur=False)[::-1]
+    black = torch.zeros(3, 110, 150, dtype=torch.uint8)
+    half, _ = transforms.augment_scribble(black, mask, 0, 80, scale=(0.5, 0.5),
+                                          rotation=0.0, blur=False)[::-1]
     strokes = st.strokes_of_mask(half.numpy())
     assert sorted(half.numpy()[strokes == n][0] for n in range(1, strokes.max() + 1)) == [0, 2, 7, 7, 9]
     assert 0.2 < (half != 255).sum() / (mask != 255).sum() < 0.3
@@ -703,7 +707,7 @@ def test_thin_strokes_survive_half_the_size():
 
 def test_same_key_same_sample(tmp_path):
     data = folder_of(tmp_path, [blobs(i, 40, 50, 4) for i in range(5)])
-    view = ds.ScribbleView(data, 0, 32)
+    view = loaders.ScribbleView(data, 0, 32)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     first, again, other = view[(2, 7)], view[(2, 7)], view[(2, 8)]
@@ -717,12 +721,12 @@ def test_same_key_same_sample(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_of_scribbles(tmp_path, workers):
     data = folder_of(tmp_path, [blobs(i, 40, 50, 4) for i in range(5)])
-    view = ds.ScribbleView(ds.WeakerScribbles(data, shrink=0.2), 36, 32)
-    batches = list(ds.train_loader(view, 2, 0, 0, 3, workers, "cpu"))
+    view = loaders.ScribbleView(ds.WeakerScribbles(data, shrink=0.2), 36, 32)
+    batches = list(loaders.train_loader(view, 2, 0, 0, 3, workers, "cpu"))
     assert [tuple(batches[0][k].shape) for k in ("image", "mask", "classes", "index")] == [
         (2, 3, 32, 32), (2, 32, 32), (2, 4), (2,)]
     assert len({i for batch in batches for i in batch["index"].tolist()}) == 5
-    key = next(iter(ds.BatchesFrom(5, 2, 0)))[1]
+    key = next(iter(loaders.BatchesFrom(5, 2, 0)))[1]
     assert torch.equal(batches[0]["image"][1], view[key]["image"])
 
 
@@ -732,5 +736,5 @@ def test_odd_sizes_work(height, width, size, crop):
     image, mask = random_pair(height, width, 1)
     for seed in range(12):
         torch.manual_seed(seed)
-        got, labels = ds.augment_scribble(image, mask, size, crop)
+        got, labels = transforms.augment_scribble(image, mask, size, crop)
         assert got.shape == (3, crop, crop) and labels.shape == (crop, crop) and got.isfinite().all()

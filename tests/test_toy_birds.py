@@ -1,4 +1,4 @@
-"""Facts about data/toy_birds.py, each computed here by other means than in the generator."""
+"""Facts about toy birds and the files of them, each computed here by other means than in the generator."""
 import csv
 import subprocess
 import sys
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import toy_birds
-from data.toy_birds import PARTS, SPECIES, SPECIES_VARIANTS, SPLITS, VARIANTS, bird_index, main, make_bird
+from common import toy_birds
+from common.toy_birds import PARTS, SPECIES, SPECIES_VARIANTS, SPLITS, VARIANTS, bird_index, make_bird
+from data.toy_birds import main
 
 MANY = 480                                                     # birds for the statistics
 HEAD, BEAK, WING, TAIL, BELLY = range(5)
@@ -282,7 +283,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_complete(tmp_path, monkeyp
             raise KeyboardInterrupt
         return make_bird(seed, index)
 
-    monkeypatch.setattr(toy_birds, "make_bird", interrupted)
+    monkeypatch.setattr("data.toy_birds.make_bird", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(["--out", str(out), "--count", "2"])
     assert list(out.iterdir()) == []

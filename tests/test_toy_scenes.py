@@ -1,4 +1,4 @@
-"""Facts about data/toy_scenes.py, each computed here by other means than in the generator."""
+"""Facts about toy scenes and the files of them, each computed here by other means than in the generator."""
 import subprocess
 import sys
 import time
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import toy_scenes
-from data.toy_scenes import CLASSES, LOOKALIKES, PARTS, SPLITS, main, make_scene, scene_index
+from common import toy_scenes
+from common.toy_scenes import CLASSES, LOOKALIKES, PARTS, SPLITS, make_scene, scene_index
+from data.toy_scenes import MASK_COLOURS, main
 
 MANY = 160                                                     # scenes for the statistics
 
@@ -82,7 +83,7 @@ def test_names():
     assert len(CLASSES) == len(set(CLASSES)) >= 10 and CLASSES[0] == "background"
     assert len(PARTS) == len(set(PARTS)) and PARTS[0] == "none"
     owners = [part.split(":")[0] for part in PARTS[1:]]
-    assert set(owners) <= set(CLASSES) and len(toy_scenes.MASK_COLOURS) == len(CLASSES)
+    assert set(owners) <= set(CLASSES) and len(MASK_COLOURS) == len(CLASSES)
     assert all(2 <= owners.count(name) <= 4 for name in set(owners))
 
 
@@ -303,7 +304,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_complete(tmp_path, monkeyp
             raise KeyboardInterrupt
         return make_scene(seed, index)
 
-    monkeypatch.setattr(toy_scenes, "make_scene", interrupted)
+    monkeypatch.setattr("data.toy_scenes.make_scene", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(["--out", str(out), "--count", "2"])
     assert list(out.iterdir()) == []

@@ -1,0 +1,119 @@
+"""Single files: images as tensors, masks of class ids, lists, the names in a folder. Errors name the file."""
+import contextlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as F
+
+from common.run import UserError
+
+IGNORE = 255                                             # label of a pixel that counts nowhere
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+@contextlib.contextmanager
+def opened(path):
+    """Pillow image, not yet decoded; UserError for a missing or damaged file."""
+    try:
+        with Image.open(path) as picture:
+            yield picture
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except Exception as error:                           # Pillow raises many types for a damaged file
+        raise UserError(f"{path} cannot be read as an image ({error}): it is damaged or cut short, "
+                        "so copy or download it again.") from None
+
+
+def load_picture(path, page=0):
+    """Decoded Pillow image; page: which one of a multi-page TIFF. UserError as in `opened`."""
+    with opened(path) as picture:
+        if page:
+            picture.seek(page)
+        picture.load()
+        return picture
+
+
+def read_image(path, page=0):
+    """-> uint8 (3,H,W) RGB; grey and palette images become RGB, a camera's rotation mark is obeyed."""
+    picture = load_picture(path, page)
+    if picture.mode[0] in "IF":                          # Pillow would clip these to white
+        raise UserError(f"{path} has more than 8 bits a channel (mode {picture.mode}): convert it to 8 bits.")
+    ImageOps.exif_transpose(picture, in_place=True)
+    return F.pil_to_tensor(picture.convert("RGB"))
+
+
+def load_mask(path, page=0):
+    """Mask file -> array (H,W) as it stands in the file, of a palette PNG the indices. UserError: colours."""
+    picture = load_picture(path, page)
+    if len(picture.getbands()) > 1:
+        raise UserError(f"{path} is a colour picture (mode {picture.mode}), not a map of class ids: use the "
+                        "original index masks (palette or grey PNG), or convert the colours to ids first.")
+    return np.array(picture)
+
+
+def first_values(wrong):
+    """The first five different values of an array, for messages."""
+    values = np.unique(wrong).tolist()
+    return f"{values[:5]}" + (f" and {len(values) - 5} more" if len(values) > 5 else "")
+
+
+def read_index_map(path, num_classes, unlabelled=IGNORE):
+    """Mask file -> uint8 (H,W): ids 0..N-1, 255 = ignore. Of a palette PNG the indices are read.
+
+    unlabelled: the file's id of unlabelled pixels; larger ids move down by one to close the gap.
+    UserError for a colour picture and for values that are no ids.
+    """
+    raw = load_mask(path)
+    last = num_classes if unlabelled < IGNORE else num_classes - 1
+    wrong = raw[(raw > last) & (raw != IGNORE)]
+    if wrong.size:
+        raise UserError(f"{path} has the pixel values {first_values(wrong)}, but with {num_classes} classes "
+                        f"only 0..{last} and 255 (= ignore) are ids: convert colour or 0/255 masks to ids "
+                        "first.")
+    ids = raw.astype(np.uint8)
+    if unlabelled < IGNORE:
+        ids[raw > unlabelled] -= 1
+        ids[(raw == unlabelled) | (raw == IGNORE)] = IGNORE
+    return torch.from_numpy(ids)
+
+
+def read_list(path):
+    """Non-empty lines of a text file."""
+    return [line.strip() for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
+
+
+def list_images(path):
+    """An image file, or a folder of them (not its sub-folders) -> sorted paths; UserError if none."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    found = sorted(p for p in path.glob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.name[0] != ".")
+    if not found:
+        raise UserError(f"{path} holds no image ({' '.join(IMAGE_ENDINGS)}): found there: {listing(path)}.")
+    return found
+
+
+def listing(folder, limit=8):
+    """The first names in a folder, for messages."""
+    if not folder.is_dir():
+        return "no such folder"
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in os.scandir(folder))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more or "nothing"
+
+
+def files_in(folder, endings, tail=""):
+    """{stem: path} of the files with these endings, sorted; `tail` is cut off the stems."""
+    files = {}
+    for entry in sorted(os.listdir(folder)):
+        stem, ending = os.path.splitext(entry)
+        if ending.lower() in endings and stem.endswith(tail) and not entry.startswith("."):
+            stem = stem.removesuffix(tail)
+            if stem in files:
+                raise UserError(f"{folder} holds both {files[stem].name} and {entry}: keep one, as image and "
+                                "mask are matched by their names without ending.")
+            files[stem] = folder / entry
+    return files

@@ -1,0 +1,209 @@
+"""What a network sees of a data set: views, the order of the samples, loaders; and surveys of the masks.
+
+    view = TrainView(data, size=360, crop=360)                 # random scale, crop, flip and colours
+    loader = train_loader(view, batch_size=8, seed=0, start=0, stop=1000, workers=4, device="cuda")
+    for batch in loader:
+        images, labels = to_device(batch, device, "image", "mask")
+
+All that is random about a training sample comes from torch's CPU generator, seeded with a number that belongs
+to this one sample. So the same seed gives the same samples for any number of workers, and a resumed run goes
+on with the batches it would have seen.
+"""
+import hashlib
+import itertools
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common.files import IGNORE
+from common.run import UserError
+from common.transforms import (augment, augment_scribble, normalise, resize_to_short_side, resize_to_square,
+                               seeded)
+
+# ---- views -----------------------------------------------------------------------------------------------
+
+class TrainView(Dataset):
+    """Augmented samples: view[(index, sample_seed)] -> dict(image, mask, index); same key, same sample.
+
+    image float32 (3,crop,crop), normalised; mask int64 (crop,crop), 255 = ignore. size: short side at r = 1,
+    0 = the image's own; r ~ U(scale). crop_retries: how often a crop that one class fills is drawn again, see
+    crop_corner; 0 = the first is taken.
+    """
+
+    def __init__(self, data, size, crop, scale=(0.5, 2.0), photometric=True, crop_retries=10):
+        self.data, self.size, self.crop, self.scale, self.photometric = data, size, crop, scale, photometric
+        self.crop_retries = crop_retries
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, key):
+        index, sample_seed = key
+        image, mask = self.data.read(index)
+        with seeded(sample_seed):
+            image, mask = augment(image, mask, self.size, self.crop, self.scale, self.photometric,
+                                  self.crop_retries)
+        return {"image": image, "mask": mask.long(), "index": index}
+
+
+class ScribbleView(Dataset):
+    """Samples of PFA (Sec. 4.2, see augment_scribble): view[(index, sample_seed)] -> dict(image, mask,
+    classes, index); same key, same sample.
+
+    image float32 (3,crop,crop), normalised; mask int64 (crop,crop), 255 = ignore; classes bool (N,): those
+    that are labelled anywhere in the whole image, whatever the crop shows. size: short side at r = 1, 0 = the
+    image's own; r ~ U(scale). rotation: largest angle in degrees. blur: False = never.
+    """
+
+    def __init__(self, data, size, crop, scale=(0.5, 2.0), rotation=10.0, blur=True):
+        self.data, self.size, self.crop = data, size, crop
+        self.scale, self.rotation, self.blur = scale, rotation, blur
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, key):
+        index, sample_seed = key
+        image, mask = self.data.read(index)
+        classes = torch.bincount(mask.flatten(), minlength=256)[:self.data.num_classes] > 0
+        with seeded(sample_seed):
+            image, mask = augment_scribble(image, mask, self.size, self.crop, self.scale, self.rotation,
+                                           self.blur)
+        return {"image": image, "mask": mask.long(), "classes": classes, "index": index}
+
+
+class TestView(Dataset):
+    """Whole images: view[i] -> dict(image, mask, index).
+
+    image float32 (3,h,w), normalised, resized as in resize_to_short_side, or with `square` as in
+    resize_to_square; mask int64 (H,W) as in the file: resize the logits to the mask before argmax, never the
+    mask. UserError for a square of size 0.
+    """
+    __test__ = False                                     # pytest: this is no test
+
+    def __init__(self, data, size, square=False):
+        if square and not size:
+            raise UserError("--size 0 leaves every image as it is, but square test images need a side: set "
+                            "--size to its number of pixels, such as 513.")
+        self.data, self.size, self.square = data, size, square
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        image, mask = self.data.read(i)
+        resized = (resize_to_square if self.square else resize_to_short_side)(image, self.size)
+        return {"image": normalise(resized), "mask": mask.long(), "index": i}
+
+
+# ---- batches and loaders ---------------------------------------------------------------------------------
+
+def mixed_seed(*numbers):
+    """Integers -> one 56-bit seed. A hash, so that neighbouring numbers give unrelated seeds."""
+    text = " ".join(str(number) for number in numbers)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+class BatchesFrom(Sampler):
+    """Batches of the iterations start..stop-1 (stop = None: without end) as lists of (index, sample_seed).
+
+    A run is one long row of samples, a fresh permutation of the data set every epoch, cut into batches; so a
+    batch may reach into the next epoch. Its content depends on seed, batch_size and iteration alone.
+    batch_size counts all ranks together: rank r of w gets the samples r::w of each batch.
+    """
+
+    def __init__(self, length, batch_size, seed, start=0, stop=None, rank=0, world=1):
+        if batch_size < 1 or batch_size % world:
+            raise UserError(f"--batch-size {batch_size} counts the images of all processes together: it must "
+                            f"be a multiple of their number, {world}.")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        current, order = None, None
+        for iteration in itertools.count(self.start) if self.stop is None else range(self.start, self.stop):
+            batch = []
+            for k in range(iteration * self.batch_size, (iteration + 1) * self.batch_size):
+                epoch, position = divmod(k, self.length)
+                if epoch != current:
+                    generator = torch.Generator().manual_seed(mixed_seed(self.seed, "epoch", epoch))
+                    current, order = epoch, torch.randperm(self.length, generator=generator).tolist()
+                batch.append((order[position], mixed_seed(self.seed, "sample", k)))
+            yield batch[self.rank::self.world]
+
+
+def make_loader(view, batches, workers, device):
+    """Its own generator: every pass over a DataLoader draws a number, and dropout must not notice that."""
+    return DataLoader(view, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
+                      pin_memory=torch.device(device).type == "cuda", generator=torch.Generator())
+
+
+def train_loader(view, batch_size, seed, start, stop, workers, device, rank=0, world=1):
+    """DataLoader over a TrainView, see BatchesFrom: image (B,3,crop,crop), mask (B,crop,crop), index (B,)."""
+    batches = BatchesFrom(len(view), batch_size, seed, start, stop, rank, world)
+    return make_loader(view, batches, workers, device)
+
+
+def eval_loader(view, workers, device, rank=0, world=1):
+    """DataLoader over a TestView, one image a batch as sizes differ; rank r of w gets the images r::w."""
+    return make_loader(view, [[i] for i in range(rank, len(view), world)], workers, device)
+
+
+def to_device(batch, device, *names):
+    """A batch on its way to the network: list of tensors on the device, images in channels_last order.
+
+    batch: a dict, whose entries `names` are taken in this order, or a sequence of tensors, without names.
+    Images are the float tensors (B,C,H,W). On CUDA the copies run beside the computation: there, and only
+    there, make_loader's batches lie in pinned memory.
+    """
+    tensors = [batch[name] for name in names] if names else batch
+    on_cuda = torch.device(device).type == "cuda"
+    moved = []
+    for tensor in tensors:
+        is_image = tensor.ndim == 4 and tensor.is_floating_point()
+        memory_format = torch.channels_last if is_image else torch.preserve_format
+        moved.append(tensor.to(device, non_blocking=on_cuda, memory_format=memory_format))
+    return moved
+
+
+# ---- surveys of the masks --------------------------------------------------------------------------------
+
+def counts_of_masks(data, workers=0):
+    """Of each mask in turn: int64 (256,), how many pixels have each value."""
+    for mask in DataLoader(range(len(data)), batch_size=None, collate_fn=data.read_mask, num_workers=workers,
+                           generator=torch.Generator()):
+        yield torch.bincount(mask.flatten(), minlength=256)
+
+
+def pixel_counts(data, workers=0):
+    """int64 (N,): labelled pixels per class over the split; reads the masks only."""
+    return sum(counts_of_masks(data, workers))[:data.num_classes]
+
+
+def survey_scribbles(data, workers=0):
+    """What the scribbles of a split label; reads the masks only.
+
+    -> dict: images int64 (N,): in how many images each class is labelled; empty, background_only: names of
+    the images whose masks label nothing, or only class 0; labelled: labelled pixels in percent of all.
+    UserError where all masks together label nothing, or only class 0.
+    """
+    counts = torch.stack(list(counts_of_masks(data, workers)))                      # (images,256)
+    has = counts[:, :data.num_classes] > 0                                          # (images,N)
+    example = f", such as {data.paths[0][1]}," if data.paths else ""
+    where = f"{data.name} {data.split}: all {len(data)} masks{example}"
+    expected = ("a scribble mask holds the class ids along the strokes and 255 at all other pixels, with "
+                "strokes of the background (0) and of the objects")
+    if not has.any():
+        raise UserError(f"{where} hold nothing but 255 (unlabelled): {expected}; pass the folder of such "
+                        "masks.")
+    if data.num_classes > 1 and not has[:, 1:].any():
+        raise UserError(f"{where} label only class 0, {data.classes[0]}: {expected}; if 0 stands for "
+                        "unlabelled pixels in your files, write 255 there.")
+    empty, background = ~has.any(1), has[:, 0] & ~has[:, 1:].any(1)
+    names = [data.name_of(i) for i in range(len(data))]
+    return {"images": has.sum(0), "empty": [n for n, e in zip(names, empty.tolist()) if e],
+            "background_only": [n for n, b in zip(names, background.tolist()) if b],
+            "labelled": 100 * counts[:, :IGNORE].sum().item() / counts.sum().item()}

@@ -1,0 +1,209 @@
+"""Transforms of one image and its mask: the default pipelines of mmsegmentation, and PFA's for scribbles.
+
+Whatever is random comes from torch's CPU generator; `seeded` sets it for the length of one sample.
+"""
+import contextlib
+import math
+
+import torch
+from torch.nn.functional import grid_sample, pad
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from common.files import IGNORE
+
+MEAN = (123.675, 116.28, 103.53)                         # of ImageNet, RGB, for values 0..255
+STD = (58.395, 57.12, 57.375)
+
+
+@contextlib.contextmanager
+def seeded(sample_seed):
+    """Within, torch's CPU generator starts from this seed; afterwards it is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(sample_seed)     # torch.manual_seed would reseed the GPUs too
+        yield
+
+
+def uniform(low, high):
+    return low + (high - low) * torch.rand(()).item()
+
+
+def coin():
+    return torch.rand(()).item() < 0.5
+
+
+def normalise(image):
+    """uint8 (3,H,W) RGB -> float32 (3,H,W): minus MEAN, divided by STD (mmsegmentation default)."""
+    return F.normalize(image.float(), MEAN, STD)
+
+
+def denormalise(x):
+    """The way back, for figures: float (3,H,W) -> uint8 (3,H,W)."""
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
+    return (x.float() * std + mean).round().clamp(0, 255).to(torch.uint8)
+
+
+def fitted_size(height, width, size, ratio=1.0):
+    """(height, width) of the largest image of this aspect whose long side is at most 4 size * ratio and whose
+    short side is at most size * ratio (mmcv's keep-ratio rule). size = 0: height * ratio, width * ratio."""
+    factor = ratio
+    if size:
+        factor = min(int(4 * size * ratio) / max(height, width), int(size * ratio) / min(height, width))
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+def resize_to_short_side(image, size):
+    """uint8 (3,H,W) -> uint8 (3,h,w): short side `size`, long side <= 4 size, aspect kept; 0 = as it is.
+
+    Bilinear without antialiasing, as OpenCV does it and so as the networks of the papers were scored.
+    """
+    return F.resize(image, fitted_size(*image.shape[1:], size), antialias=False)
+
+
+def resize_to_square(image, size):
+    """uint8 (3,H,W) -> uint8 (3,size,size), whatever the aspect; bilinear without antialiasing."""
+    return F.resize(image, [size, size], antialias=False)
+
+
+def crop_corner(mask, crop, max_share=0.75, retries=10):
+    """Corner (y, x) of a random crop x crop window of the mask uint8 (H,W): mmsegmentation's RandomCrop.
+
+    Drawn again, at most `retries` times, while one class covers max_share or more of the window's labelled
+    pixels, or none is labelled. The last draw is taken as it is.
+    """
+    rows, columns = (max(side - crop, 0) + 1 for side in mask.shape)
+    for _ in range(retries + 1):
+        y, x = torch.randint(rows, ()).item(), torch.randint(columns, ()).item()
+        counts = torch.bincount(mask[y:y + crop, x:x + crop].flatten(), minlength=256)[:IGNORE]
+        if counts.max() < max_share * counts.sum():      # so there are two classes at least
+            break
+    return y, x
+
+
+def scale_values(image, factor=1.0, shift=0.0):
+    """uint8 -> uint8, clipped to 0..255; fractions are cut off, as in mmsegmentation."""
+    return image.float().mul_(factor).add_(shift).clamp_(0, 255).to(torch.uint8)
+
+
+def scale_saturation(image, factor):
+    """HSV saturation times `factor`, at most 1; hue and value stay. uint8 (3,H,W) -> uint8.
+
+    Saturation is (max - min) / max over R, G, B: scaling it scales each channel's distance from the maximum.
+    """
+    highest, lowest = image.amax(0).float(), image.amin(0).float()                          # (H,W)
+    stretch = (highest / (highest - lowest).clamp(min=1)).clamp_(max=factor)                # saturation <= 1
+    return image.float().sub_(highest).mul_(stretch).add_(highest).round_().to(torch.uint8)
+
+
+def shift_hue(image, steps):
+    """HSV hue plus `steps` of 2 degrees (OpenCV's scale 0..179), |steps| <= 30. uint8 (3,H,W) -> uint8.
+
+    OpenCV rounds hue and saturation to 8 bits on the way; here 0 steps change nothing.
+    """
+    r, g, b = image.float()                                                                 # (H,W)
+    highest, lowest = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = highest - lowest
+    hue = torch.where(highest == r, g - b, torch.where(highest == g, b - r + 2 * chroma, r - g + 4 * chroma))
+    hue = hue / chroma.clamp(min=1) + steps / 30         # in units of 60 degrees: R at 0, G at 2, B at 4
+    channels = []
+    for centre in (0, 2, 4):                             # share: 1 within 60 degrees, 0 beyond 120
+        share = (hue - centre).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
+        channels.append(share.mul_(chroma).add_(lowest).round_().to(torch.uint8))
+    return torch.stack(channels)
+
+
+def distort_colours(image):
+    """mmsegmentation's PhotoMetricDistortion, every step with probability 1/2. uint8 (3,H,W) -> uint8.
+
+    Not torchvision's ColorJitter, which multiplies the brightness and mixes with grey for the saturation.
+    """
+    if coin():
+        image = scale_values(image, shift=uniform(-32, 32))                                 # brightness
+    contrast, contrast_first = coin(), coin()
+    if contrast and contrast_first:
+        image = scale_values(image, factor=uniform(0.5, 1.5))
+    if coin():
+        image = scale_saturation(image, uniform(0.5, 1.5))
+    if coin():
+        image = shift_hue(image, torch.randint(-18, 18, ()).item())
+    if contrast and not contrast_first:
+        image = scale_values(image, factor=uniform(0.5, 1.5))
+    return image
+
+
+def augment(image, mask, size, crop, scale=(0.5, 2.0), photometric=True, crop_retries=10):
+    """mmsegmentation's training pipeline: resize to fit inside (4 size, size) * r, r ~ U(scale); crop; flip;
+    colours; normalise; pad on the right and at the bottom with 0 and 255. crop_retries: see crop_corner.
+
+    image uint8 (3,H,W), mask uint8 (H,W) -> float32 (3,crop,crop), uint8 (crop,crop).
+    """
+    resized = fitted_size(*mask.shape, size, uniform(*scale))
+    image = F.resize(image, resized, antialias=False)                              # bilinear, as OpenCV does
+    mask = F.resize(mask[None], resized, interpolation=InterpolationMode.NEAREST)  # (1,h,w)
+    y, x = crop_corner(mask[0], crop, retries=crop_retries)
+    image, mask = (t[:, y:y + crop, x:x + crop].contiguous() for t in (image, mask))
+    if coin():
+        image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
+    if photometric:
+        image = distort_colours(image)                   # after the crop: no pixel is computed in vain
+    padding = [0, 0, crop - mask.shape[2], crop - mask.shape[1]]                   # left, top, right, bottom
+    return F.pad(normalise(image), padding, fill=0), F.pad(mask, padding, fill=IGNORE)[0]
+
+
+BLUR = torch.softmax(-(torch.arange(5.0) - 2) ** 2 / (2 * 1.1 ** 2), 0).tolist()   # OpenCV's sigma for 5
+
+
+def rotated(image, mask, angle, rows, columns):
+    """The window rows x columns (slices) of an image turned about its centre by `angle` degrees.
+
+    image float (3,H,W), normalised, mask uint8 (H,W) -> (3,h,w) bilinear, (h,w) nearest. What comes from
+    outside the image is 0, the mean colour, and 255.
+    """
+    height, width = mask.shape
+    y = torch.arange(rows.start, rows.stop)[:, None] - (height - 1) / 2             # from the centre
+    x = torch.arange(columns.start, columns.stop) - (width - 1) / 2
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    grid = torch.stack([(cos * x - sin * y) * 2 / width, (sin * x + cos * y) * 2 / height], -1)[None]
+    image = grid_sample(image[None], grid, "bilinear", "zeros", align_corners=False)[0]
+    negative = mask[None, None].float() - IGNORE         # so that the zeros outside become 255
+    mask = grid_sample(negative, grid, "nearest", "zeros", align_corners=False) + IGNORE
+    return image, mask[0, 0].to(torch.uint8)
+
+
+def blurred(image):
+    """5x5 Gaussian blur of float (3,H,W), mirrored at the border without repeating it (OpenCV's default)."""
+    padded = pad(image[None], [2, 2, 2, 2], mode="reflect")[0]                      # (3,H+4,W+4)
+    height, width = image.shape[1:]
+    tall = sum(weight * padded[:, i:i + height] for i, weight in enumerate(BLUR))   # (3,H,W+4)
+    return sum(weight * tall[..., i:i + width] for i, weight in enumerate(BLUR))
+
+
+def augment_scribble(image, mask, size, crop, scale=(0.5, 2.0), rotation=10.0, blur=True):
+    """Training pipeline of PFA (Sec. 4.2): scale r ~ U(scale); then, each with probability 1/2, a rotation of
+    U(-rotation, rotation) degrees about the centre, a 5x5 Gaussian blur, a flip; pad evenly with the mean
+    colour and 255; random crop.
+
+    image uint8 (3,H,W), mask uint8 (H,W) -> float32 (3,crop,crop) normalised, uint8 (crop,crop). Sizes as in
+    fitted_size. The mask is only ever resampled by nearest neighbour. Rotation and blur are worked out for
+    the crop alone, which comes to the same.
+    """
+    height, width = fitted_size(*mask.shape, size, uniform(*scale))
+    turn, angle, blurs, flips = coin(), uniform(-rotation, rotation), coin() and blur, coin()
+    image = F.resize(image, [height, width], antialias=False)
+    mask = F.resize(mask[None], [height, width], interpolation=InterpolationMode.NEAREST)[0]
+    y, x = (torch.randint(max(side - crop, 0) + 1, ()).item() for side in (height, width))
+    top, left = max(y - 2, 0), max(x - 2, 0)             # the window, and what a blur needs around it
+    rows, columns = slice(top, min(y + crop + 2, height)), slice(left, min(x + crop + 2, width))
+    if turn:
+        image, mask = rotated(normalise(image), mask, angle, rows, columns)
+    else:
+        image, mask = normalise(image[:, rows, columns]), mask[rows, columns]
+    if blurs and min(height, width) > 2:
+        image = blurred(image)
+    rows, columns = slice(y - top, y - top + crop), slice(x - left, x - left + crop)
+    image, mask = image[:, rows, columns], mask[rows, columns]
+    if flips:
+        image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
+    lack_y, lack_x = (crop - side for side in mask.shape)
+    padding = [lack_x // 2, lack_y // 2, (lack_x + 1) // 2, (lack_y + 1) // 2]     # left, top, right, bottom
+    return F.pad(image, padding, fill=0), F.pad(mask[None], padding, fill=IGNORE)[0]
