@@ -80,6 +80,7 @@ from tqdm import tqdm
 
 from common import images, metrics, protopool_figures, run, speed
 from common.backbones import EXTRACTORS, build_extractor
+from common.classification import clean_loader, evaluate, open_splits
 from common.files import list_images, read_image
 from common.images import network_input
 from common.loaders import BatchesFrom, to_device, train_loader
@@ -724,7 +725,7 @@ def train(cfg, machine):
     (cross-entropy on val), stale (epochs since), slot (Fig. 5), classes, num_prototypes, what run.Log keeps;
     from the projection on also soft (C,K,M), pruned, prototypes_before (M,D), sources.
     """
-    sets = open_sets(cfg)
+    sets = open_splits(cfg)
     classes = sets["train"].classes
     resumes = cfg.resume and (Path(cfg.out) / "last.pt").exists()    # killed before the first: start again
     progress = dict(phase="start", epoch=0, iteration=0, stale=0, best=math.inf, seconds=0.0, log=[], sums={},
@@ -732,12 +733,8 @@ def train(cfg, machine):
     if resumes:
         progress |= run.read_progress(cfg.out, ("phase", "num_prototypes"), classes)
     torch.manual_seed(cfg.seed)
-    backbone = build_extractor(cfg.backbone, "none" if resumes else cfg.weights)
-    plain = PlainClassifier(backbone, len(classes))                  # net has the same backbone
-    net = plain if cfg.classifier == "linear" else build_pool(backbone, progress, cfg)
+    plain, net = build_models(progress, cfg, machine.device, "none" if resumes else cfg.weights)
     run.start_run(cfg, machine)
-    for module in (plain, net):
-        module.to(machine.device, memory_format=torch.channels_last)
     torch.manual_seed(cfg.seed + 1 + machine.rank)                   # processes differ in noise, mix-up
     announce(net, sets, progress, cfg, machine)
     train_phase(plain, "pretrain", sets, progress, cfg, machine)     # [D18]
@@ -750,23 +747,6 @@ def train(cfg, machine):
 
 
 # ==== from here on: data, evaluation, using a trained run, the paper's tables ==============================
-
-def open_sets(cfg):
-    """{"train", "val", "test"}. Val is taken from the training images unless --select-on-test [D12]."""
-    splits = ("train", "test") if cfg.select_on_test else ("train", "val", "test")
-    fraction = 0.0 if cfg.select_on_test else cfg.val_fraction
-    sets = {split: images.open_images(cfg.dataset, cfg.data, split, cfg.seed, fraction, cfg.full_images)
-            for split in splits}
-    if sets["train"].num_classes < 2:
-        raise UserError(f"{cfg.dataset} in {cfg.data} has a single class: a classifier needs two or more.")
-    return {"val": sets["test"]} | sets
-
-
-def clean_loader(data, cfg, device, rank=0, world=1):
-    """Images in order, not augmented: for evaluation, projection, cached fine-tuning."""
-    view = images.CleanView(data, cfg.size)
-    return images.eval_loader(view, cfg.batch_size, cfg.workers, device, rank, world)
-
 
 def steps_per_epoch(sets, cfg):
     return max(1, cfg.passes_per_epoch * len(sets["train"]) // cfg.batch_size)
@@ -783,10 +763,15 @@ def training_batches(data, start, stop, cfg, machine):
     return (to_device(batch, machine.device) for batch in loader)
 
 
-def build_pool(backbone, progress, cfg):
-    """num_prototypes: fewer than cfg.prototypes once they are pruned."""
-    return ProtoPool(backbone, len(progress["classes"]), progress["num_prototypes"], cfg.slots, cfg.depth,
-                     cfg.reading, cfg.gumbel, cfg.focal)
+def build_models(progress, cfg, device, weights="none"):
+    """The plain classifier, and the network of cfg.classifier on the same backbone. Pruned as progress says."""
+    backbone, classes = build_extractor(cfg.backbone, weights), len(progress["classes"])
+    plain = PlainClassifier(backbone, classes).to(device, memory_format=torch.channels_last)
+    if cfg.classifier == "linear":
+        return plain, plain
+    pool = ProtoPool(backbone, classes, progress["num_prototypes"], cfg.slots, cfg.depth, cfg.reading, cfg.gumbel,
+                     cfg.focal)
+    return plain, pool.to(device, memory_format=torch.channels_last)
 
 
 def announce(net, sets, progress, cfg, machine):
@@ -808,32 +793,15 @@ def announce(net, sets, progress, cfg, machine):
 
 # ---- evaluation -------------------------------------------------------------------------------------------
 
-@torch.inference_mode()
-def evaluate(net, loader, device):
-    """Top-1 accuracy in percent and mean cross-entropy over the split, all processes together."""
-    net.eval()
-    sums = torch.zeros(3, device=device)                             # hits, cross-entropy, images
-    for batch in loader:
-        x, labels = to_device(batch, device)
-        logits = net(x)[0]                                           # float32: autocast is for training
-        hits = (logits.argmax(1) == labels).sum()
-        ce = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([hits, ce, torch.ones_like(labels).sum()])
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    hits, ce, count = sums.tolist()
-    return dict(accuracy=100 * hits / count, ce=ce / count)
-
-
 def accuracies_by_stage(net, progress, loader, device):
     """Table 3: test accuracy before the projection, after it, and with the fine-tuned last layer."""
-    prototypes, weight = net.prototypes.detach().clone(), net.last_layer.weight.detach().clone()
-    stages = {"accuracy_before_projection": (progress["prototypes_before"], net.own_slots()),
-              "accuracy_after_projection": (prototypes, net.own_slots()), "accuracy": (prototypes, weight)}
+    projected, tuned = net.prototypes.detach().clone(), net.last_layer.weight.detach().clone()
     result = {}
-    for name, (p, w) in stages.items():                              # the last stage is the net as it came
-        net.prototypes.data.copy_(p)
-        net.last_layer.weight.data.copy_(w)
+    for name, prototypes, weight in (("accuracy_before_projection", progress["prototypes_before"], net.own_slots()),
+                                     ("accuracy_after_projection", projected, net.own_slots()),
+                                     ("accuracy", projected, tuned)):              # at last net is as it was
+        net.prototypes.data.copy_(prototypes)
+        net.last_layer.weight.data.copy_(weight)
         result[name] = evaluate(net, loader, device)["accuracy"]
     return result
 
@@ -858,7 +826,7 @@ def report(net, sets, progress, cfg, machine):
         result |= metrics.sharing(net.hard_assignment().cpu()) | dict(
             prototypes_pruned=progress["pruned"], negative_weights=int((weight < 0).sum()),
             off_class_weight=weight[net.own_slots() == 0].abs().mean().item())
-        truth, names = truth_metrics(net, test_set, cfg, device) if test_set.part_names else ({}, {})
+        truth, names = protopool_figures.truth_metrics(net, test_set, cfg.size, device)
         result |= truth | dict(explanations=draw_figures(net, sets, progress, names, cfg, device))
         line += (f" (before projection {result['accuracy_before_projection']:.1f}, right after it "
                  f"{result['accuracy_after_projection']:.1f}), {result['prototypes_used']} prototypes for "
@@ -866,21 +834,6 @@ def report(net, sets, progress, cfg, machine):
     run.write_json(Path(cfg.out) / "metrics.json", result)
     print(f"{line}; see {cfg.out}/metrics.json")
     return result
-
-
-def truth_metrics(net, data, cfg, device):
-    """Is the explanation true? Where the parts of the test images are annotated, does a prototype's box hold
-    the same part again? Numbers of common/metrics.py, and {prototype: "part share"}. Beyond the paper."""
-    labels, held = torch.tensor(data.labels), net.held().cpu()       # (N,), (C,M)
-    similarity, boxes, noisy, points = protopool_figures.observe(net, data, held[labels], cfg.size, device)
-    inside, result = metrics.part_truth(boxes, noisy, points, similarity, held[labels])      # (N,M,P)
-    result["box_area"] = 100 * metrics.box_areas(boxes).mean().item() / cfg.size ** 2
-    if data.variants is not None:
-        variants = torch.as_tensor(data.variants)                    # (C,P)
-        result |= metrics.variant_truth(inside, similarity, labels, held, variants)
-    best, part = metrics.part_shares(inside, similarity).max(1)      # (M,)
-    names = [f"{data.part_names[p]} {100 * b:.0f} %" for p, b in zip(part.tolist(), best.tolist())]
-    return result, dict(enumerate(names))
 
 
 # ---- explanations (Fig. 6) and figures --------------------------------------------------------------------
@@ -926,7 +879,7 @@ def draw_figures(net, sets, progress, names, cfg, device):
 
 def load_run(cfg, device):
     """The trained network of the run in cfg.out, its data and its progress; UserError if there is none."""
-    sets, linear = open_sets(cfg), cfg.classifier == "linear"
+    sets, linear = open_splits(cfg), cfg.classifier == "linear"
     progress = run.read_progress(cfg.out, ("phase", "num_prototypes"), sets["train"].classes)
     if linear and not cfg.eval_only:
         raise UserError(f"the run in {cfg.out} is a plain classifier, which has no prototypes: train one "
@@ -939,10 +892,7 @@ def load_run(cfg, device):
     if not finished:
         raise UserError(f"the run in {cfg.out} stopped in epoch {epoch} of phase {phase}: finish it with "
                         "--resume.")
-    backbone = build_extractor(cfg.backbone)
-    pool = build_pool(backbone, progress, cfg)
-    net = PlainClassifier(backbone, len(progress["classes"])) if linear else pool
-    net.to(device, memory_format=torch.channels_last)
+    _, net = build_models(progress, cfg, device)
     file = "best.pt" if linear and cfg.reading == "paper" else "last.pt"           # see train_phase [D12]
     run.load_checkpoint(Path(cfg.out) / file, dict(model=net), device)
     return net.eval().requires_grad_(False), sets, progress

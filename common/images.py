@@ -322,7 +322,7 @@ class TrainView(CleanView):
 
 
 def network_input(image, size, device):
-    """uint8 (3,H,W) -> float32 (1,3,size,size) on the device: what a CleanView shows of an image, as a batch."""
+    """uint8 (3,H,W) -> float32 (1,3,size,size) on the device: what a CleanView shows of it, as a batch."""
     return normalise(F.resize(image, [size, size], antialias=True))[None].to(device)
 
 

@@ -140,14 +140,9 @@ def activation_boxes(maps, size, percentile=95):
 
 
 def activation_box(similarity, size, percentile=95):
-    """activation_boxes of one map (h,w); size: an int or (height, width). Returns the ints y0, y1, x0, x1."""
+    """activation_boxes of one map (h,w); size: an int or (height, width). Returns ints y0, y1, x0, x1."""
     size = (size, size) if isinstance(size, int) else tuple(size)
     return tuple(activation_boxes(similarity[None], size, percentile)[0].tolist())
-
-
-def box_areas(boxes):
-    """Boxes (...,4) y0 y1 x0 x1 -> pixels (...)."""
-    return (boxes[..., 1] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 2])
 
 
 def points_in_boxes(boxes, points):
@@ -179,29 +174,31 @@ def part_stability(inside, noisy, own):
     return 100 * (inside == noisy).all(2)[own].float().mean().item()
 
 
-def part_truth(boxes, noisy, points, similarity, own):
-    """-> inside (N,M,P), and purity, consistency, stability and what makes them easy, in percent, as a dict.
+def part_truth(boxes, noisy, points, similarity, own, size):
+    """Purity, consistency and stability of prototypes in percent, and what makes them easy.
 
-    boxes, noisy (N,M,4) of the images and of the same images with noise; points (N,P,3); own (N,M) bool: the
-    prototypes of an image's class. purity_by_chance: the same boxes laid on other images.
+    boxes, noisy (N,M,4): of the images and of the same images with noise, in pixels of size x size; points
+    (N,P,3); similarity (N,M); own (N,M) bool: the prototypes of an image's class. -> inside (N,M,P), a dict;
+    purity_by_chance in it: the same boxes laid on other images.
     """
     inside = points_in_boxes(boxes, points)
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
     elsewhere = points_in_boxes(boxes, points[order])
+    area = (boxes[..., 1] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 2]) / size ** 2         # (N,M)
     return inside, dict(
         purity=100 * part_shares(inside, similarity).amax(1).mean().item(),
         purity_by_chance=100 * part_shares(elsewhere, similarity).amax(1).mean().item(),
         consistency=part_consistency(inside, points[..., 2] > 0, own),
         stability=part_stability(inside, points_in_boxes(noisy, points), own),
-        parts_per_box=inside.sum(2).float().mean().item())
+        box_area=100 * area.mean().item(), parts_per_box=inside.sum(2).float().mean().item())
 
 
 def variant_truth(inside, similarity, labels, held, variants):
     """Does a prototype show the same part in the same variant? A dict of three numbers.
 
-    labels (N,); held (C,M) bool: the prototypes of a class; variants (C,P): the variant of part p in class c.
-    variants_found_shared: variants that a prototype shows, with purity of at least one half, and that two of the
-    classes that hold it have.
+    inside (N,M,P); similarity (N,M); labels (N,); held (C,M) bool: the prototypes of a class; variants (C,P):
+    the variant of part p in class c. variants_found_shared: how many variants a prototype shows, with purity
+    of at least one half, that two of the classes that hold it have.
     """
     count = int(variants.max()) + 1
     looks = F.one_hot(variants[labels], count).bool()                # (N,P,V)
@@ -215,9 +212,9 @@ def variant_truth(inside, similarity, labels, held, variants):
 
 
 def sharing(slots):
-    """How classes share prototypes, as a dict. slots (C,K,M) of 0 and 1: which prototype is in a slot, if any."""
+    """How classes share prototypes, as a dict. slots (C,K,M) of 0 and 1: the prototype in a slot, if any."""
     held = slots.amax(1) > 0.5                                       # (C,M)
-    graph = held.float() @ held.float().T                            # (C,C) prototypes that two classes share
+    graph = held.float() @ held.float().T                            # (C,C) prototypes in common
     pairs = graph[torch.ones_like(graph).triu(1) > 0]
     count, filled = slots.shape[0] * slots.shape[1], int(slots.sum())
     return dict(

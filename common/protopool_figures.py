@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import figures, run
-from common.images import CleanView, eval_loader, network_input
+from common import figures, metrics, run
+from common.classification import clean_loader
+from common.images import network_input
 from common.metrics import activation_box, activation_boxes
 
 
@@ -57,9 +58,9 @@ def prototype_patches(net, train_set, sources, cfg, device):
 
 @torch.inference_mode()
 def draw_prototypes(net, train_set, sources, held, names, patches, folder, cfg, device, page=20):
-    """prototypes-NN.png: patch, box, heat map on its source; patches of the five nearest images (Supp. 9)."""
-    loader = eval_loader(CleanView(train_set, cfg.size), cfg.batch_size, cfg.workers, device)
-    nearest = torch.cat([net(x.to(device))[1].cpu() for x, _ in loader])                         # (N,M)
+    """prototypes-NN.png: patch; box, heat map on its source; patches of the five nearest images, Supp. 9."""
+    loader = clean_loader(train_set, cfg, device)
+    nearest = torch.cat([net(x.to(device))[1].cpu() for x, _ in loader])           # (N,M) squared distances
     images = [source[0] for source in sources]
     nearest[images, list(range(len(images)))] = torch.inf            # the source has columns of its own
     near = nearest.topk(min(5, len(nearest) - 1), dim=0, largest=False).indices                  # (5,M)
@@ -235,8 +236,8 @@ def draw_explanation(facts, image, maps, patches, path):
 def observe(net, data, own, size, device, noise=0.2):
     """Every image of a split as the prototypes see it, in pixels of the network's input, on the CPU.
 
-    own (N,M) bool: prototypes of the image's class. Returns similarities g_p (N,M), activation boxes (N,M,4),
-    the boxes of the own prototypes on the noisy image (N,M,4), part locations (N,P,3): x, y, visible.
+    own (N,M) bool: prototypes of the image's class. Returns similarities g_p (N,M), activation boxes
+    (N,M,4), the boxes of the own prototypes on the noisy image (N,M,4), part locations (N,P,3): x, y, visible.
     """
     generator = torch.Generator().manual_seed(0)
     similarity, boxes, noisy, points = [], [], [], []
@@ -254,3 +255,21 @@ def observe(net, data, own, size, device, noise=0.2):
         scale = torch.tensor([size / image.shape[2], size / image.shape[1], 1])
         points.append(data.part_locations(i) * scale)
     return [torch.stack(part) for part in (similarity, boxes, noisy, points)]
+
+
+def truth_metrics(net, data, size, device):
+    """Is the explanation true? Does a prototype's box hold the same part again, where parts are annotated?
+
+    -> numbers of common/metrics.py, and {prototype: "part share"} as a name for it; two empty dicts without parts.
+    """
+    if not data.part_names:
+        return {}, {}
+    labels, held = torch.tensor(data.labels), net.held().cpu()       # (N,), (C,M)
+    similarity, boxes, noisy, points = observe(net, data, held[labels], size, device)
+    inside, result = metrics.part_truth(boxes, noisy, points, similarity, held[labels], size)      # (N,M,P)
+    if data.variants is not None:
+        variants = torch.as_tensor(data.variants)                    # (C,P)
+        result |= metrics.variant_truth(inside, similarity, labels, held, variants)
+    best, part = metrics.part_shares(inside, similarity).max(1)      # (M,)
+    names = [f"{data.part_names[p]} {100 * share:.0f} %" for p, share in zip(part.tolist(), best.tolist())]
+    return result, dict(enumerate(names))

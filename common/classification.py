@@ -1,0 +1,44 @@
+"""What protopool.py needs around its method: the splits of a run, clean batches of them, accuracy."""
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from common.images import CleanView, eval_loader, open_images
+from common.loaders import to_device
+from common.run import UserError
+
+
+def open_splits(cfg):
+    """{"train", "val", "test"}. Val is taken from the training images unless --select-on-test."""
+    splits = ("train", "test") if cfg.select_on_test else ("train", "val", "test")
+    fraction = 0.0 if cfg.select_on_test else cfg.val_fraction
+    sets = {split: open_images(cfg.dataset, cfg.data, split, cfg.seed, fraction, cfg.full_images)
+            for split in splits}
+    if sets["train"].num_classes < 2:
+        raise UserError(f"{cfg.dataset} in {cfg.data} has a single class: a classifier needs two or more.")
+    return {"val": sets["test"]} | sets
+
+
+def clean_loader(data, cfg, device, rank=0, world=1):
+    """Images in order, not augmented: x (B,3,size,size), labels (B,); process `rank` gets its share of them."""
+    return eval_loader(CleanView(data, cfg.size), cfg.batch_size, cfg.workers, device, rank, world)
+
+
+@torch.inference_mode()
+def evaluate(net, loader, device):
+    """Top-1 accuracy in percent and mean cross-entropy over the split, all processes together.
+
+    net(x) returns the logits (B,C) first; net is left in eval mode.
+    """
+    net.eval()
+    sums = torch.zeros(3, device=device)                             # hits, cross-entropy, images
+    for batch in loader:
+        x, labels = to_device(batch, device)
+        logits = net(x)[0]                                           # float32: autocast is for training
+        hits = (logits.argmax(1) == labels).sum()
+        ce = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([hits, ce, torch.ones_like(labels).sum()])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    hits, ce, count = sums.tolist()
+    return dict(accuracy=100 * hits / count, ce=ce / count)
