@@ -88,9 +88,10 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from common import datasets, figures, files, loaders, run, transforms
-from common.backbones import EXTRACTORS, GOES_WITH, build_extractor, build_network, locate_weights
+from common.backbones import EXTRACTORS, GOES_WITH, build_extractor, build_network, freeze_layer_norms
 from common.metrics import ConfusionMatrix, mean_average_precision
 from common.run import RunConfig, UserError, opt
+from common.weights import locate_weights
 
 
 # ---- options and recipes -------------------------------------------------------------------------------------
@@ -592,10 +593,8 @@ def train_step(model, net, optimizer, scheduler, x, scribbles, image_classes, ph
 
 def build_optimizer(net, cfg, device):
     """AdamW and its schedule (Sec. 4.2): all but the backbone learns cfg.head_lr times faster [D11]."""
-    if cfg.freeze_norms:                                             # [D12]
-        for module in net.network.backbone.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.requires_grad_(False)
+    if cfg.freeze_norms:
+        freeze_layer_norms(net.network.backbone)                     # [D12]
     backbone = [p for p in net.network.backbone.parameters() if p.requires_grad]
     own = {id(p) for p in net.network.backbone.parameters()}
     rest = [p for p in net.parameters() if id(p) not in own]

@@ -77,7 +77,7 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from common import datasets, figures, files, loaders, run, transforms
-from common.backbones import DENSE, build_dense
+from common.backbones import DENSE, build_dense, norm_parameters
 from common.metrics import ConfusionMatrix
 from common.parts import connected_components, open_parts
 from common.run import RunConfig, UserError, opt
@@ -613,8 +613,7 @@ def train_step(model, net, optimizer, scheduler, x, labels, phase, cfg):
 def build_optimizer(net, phase, cfg, device):
     """A fresh Adam for the phase over what it trains (Sec. 6), and its schedule; nothing else gets a gradient."""
     net.requires_grad_(False)
-    norms = (nn.BatchNorm2d, nn.SyncBatchNorm)                       # the second under torchrun
-    bn = {id(p) for m in net.backbone.modules() if isinstance(m, norms) for p in m.parameters()}
+    bn = {id(p) for p in norm_parameters(net.backbone)}
     backbone = [p for p in net.backbone.parameters() if not (cfg.frozen_bn and id(p) in bn)]
     aspp = dict(params=list(net.aspp.parameters()), lr=cfg.lr, weight_decay=cfg.weight_decay)           # [D3]
     prototypes = [dict(params=[net.prototypes], lr=cfg.lr)] if isinstance(net, ScaleProtoSeg) else []

@@ -43,30 +43,23 @@ mmsegmentation's defaults. Departures from it:
 - Swin and ConvNeXt do not pad the image: if a side is no multiple of 4, up to 3 rows or columns are lost.
 Pretrained MiT weights are NVIDIA's, for non-commercial use only.
 """
-
-import hashlib
-import re
 from collections import OrderedDict
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torchvision.models.convnext import LayerNorm2d
-from torchvision.ops import StochasticDepth
+from tqdm import tqdm
 
+from common.heads import (DeepLabv2Head, DeepLabv3PlusHead, FCNHead, MLPHead, SegFormerHead, UPerHead,
+                          auxiliary_head, conv_bn_relu, double_conv)
+from common.mit import MIT, MixTransformer, init_weights, set_drop_path
 from common.run import UserError
+from common.weights import load_mit_weights  # noqa: F401, goes with MixTransformer, which stands here too
+from common.weights import load_weights
 
-MIT = {                                                        # channels and blocks of the four stages
-    "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
-    "mit_b1": ((64, 128, 320, 512), (2, 2, 2, 2)),
-    "mit_b2": ((64, 128, 320, 512), (3, 4, 6, 3)),
-    "mit_b3": ((64, 128, 320, 512), (3, 4, 18, 3)),
-    "mit_b4": ((64, 128, 320, 512), (3, 8, 27, 3)),
-    "mit_b5": ((64, 128, 320, 512), (3, 6, 40, 3)),
-}
 TORCHVISION = {                                                # channels of the four levels
     "resnet50": (256, 512, 1024, 2048), "resnet101": (256, 512, 1024, 2048),
     "swin_t": (96, 192, 384, 768), "swin_s": (96, 192, 384, 768), "swin_b": (128, 256, 512, 1024),
@@ -93,133 +86,6 @@ EXTRACTORS = ("tiny", "mobilenet_v2", "resnet34", "resnet50", "resnet50_inat", "
 DENSE = ("resnet101", "resnet50", "mobilenet_v2", "unet", "tiny")
 HEAD_CHANNELS = {"segformer": 256, "fcn": 512, "upernet": 512, "mlp": 256, "deeplabv2": 256,
                  "deeplabv3plus": 256}
-CLASSIFIER_KEYS = ("fc.", "classifier.", "head.", "decode_head.", "norm.")   # "norm.": before Swin's head
-
-
-# ---- Mix Transformer (SegFormer, Section 3.1) ------------------------------------------------------------
-# Maps travel as (B,h,w,C): LayerNorm and Linear act on the last dimension, and the permutation to (B,C,h,w)
-# for a convolution is a view in channels_last order. Parameters are named as in the original release, which
-# also uses two eps: 1e-6 in the blocks and at the end of a stage, torch's 1e-5 after strided convolutions.
-
-def conv_on_last(conv, x):
-    """Apply a convolution to a map with channels last: (B,h,w,C) -> (B,h',w',C')."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class PatchEmbed(nn.Module):
-    """Overlapping patches: strided convolution, LayerNorm. (B,h,w,C) -> (B,h/stride,w/stride,C')."""
-
-    def __init__(self, in_dim, dim, kernel, stride):
-        super().__init__()
-        self.proj = nn.Conv2d(in_dim, dim, kernel, stride, kernel // 2)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x):
-        return self.norm(conv_on_last(self.proj, x))
-
-
-class EfficientAttention(nn.Module):
-    """Self-attention whose keys and values come from a map with sr_ratio times smaller sides (Eq. 2)."""
-
-    def __init__(self, dim, heads, sr_ratio):
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)                               # rows: keys, then values
-        self.proj = nn.Linear(dim, dim)
-        self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio) if sr_ratio > 1 else None
-        self.norm = nn.LayerNorm(dim) if sr_ratio > 1 else None
-
-    def forward(self, x):                                               # (B,h,w,C)
-        B, h, w, C = x.shape
-        q = self.q(x).reshape(B, h * w, self.heads, -1).transpose(1, 2)   # (B,heads,hw,C/heads)
-        if self.sr is not None:
-            x = self.norm(conv_on_last(self.sr, x))                     # (B,h/sr,w/sr,C)
-        kv = self.kv(x).reshape(B, -1, 2, self.heads, C // self.heads)
-        k, v = kv.permute(2, 0, 3, 1, 4)                                # (B,heads,hw/sr^2,C/heads) each
-        x = F.scaled_dot_product_attention(q, k, v)                     # (B,heads,hw,C/heads)
-        return self.proj(x.transpose(1, 2).reshape(B, h, w, C))
-
-
-class MixFFN(nn.Module):
-    """MLP with a 3x3 depthwise convolution, which tells positions apart (Eq. 3). Keeps (B,h,w,C)."""
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.dwconv = nn.Sequential(OrderedDict(dwconv=dwconv))
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(conv_on_last(self.dwconv, self.fc1(x))))
-
-
-class MixBlock(nn.Module):
-    """Attention and Mix-FFN, each after a LayerNorm and beside a shortcut. Keeps (B,h,w,C)."""
-
-    def __init__(self, dim, heads, sr_ratio, mlp_ratio):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = EfficientAttention(dim, heads, sr_ratio)
-        self.drop_path = StochasticDepth(0.0, mode="row")               # set_drop_path gives the rate
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MixFFN(dim, mlp_ratio * dim)
-
-    def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class MixTransformer(nn.Module):
-    """SegFormer's encoder: images (B,3,H,W) -> list of four maps (B,dims[i],h_i,w_i).
-
-    Every argument but the last two has one entry per stage. With the default strides the maps have 1/4, 1/8,
-    1/16 and 1/32 of the image's sides, rounded up. drop_path is the drop rate of the last block, falling
-    linearly to 0 at the first. Sides below 29 pixels are too small for sr_ratios of (8, 4, 2, 1).
-    """
-
-    def __init__(self, dims, depths, heads, sr_ratios, strides=(4, 2, 2, 2), mlp_ratio=4, drop_path=0.1):
-        super().__init__()
-        self.dims = tuple(dims)
-        in_dims, kernels = (3, *dims[:3]), (7, 3, 3, 3)
-        for i in range(4):
-            blocks = [MixBlock(dims[i], heads[i], sr_ratios[i], mlp_ratio) for _ in range(depths[i])]
-            setattr(self, f"patch_embed{i + 1}", PatchEmbed(in_dims[i], dims[i], kernels[i], strides[i]))
-            setattr(self, f"block{i + 1}", nn.Sequential(*blocks))
-            setattr(self, f"norm{i + 1}", nn.LayerNorm(dims[i], eps=1e-6))
-        self.apply(init_weights)
-        set_drop_path(self, drop_path)
-
-    def forward(self, x):
-        x, levels = x.permute(0, 2, 3, 1), []                           # (B,H,W,3)
-        for i in "1234":
-            x = getattr(self, "patch_embed" + i)(x)
-            x = getattr(self, "norm" + i)(getattr(self, "block" + i)(x))
-            levels.append(x.permute(0, 3, 1, 2))                        # (B,C,h,w), channels_last in memory
-        return levels
-
-
-def set_drop_path(model, rate):
-    """Stochastic depth of a model's blocks, in order: linearly from 0 at the first to rate at the last."""
-    drops = [module for module in model.modules() if isinstance(module, StochasticDepth)]
-    for i, drop in enumerate(drops):
-        drop.p = rate * i / max(len(drops) - 1, 1)
-
-
-def init_weights(module):
-    """mmsegmentation's: convolutions Kaiming normal (fan out), Linear normal 0.02, norms 1, biases 0."""
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-    elif isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
-        nn.init.ones_(module.weight)
-    else:
-        return
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 # ---- other backbones -------------------------------------------------------------------------------------
@@ -363,161 +229,6 @@ class UNet(nn.Module):
             h, w = skips[i].shape[2:]
             x = self.merge[i](torch.cat([skips[i], self.up[i](x)[:, :, :h, :w]], dim=1))
         return self.last(x)
-
-
-def double_conv(in_channels, channels):
-    """Twice: 3x3 convolution, BatchNorm, ReLU."""
-    return nn.Sequential(conv_bn_relu(in_channels, channels, 3), conv_bn_relu(channels, channels, 3))
-
-
-# ---- heads: four levels in, the feature map before dropout and classifier out ----------------------------
-
-def conv_bn_relu(in_channels, channels, kernel, stride=1, dilation=1):
-    """Convolution without bias, BatchNorm, ReLU."""
-    conv = nn.Conv2d(in_channels, channels, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-
-
-def resize(x, size):
-    """Bilinear, corners not aligned: (B,C,h,w) -> (B,C,*size)."""
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-class SegFormerHead(nn.Module):
-    """All-MLP head (SegFormer, Eq. 4, in mmsegmentation's form with BatchNorm): -> (B,channels,h_1,w_1)."""
-
-    def __init__(self, dims, channels):
-        super().__init__()
-        self.levels = nn.ModuleList(conv_bn_relu(dim, channels, 1) for dim in dims)
-        self.fuse = conv_bn_relu(4 * channels, channels, 1)
-
-    def forward(self, levels):
-        size = levels[0].shape[2:]
-        maps = [resize(conv(x), size) for conv, x in zip(self.levels, levels)]
-        return self.fuse(torch.cat(maps, dim=1))                        # 4 x channels -> channels
-
-
-class MLPHead(nn.Module):
-    """SegFormer's all-MLP head as released, BatchNorm after the fusion only: -> (B,channels,h_1,w_1).
-
-    The paper's order (Eq. 4) is: project every level, resize, concatenate, fuse. All of that is linear, and
-    resizing commutes with what acts on single pixels: the weights are multiplied first, so every level is
-    projected and fused in one step, at its own size, and the concatenation is never built. Initialisation as
-    released: torch's own for the projections, Kaiming normal (fan out) for the fusion.
-    """
-
-    def __init__(self, dims, channels):
-        super().__init__()
-        self.levels = nn.ModuleList(nn.Conv2d(dim, channels, 1) for dim in dims)   # with a bias
-        self.fuse = nn.Conv2d(4 * channels, channels, 1, bias=False)    # reads levels 4, 3, 2, 1
-        self.norm = nn.BatchNorm2d(channels)
-        init_weights(self.fuse)
-
-    def forward(self, levels):
-        size, maps = levels[0].shape[2:], {}                            # size -> sum of the maps of that size
-        fuse = self.fuse.weight.flatten(1).chunk(4, dim=1)              # (E,E) for levels 4, 3, 2, 1
-        for x, conv, part in zip(levels, self.levels, reversed(fuse)):
-            y = F.conv2d(x, (part @ conv.weight.flatten(1))[:, :, None, None], part @ conv.bias)
-            maps[x.shape[2:]] = maps[x.shape[2:]] + y if x.shape[2:] in maps else y
-        total = maps.pop(size)
-        for y in maps.values():
-            total = total + resize(y, size)
-        return F.relu(self.norm(total), inplace=True)
-
-
-class FCNHead(nn.Module):
-    """Two 3x3 convolutions on level 4, concatenation with level 4, a third one: -> (B,channels,h_4,w_4)."""
-
-    def __init__(self, dims, channels):
-        super().__init__()
-        self.convs = nn.Sequential(conv_bn_relu(dims[3], channels, 3), conv_bn_relu(channels, channels, 3))
-        self.fuse = conv_bn_relu(dims[3] + channels, channels, 3)
-
-    def forward(self, levels):
-        return self.fuse(torch.cat([levels[3], self.convs(levels[3])], dim=1))
-
-
-class UPerHead(nn.Module):
-    """Pyramid pooling on level 4, then a feature pyramid over all levels (UPerNet): -> (B,channels,h_1,w_1).
-
-    Raises UserError for a training batch of one image: BatchNorm cannot normalise its single pooled pixel.
-    """
-
-    def __init__(self, dims, channels):
-        super().__init__()
-        self.pools = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), conv_bn_relu(dims[3], channels, 1))
-                                   for n in (1, 2, 3, 6))
-        self.bottleneck = conv_bn_relu(dims[3] + 4 * channels, channels, 3)
-        self.laterals = nn.ModuleList(conv_bn_relu(dim, channels, 1) for dim in dims[:3])
-        self.smooth = nn.ModuleList(conv_bn_relu(channels, channels, 3) for _ in dims[:3])
-        self.fuse = conv_bn_relu(4 * channels, channels, 3)
-
-    def forward(self, levels):
-        top = levels[3]
-        refuse_one_image("upernet", self.training, top)
-        pooled = [resize(pool(top), top.shape[2:]) for pool in self.pools]
-        x = self.bottleneck(torch.cat([top, *pooled], dim=1))
-        maps = [x]
-        for i in (2, 1, 0):                                             # from coarse to fine
-            x = self.laterals[i](levels[i]) + resize(x, levels[i].shape[2:])
-            maps.insert(0, self.smooth[i](x))
-        return self.fuse(torch.cat([resize(y, levels[0].shape[2:]) for y in maps], dim=1))
-
-
-class DeepLabv2Head(nn.Module):
-    """A 1x1 convolution on level 4: -> (B,channels,h_4,w_4).
-
-    DeepLabv2 classifies level 4 itself, by four dilated 3x3 convolutions whose logits are added up; this
-    makes the map before that classifier narrow enough for prototypes.
-    """
-
-    def __init__(self, dims, channels):
-        super().__init__()
-        self.reduce = conv_bn_relu(dims[3], channels, 1)
-
-    def forward(self, levels):
-        return self.reduce(levels[3])
-
-
-class DeepLabv3PlusHead(nn.Module):
-    """DeepLabv3+: dilated convolutions side by side on level 4, then level 1: -> (B,channels,h_1,w_1).
-
-    The rates are 6, 12 and 18 at output stride 16 and twice that at 8 (DeepLabv3, Section 3.3). Convolutions
-    are ordinary, not separable in depth. Dropout2d(0.5) follows the projection of the pyramid.
-    Raises UserError for a training batch of one image: BatchNorm cannot normalise its single pooled pixel.
-    """
-
-    def __init__(self, dims, channels, output_stride):
-        super().__init__()
-        rates = [16 // output_stride * rate for rate in (6, 12, 18)]
-        self.branches = nn.ModuleList([conv_bn_relu(dims[3], channels, 1),
-                                       *(conv_bn_relu(dims[3], channels, 3, dilation=r) for r in rates)])
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_bn_relu(dims[3], channels, 1))
-        self.project = nn.Sequential(conv_bn_relu(5 * channels, channels, 1), nn.Dropout2d(0.5))
-        self.low = conv_bn_relu(dims[0], 48, 1)
-        self.refine = double_conv(channels + 48, channels)
-
-    def forward(self, levels):
-        low, top = levels[0], levels[3]
-        refuse_one_image("deeplabv3plus", self.training, top)
-        pooled = self.pool(top).expand(-1, -1, *top.shape[2:])
-        x = self.project(torch.cat([*(branch(top) for branch in self.branches), pooled], dim=1))
-        return self.refine(torch.cat([resize(x, low.shape[2:]), self.low(low)], dim=1))
-
-
-def refuse_one_image(head, training, x):
-    """UserError if the head is to train on a batch of one image, whose pooled map has a single pixel."""
-    if training and len(x) == 1:
-        raise UserError(f"the {head} head cannot train on a batch of one image (BatchNorm would see a single "
-                        "pixel): use a batch size of 2 or more per process")
-
-
-def auxiliary_head(dim, num_classes):
-    """An ordinary FCN classifier for level 3 and an auxiliary loss: (B,C,h,w) -> logits (B,N,h,w)."""
-    head = nn.Sequential(conv_bn_relu(dim, 256, 3), nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1))
-    head.apply(init_weights)
-    nn.init.normal_(head[-1].weight, std=0.01)
-    return head
 
 
 # ---- the whole network -----------------------------------------------------------------------------------
@@ -670,126 +381,61 @@ def build_dense(backbone, weights="none", output_stride=8, width=64):
     return dense
 
 
-# ---- pretrained weights ----------------------------------------------------------------------------------
+# ---- what optimizers have to know of a backbone's parts ---------------------------------------------------
 
-def load_weights(net, weights, backbone):
-    """Fill a backbone, before it is cut, from what `weights` of build_network stands for."""
-    if weights == "none":
-        return
-    state = read_state_dict(locate_weights(str(weights), backbone))
-    if backbone in MIT:
-        load_mit_weights(net, state, source=weights)
-    elif backbone == "resnet50_inat":
-        load_fitting(net, conventional_branch(state), source=weights)
-    elif backbone.startswith("densenet"):                               # norm.1 in the files, norm1 by now
-        state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name): value
-                 for name, value in state.items()}
-        load_fitting(net, state, source=weights)
-    else:
-        load_fitting(net, state, source=weights)
+def parameter_groups(net, backbone, lr, head_lr, weight_decay, stage_decay=1.0, decay_all=False):
+    """Learning rate and weight decay of every parameter of net, by mmsegmentation's rules: optimizer groups.
 
-
-def locate_weights(weights, backbone):
-    """The path or URL behind `weights`; UserError if there is none."""
-    if weights == "imagenet" and backbone in torchvision.models.list_models():
-        return torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
-    if weights == "imagenet" and backbone in MIT:
-        raise UserError(f"torchvision has no ImageNet weights for {backbone}: give the path or URL of the "
-                        f"original {backbone}.pth or of pytorch_model.bin from HuggingFace's "
-                        f"nvidia/{backbone.replace('_', '-')}")
-    if weights == "imagenet" and backbone == "resnet50_inat":
-        raise UserError("resnet50_inat has weights from iNaturalist 2017, not ImageNet: give the path or URL "
-                        "of BBN.iNaturalist2017.res50.180epoch.best_model.pth, or none")
-    if weights == "imagenet":
-        raise UserError(f"there are no ImageNet weights for {backbone}: train it from scratch (weights none)")
-    if weights.split("?")[0].endswith(".safetensors"):
-        raise UserError(f"{weights}: reading .safetensors would take another package; use the .bin or .pth "
-                        "file of the same model")
-    if not weights.startswith(("http://", "https://")) and not Path(weights).is_file():
-        raise UserError(f"{weights}: no such file; weights are none, imagenet, or the path or http(s) URL of "
-                        "a state dict")
-    return weights
-
-
-def read_state_dict(source):
-    """The state dict (names and tensors, on the CPU) in a file or behind a URL, else UserError."""
-    try:
-        if source.startswith(("http://", "https://")):
-            name = source.split("?")[0].rsplit("/", 1)[-1]
-            if not source.startswith("https://download.pytorch.org/"):  # many are called pytorch_model.bin:
-                name = hashlib.sha256(source.encode()).hexdigest()[:8] + "_" + name   # one cache entry each
-            state = torch.hub.load_state_dict_from_url(source, file_name=name, map_location="cpu",
-                                                       weights_only=True)
-        else:
-            state = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:                       # whatever pickle, zip, disk or network may come up with
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{source}: cannot read these weights ({reason}); check the file or the connection, "
-                        f"delete a broken download from {torch.hub.get_dir()}/checkpoints, or give a path")
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{source}: holds no state dict (names and tensors); write one with "
-                        "torch.save(model.state_dict(), path)")
-    return state
-
-
-def load_mit_weights(model, state_dict, source="state dict"):
-    """Load a MixTransformer from tensors named as in the original release or by HuggingFace, all or none.
-
-    Classifier and decoder (head.*, classifier.*, decode_head.*) are left out. HuggingFace's "segformer." in
-    front may be absent; its separate keys and values are joined into kv.
-    Raises UserError if a name or shape does not fit.
+    backbone: the part of net that learns with lr; all else learns head_lr times faster. decay_all: without
+    exemptions (SGD); else LayerNorm and Swin's position tables do not decay (AdamW). stage_decay, if not 1, is
+    for ConvNeXt: lr x stage_decay^k, k = 13 for stem and downsampling and 12 - i for stage i; what is 1-d and
+    layer_scale do not decay then either.
     """
-    if any(re.match(r"(backbone\.)?layers\.\d\.[012]\.", name) for name in state_dict):
-        raise UserError(f"{source}: these names (layers.0.0.projection ...) are mmsegmentation's; use the "
-                        "original mit_b*.pth or HuggingFace's nvidia/mit-b* instead")
-    state = {original_mit_name(name): value for name, value in state_dict.items()}
-    for key in [name for name in state if ".attn.key." in name]:
-        value = key.replace(".key.", ".value.")
-        if value in state and state[value].shape == state[key].shape:
-            state[key.replace(".key.", ".kv.")] = torch.cat([state.pop(key), state.pop(value)])
-    load_fitting(model, state, source)
+    path_of = {module: name.split(".") for name, module in backbone.named_modules()}    # stages.i.(0|1)...
+    groups = {}
+    for module in net.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            rate = lr
+            if module not in path_of:
+                rate = lr * head_lr
+            elif stage_decay != 1 and path_of[module][0] == "stages":
+                _, stage, part = path_of[module][:3]
+                rate = lr * stage_decay ** (13 if part == "0" else 12 - int(stage))
+            exempt = isinstance(module, nn.LayerNorm) or name == "relative_position_bias_table"
+            if stage_decay != 1:
+                exempt = exempt or parameter.ndim == 1 or name == "layer_scale"
+            decay = 0.0 if exempt and not decay_all else weight_decay
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [dict(params=params, lr=rate, weight_decay=decay) for (rate, decay), params in groups.items()]
 
 
-def original_mit_name(name):
-    """segformer.encoder.block.0.1.attention.self.query.bias -> block1.1.attn.q.bias; other names stay."""
-    match = re.match(r"(?:segformer\.)?encoder\.(patch_embeddings|block|layer_norm)\.(\d+)\.(.+)", name)
-    if match is None:
-        return name
-    part = {"patch_embeddings": "patch_embed", "block": "block", "layer_norm": "norm"}[match[1]]
-    stage, rest = int(match[2]) + 1, match[3]                               # they count stages from 0
-    for theirs, ours in (("attention.self.query", "attn.q"), ("attention.self.", "attn."),
-                         ("attention.output.dense", "attn.proj"), ("mlp.dense", "mlp.fc"),
-                         ("layer_norm_", "norm"), ("layer_norm", "norm")):
-        rest = rest.replace(theirs, ours)
-    return f"{part}{stage}.{rest}"
+def norm_parameters(backbone):
+    """The weights and biases of a backbone's BatchNorms: list, in the order of its parameters."""
+    norms = (nn.BatchNorm2d, nn.SyncBatchNorm)                          # the second under torchrun
+    return [parameter for module in backbone.modules() if isinstance(module, norms)
+            for parameter in module.parameters()]
 
 
-def conventional_branch(state):
-    """The ResNet-50 in a checkpoint of BBN under torchvision's names.
+def freeze_layer_norms(backbone):
+    """From now on the weights and biases of a backbone's LayerNorms do not learn; in place."""
+    for module in backbone.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_(False)
 
-    module.backbone.cb_block is the last block of layer4. What does not start with module.backbone. (the
-    classifier) and module.backbone.rb_block (the branch for rare classes) are left out.
+
+@torch.no_grad()
+def class_means_of_backbone(network, loader, num_classes, device):
+    """Mean of the last level of network.backbone over the pixels of each class, (N,C4) on the CPU; 0 if it has none.
+
+    loader: whole images, one a batch; labels shrink to the level by nearest.
     """
-    prefix = "module.backbone."
-    names = [name for name in state if name.startswith(prefix) and not name.startswith(prefix + "rb_block.")]
-    return {re.sub("^cb_block", "layer4.2", name.removeprefix(prefix)): state[name] for name in names}
-
-
-def load_fitting(model, state, source):
-    """Load state into model if all names and shapes fit, classifiers aside; else load nothing, UserError."""
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith(CLASSIFIER_KEYS)}
-    state = {name: value for name, value in state.items() if not name.startswith(CLASSIFIER_KEYS)}
-    differing = {
-        "missing": [name for name in own if name not in state and not name.endswith("num_batches_tracked")],
-        "unexpected": [name for name in state if name not in own],
-        "of another shape": [name for name in own if name in state and state[name].shape != own[name].shape],
-    }
-    problems = [f"{len(names)} {what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-                for what, names in differing.items() if names]
-    if problems:
-        raise UserError(f"{source}: these weights belong to another network, nothing was loaded "
-                        f"({'; '.join(problems)}); choose the backbone that they were made for")
-    model.load_state_dict(state, strict=False)     # only classifiers and BatchNorm's counters can be missing
+    total = 0
+    network.eval()
+    for batch in tqdm(loader, desc="class means", leave=False, disable=None):
+        deepest = network.backbone(batch["image"].to(device))[-1].float()                # (1,C4,h,w)
+        labels = F.interpolate(batch["mask"][:, None].to(device).float(), deepest.shape[2:], mode="nearest")
+        pixels = deepest.permute(0, 2, 3, 1).flatten(0, 2)                               # (h*w,C4)
+        pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1)                  # the ones count
+        sums = pixels.new_zeros(num_classes + 1, pixels.shape[1])                        # last row: ignored
+        total += sums.index_add(0, labels.flatten().long().clamp(max=num_classes), pixels)
+    return (total[:-1, :-1] / total[:-1, -1:].clamp(min=1)).cpu()

@@ -133,6 +133,14 @@ COCO_UNUSED = {                                          # ids that no pixel has
 used_names = iter(CLASSES["cocostuff10k"])
 CLASSES["cocostuff164k"] = [COCO_UNUSED.get(i) or next(used_names) for i in range(182)]
 NUM_CLASSES = {name: len(names) for name, names in CLASSES.items()}      # all but folder: it has classes.txt
+LOOKALIKES = {                                           # pairs of classes that are easily confused
+    "ade20k": [(127, 116), (53, 59), (19, 23), (118, 124)],      # bicycle + minibike, stairs + stairway, ...
+    "camvid": [(9, 10), (3, 4), (2, 6)],                         # pedestrian + bicyclist, road + pavement, ...
+    "cocostuff10k": [(56, 57), (43, 44), (68, 69)],              # chair + couch, knife + spoon, ...
+    "voc": [(9, 18), (2, 14), (8, 12)],                          # chair + sofa, bicycle + motorbike, cat + dog
+    "toy_scenes": toy_scenes.LOOKALIKES,
+}
+RARE_AND_FREQUENT = {"ade20k": (149, 146, 0)}            # flag, radiator, wall
 
 
 # ---- layouts: where a data set keeps its images and masks ------------------------------------------------

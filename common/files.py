@@ -117,3 +117,15 @@ def files_in(folder, endings, tail=""):
                                 "mask are matched by their names without ending.")
             files[stem] = folder / entry
     return files
+
+
+def read_numbers(path, option):
+    """A .npy file of numbers -> float32 tensor. UserError, naming the option: no such file, nan or infinity."""
+    try:
+        numbers = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {path} cannot be read ({error}): write an array of numbers with "
+                        "numpy.save.") from None
+    if not numbers.isfinite().all():
+        raise UserError(f"{option} {path} holds nan or infinity: finite numbers are needed.")
+    return numbers

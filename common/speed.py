@@ -2,12 +2,14 @@
 import copy
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.run import duration
+from common.run import duration, write_json
+from common.tables import markdown
 
 
 def synchronize(device):
@@ -79,25 +81,42 @@ def announce(step, view, parts, steps, test_images, cfg, machine):
               f"about {duration(seconds)} at {one:.2g} s a step, peak memory {shown}", flush=True)
 
 
-def cost_of_model(step, parts, forward, net, x, batch_size, device):
-    """What Table-like comparisons of networks need, as a dict; leaves `parts` as they were.
+def cost_of_model(parts, train_step, predict, num_classes, cfg, device):
+    """Multiply-adds, memory and speed of a segmentation network on random images of --crop pixels, as a dict.
 
-    step(): a training step on batch_size images. forward(): from one image x (1,3,H,W) to labels.
-    gflops: 1e9 multiply-adds of net(x), as mmsegmentation counts. training_gib: memory of one training step on
-    CUDA, None elsewhere. training_images_per_second, inference_images_per_second.
+    parts: model, optimizer, scheduler; left as they were. train_step(x, labels): one step on --batch-size images;
+    predict(x): from one image to labels. gflops: 1e9 multiply-adds of the model for one image, as mmsegmentation
+    counts. training_gib: memory of one training step on CUDA, None elsewhere. training_images_per_second,
+    inference_images_per_second.
     """
-    seconds = measured_speed(step, parts, device)
+    net = parts["model"]
+    x = torch.randn(cfg.batch_size, 3, cfg.crop, cfg.crop).to(device, memory_format=torch.channels_last)
+    labels = torch.randint(num_classes, (cfg.batch_size, cfg.crop, cfg.crop)).to(device)
+    seconds = measured_speed(lambda: train_step(x, labels), parts, device)
     memory = None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        step()
+        train_step(x, labels)
         memory = peak_memory(device)
     net.eval()
-    one = measured_speed(forward, {}, device, repeats=11)
+    one = measured_speed(lambda: predict(x[:1]), {}, device, repeats=11)
     with torch.inference_mode():
-        _, multiply_adds = counted(net, x)
-    return dict(gflops=multiply_adds / 1e9, training_gib=memory, training_images_per_second=batch_size / seconds,
-                inference_images_per_second=1 / one)
+        _, multiply_adds = counted(net, x[:1])
+    return dict(gflops=multiply_adds / 1e9, training_gib=memory,
+                training_images_per_second=cfg.batch_size / seconds, inference_images_per_second=1 / one)
+
+
+def report_costs(costs, cfg, device):
+    """{name: cost_of_model's dict and its parameters} -> a table on the screen, and OUT/profile.json."""
+    rows = []
+    for name, cost in costs.items():
+        memory = "-" if cost["training_gib"] is None else f"{cost['training_gib']:.2f}"
+        rows.append([name, f"{cost['parameters'] / 1e6:.3f}", f"{cost['gflops']:.1f}", memory,
+                     f"{cost['training_images_per_second']:.1f}", f"{cost['inference_images_per_second']:.1f}"])
+    print(markdown(["model", "parameters, M", "GFLOPs", "training, GiB", "training, images/s",
+                    "inference, images/s"], rows))
+    about = dict(preset=cfg.preset, device=device.type, crop=cfg.crop, batch_size=cfg.batch_size)
+    write_json(Path(cfg.out) / "profile.json", costs | about)
 
 
 def counted(module, x, leave_out=()):

@@ -1,4 +1,4 @@
-"""common/backbones.py: sizes, shapes, the arithmetic of MiT and of the heads, pretrained weights.
+"""common/{backbones,mit,heads,weights}.py: shapes, the arithmetic of MiT and of the heads, weights.
 
 Nothing is downloaded. Networks whose values do not matter are built on torch's "meta" device, which knows
 shapes but holds no numbers.
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import backbones
-from common.backbones import (DENSE, EXTRACTORS, GOES_WITH, MixBlock, MixTransformer, build_dense,
-                              build_extractor, build_network, load_mit_weights)
+from common import backbones, heads
+from common.backbones import DENSE, EXTRACTORS, GOES_WITH, build_dense, build_extractor, build_network
+from common.mit import MixBlock, MixTransformer
 from common.run import UserError
+from common.weights import load_mit_weights
 
 PAIRS = [(backbone, head) for head, names in GOES_WITH.items() for backbone in names
          if head != "mlp" or backbone not in ("mit_b2", "mit_b3", "mit_b4", "mit_b5")]   # as with segformer
@@ -356,9 +357,9 @@ def test_heads_keep_the_names_in_checkpoints_of_earlier_versions():
     four = [f"levels.{i}" for i in range(4)]
     pools = [f"pools.{i}.1" for i in range(4)]
     pyramid = [f"{part}.{i}" for part in ("laterals", "smooth") for i in range(3)]
-    for head, names in ((backbones.SegFormerHead, units(*four, "fuse")),
-                        (backbones.FCNHead, units("convs.0", "convs.1", "fuse")),
-                        (backbones.UPerHead, units(*pools, *pyramid, "bottleneck", "fuse"))):
+    for head, names in ((heads.SegFormerHead, units(*four, "fuse")),
+                        (heads.FCNHead, units("convs.0", "convs.1", "fuse")),
+                        (heads.UPerHead, units(*pools, *pyramid, "bottleneck", "fuse"))):
         assert set(head((4, 6, 8, 10), 5).state_dict()) == names
 
 
@@ -406,7 +407,7 @@ def head_and_levels(head, dims=(4, 6, 8, 10), channels=5):
 
 
 def test_segformer_head_equals_a_written_out_computation():
-    head, levels = head_and_levels(backbones.SegFormerHead)
+    head, levels = head_and_levels(heads.SegFormerHead)
     maps = [upsample(unit(x, layers), 13, 11) for x, layers in zip(levels, head.levels)]
     torch.testing.assert_close(head(levels), unit(torch.cat(maps, 1), head.fuse))
 
@@ -424,7 +425,7 @@ def mlp_as_released(head, levels):
 
 def test_mlp_head_equals_a_written_out_computation():
     """In numpy and without a batch norm of torch's; the last two levels of different and of the same size."""
-    head, levels = head_and_levels(backbones.MLPHead)
+    head, levels = head_and_levels(heads.MLPHead)
     for sizes in (None, (4, 3)):
         if sizes:
             levels[3] = torch.randn(2, 10, *sizes, dtype=torch.float64)
@@ -440,7 +441,7 @@ def test_mlp_head_equals_a_written_out_computation():
 
 
 def test_mlp_head_learns_as_if_every_map_were_built():
-    head, levels = head_and_levels(backbones.MLPHead)
+    head, levels = head_and_levels(heads.MLPHead)
     head.train().requires_grad_(True)
     levels = [x.requires_grad_(True) for x in levels]
     inputs = [*head.parameters(), *levels]
@@ -453,8 +454,8 @@ def test_mlp_head_learns_as_if_every_map_were_built():
         assert a.abs().max() > 1e-3 or name.endswith(".bias"), name
 
 
-@pytest.mark.parametrize("head", [backbones.DeepLabv2Head,
-                                  partial(backbones.DeepLabv3PlusHead, output_stride=16)])
+@pytest.mark.parametrize("head", [heads.DeepLabv2Head,
+                                  partial(heads.DeepLabv3PlusHead, output_stride=16)])
 def test_gradients_reach_every_parameter_of_the_deeplab_heads(head):
     torch.manual_seed(0)
     head = head((4, 6, 8, 10), 16)
@@ -474,13 +475,13 @@ def dilated_unit(x, layers, rate):
 
 
 def test_deeplabv2_head_is_a_1x1_convolution_on_level_4():
-    head, levels = head_and_levels(backbones.DeepLabv2Head)
+    head, levels = head_and_levels(heads.DeepLabv2Head)
     torch.testing.assert_close(head(levels), unit(levels[3], head.reduce))
 
 
 @pytest.mark.parametrize("output_stride, rates", [(16, (6, 12, 18)), (8, (12, 24, 36))])
 def test_deeplabv3plus_head_equals_a_written_out_computation(output_stride, rates):
-    head, levels = head_and_levels(partial(backbones.DeepLabv3PlusHead, output_stride=output_stride))
+    head, levels = head_and_levels(partial(heads.DeepLabv3PlusHead, output_stride=output_stride))
     low, top = levels[0], torch.randn(2, 10, 38, 21, dtype=torch.float64)   # some taps of every rate hit it
     pooled = unit(top.mean((2, 3), keepdim=True), head.pool[1]) * torch.ones(38, 21, dtype=torch.float64)
     dilated = [dilated_unit(top, layers, rate) for layers, rate in zip(head.branches[1:], rates)]
@@ -495,7 +496,7 @@ def test_deeplabv3plus_head_equals_a_written_out_computation(output_stride, rate
 
 def test_deeplabv3plus_drops_half_of_the_projected_channels_in_training_only():
     torch.manual_seed(0)
-    head, seen = backbones.DeepLabv3PlusHead((4, 6, 8, 10), 64, output_stride=16), []
+    head, seen = heads.DeepLabv3PlusHead((4, 6, 8, 10), 64, output_stride=16), []
     head.refine.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, :64].detach()))
     levels = [torch.randn(16, dim, side, side) for dim, side in zip((4, 6, 8, 10), (16, 8, 4, 4))]
     head(levels)
@@ -505,13 +506,13 @@ def test_deeplabv3plus_drops_half_of_the_projected_channels_in_training_only():
 
 
 def test_fcn_head_equals_a_written_out_computation():
-    head, levels = head_and_levels(backbones.FCNHead)
+    head, levels = head_and_levels(heads.FCNHead)
     y = unit(unit(levels[3], head.convs[0]), head.convs[1])
     torch.testing.assert_close(head(levels), unit(torch.cat([levels[3], y], 1), head.fuse))
 
 
 def test_upernet_head_equals_a_written_out_computation():
-    head, (a, b, c, d) = head_and_levels(backbones.UPerHead)
+    head, (a, b, c, d) = head_and_levels(heads.UPerHead)
     pools = []
     for n, pool in zip((1, 2, 3, 6), head.pools):
         bins = [range(i * 2 // n, -(-(i + 1) * 2 // n)) for i in range(n)]   # adaptive bins of a 2x2 map

@@ -179,7 +179,7 @@ def test_optimizer_groups_follow_mmsegmentation():
     def rates(preset, classes=150):
         cfg = run.make_config(cbp_occl.Config, cbp_occl.PRESETS, preset, out="unused")
         net = cbp_occl.build_model(cfg, classes)
-        groups = cbp_occl.parameter_groups(net, cfg)
+        groups = cbp_occl.build_optimizer(net, cfg, CPU).param_groups
         found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
         assert len(found) == sum(len(g["params"]) for g in groups) == len(list(net.parameters()))  # each once
         return {name: found[id(p)] for name, p in net.named_parameters()}
