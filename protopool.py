@@ -78,16 +78,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import images, metrics, protopool_figures, run, speed
+from common import images, protopool_figures, run, speed
 from common.backbones import EXTRACTORS, build_extractor
-from common.classification import clean_loader, evaluate, open_splits
+from common.classification import clean_loader, evaluate, open_splits, training_batches
 from common.files import list_images, read_image
-from common.images import network_input
-from common.loaders import BatchesFrom, to_device, train_loader
-from common.metrics import activation_box, activation_boxes  # noqa: F401 (for who imports them from here)
+from common.loaders import BatchesFrom, to_device
+from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401 (for those who copy)
 from common.run import RunConfig, UserError, opt
 from common.tables import Table, train_rows, write_table
-from common.transforms import coin, uniform
+from common.transforms import coin, uniform, warp
 
 
 # ---- options and recipes ----------------------------------------------------------------------------------
@@ -115,34 +114,29 @@ class Config(RunConfig):
     w_separation: float = opt(-0.08, "weight of L_sep, negative: the others' prototypes go away", at_most=0)
     w_orth: float = opt(1.0, "weight of L_orth", at_least=0)
     w_l1: float = opt(1e-4, "weight of the L1 norm of the last layer's off-class weights", at_least=0)
-    batch_size: int = opt(80, "images an iteration, over all GPUs; if memory runs out halve it, and the "
-                          "learning rates too", above=0)
+    batch_size: int = opt(80, "images of an iteration on all GPUs together; if memory runs out halve it, "
+                          "and the learning rates", above=0)
     passes_per_epoch: int = opt(30, "passes over the training images that make an epoch [D9]: schedule, "
                                 "temperature and early stopping count in epochs", above=0)
     pretrain_epochs: int = opt(0, "epochs as a plain classifier first [D18]", at_least=0, schedule=True)
-    warmup_epochs: int = opt(None, "epochs with a frozen backbone (default 10; official 9)", at_least=0,
-                             schedule=True)
+    warmup_epochs: int = opt(None, "epochs of the warm-up (10; official 9)", at_least=0, schedule=True)
     joint_epochs: int = opt(60, "epochs of the joint phase at most", at_least=0, schedule=True)
     patience: int = opt(12, "joint epochs without a lower validation loss until the phase stops", above=0)
-    finetune_epochs: int = opt(None, "epochs of the last layer alone (default 15; official 25)", at_least=0,
-                               schedule=True)
+    finetune_epochs: int = opt(None, "epochs of the last layer (15; official 25)", at_least=0, schedule=True)
     lr: float = opt(1.5e-3, "Adam learning rate of add-on layer and prototypes", above=0)
-    slot_lr: float = opt(1.5e-3, "learning rate of q; the paper's 2,247 steps at tau = 1 move q by 3: raise "
-                         "it where an epoch has few steps, or the slots freeze before they have learned",
-                         above=0)
+    slot_lr: float = opt(1.5e-3, "of q; the paper's 2,247 steps at tau = 1 move q by 3: raise it where an "
+                         "epoch has few steps, or the slots freeze before they have learned", above=0)
     backbone_lr: float = opt(5e-5, "learning rate of the backbone in the joint phase", above=0)
     weight_decay: float = opt(1e-3, "of backbone and add-on layer in the joint phase [D11]", at_least=0)
-    add_on_decay: float = opt(None, "of the add-on layer in both phases (default: none in the warm-up "
-                              "[D10], then --weight-decay); some hundred images want 0.03, or it learns "
-                              "them by heart", at_least=0)
+    add_on_decay: float = opt(None, "of the add-on layer (none in the warm-up [D10], then --weight-decay); "
+                              "some hundred images want 0.03, or it learns them by heart", at_least=0)
     lr_step: int = opt(5, "joint epochs between two cuts of the learning rates", above=0)
-    lr_gamma: float = opt(None, "factor of a cut (default 0.5; official 0.1)", above=0)
-    finetune_lr: float = opt(None, "learning rate of the last layer (default 1e-4; official 5e-5)", above=0)
+    lr_gamma: float = opt(None, "factor of a cut (0.5; official 0.1)", above=0)
+    finetune_lr: float = opt(None, "learning rate of the last layer (1e-4; official 5e-5)", above=0)
     augment: str = opt(None, "chain = all of Table 5, single = one of its warps, flip = left-right only "
-                       "(default chain; official single)", choices=("chain", "single", "flip", "none"))
+                       "(chain; official single)", choices=("chain", "single", "flip", "none"))
     mixup: bool = opt(True, "mix-up in training (Table 5)")
-    finetune_mixup: bool = opt(None, "mix-up in fine-tuning too, which makes it run through the whole "
-                               "network (default no; official yes)")
+    finetune_mixup: bool = opt(None, "mix-up in fine-tuning: through the whole network (no; official yes)")
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
     explain: str = opt("", "image or folder, cut out as the training images are: explain the predictions "
                        "of the run in OUT (Fig. 6) and stop", uses_run=True)
@@ -194,9 +188,6 @@ def check_config(cfg):
     if cfg.slots > cfg.prototypes:
         raise UserError(f"--slots {cfg.slots} with --prototypes {cfg.prototypes}: a class cannot hold more "
                         "prototypes than the pool has; raise --prototypes or lower --slots.")
-    if cfg.compare and len(cfg.compare) != 2:
-        raise UserError(f"--compare {' '.join(cfg.compare)}: give two class names, in quotes if they hold "
-                        "blanks.")
     if cfg.table and cfg.classifier == "linear":
         raise UserError("--table trains ProtoPool's rows: leave --classifier linear out.")
 
@@ -246,8 +237,7 @@ def squared_distances(features, prototypes):
 
     |z|^2 - 2 z.p + |p|^2, so that no (B,M,D,H,W) exists. Float32 also under autocast, and a matrix product,
     for which torch leaves TF32 off (cuDNN's convolutions have it on): near d2 = 0 the logarithm feels errors
-    of eps = 1e-4. At D = 256 a prototype that is a patch scores 9.2; errors of TF32 (1e-2) or bfloat16 (0.1)
-    make that 4 or 2.5.
+    of 1e-4. A prototype that is a patch scores 9.2; errors of TF32 (1e-2) or bfloat16 (0.1) make that 4, 2.5.
     """
     with torch.autocast(features.device.type, enabled=False):
         z = features.float().flatten(2)                              # (B,D,H*W)
@@ -430,7 +420,7 @@ class ProtoPool(nn.Module):
 # ---- augmentation and mix-up (Table 5) --------------------------------------------------------------------
 
 def augment(image, kind):
-    """Table 5 as a single projective warp, cut so that no border shows. uint8 (3,S,S) -> uint8 (3,S,S).
+    """Table 5 as a single projective warp. uint8 (3,S,S) -> uint8 (3,S,S).
 
     chain: rotation +-15 degrees, skew (probability 1/2), shear +-10 degrees, both flips (1/2 each).
     single: one of the three warps, left-right flip [D9]. flip: left-right flip. none: the image.
@@ -439,7 +429,6 @@ def augment(image, kind):
         return image
     mirrored = coin()
     upside_down = coin() and kind == "chain"
-    flips = torch.tensor([1 - 2 * mirrored, 1 - 2 * upside_down])    # of x and y: 1 or -1
     matrix = torch.eye(3)                                            # output -> input, both in [-1, 1]
     if kind != "flip":
         angle, slope = math.radians(uniform(-15, 15)), math.tan(math.radians(uniform(-10, 10)))
@@ -453,13 +442,7 @@ def augment(image, kind):
             matrix = rotation @ (skew if coin() else matrix) @ shear
         else:
             matrix = (rotation, skew, shear)[torch.randint(3, ()).item()]
-    line = torch.linspace(-1, 1, image.shape[-1])
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    grid = torch.stack([x, y, torch.ones_like(x)], -1) @ matrix.T    # (S,S,3)
-    grid = grid[..., :2] / grid[..., 2:]
-    corners = grid[[0, 0, -1, -1], [0, -1, 0, -1]].abs().max()
-    grid = flips * grid / corners.clamp(min=1)                       # zooms in until they are inside
-    return F.grid_sample(image[None].float(), grid[None], align_corners=True)[0].round().to(torch.uint8)
+    return warp(image, matrix, mirrored, upside_down)
 
 
 def mix(x, labels, alpha=0.5):
@@ -477,7 +460,7 @@ def mixed_cost(cost, labels, others, lam):
 # ---- a training step --------------------------------------------------------------------------------------
 
 def losses_of(model, x, labels, tau, cfg):
-    """The weighted terms of the loss (Supp. 8) for x (B,3,S,S), labels (B,): {name: scalar}, to be summed."""
+    """The weighted terms of the loss (Supp. 8) for x (B,3,S,S), labels (B,): {name: scalar}; add them up."""
     official = cfg.reading == "official"
     x, others, lam = mix(x, labels) if cfg.mixup else (x, labels, 1.0)
     with run.autocast(x.device, cfg.amp):
@@ -510,7 +493,7 @@ def build_optimizer(net, phase, cfg, device):
     if isinstance(net, ProtoPool):
         add_on = net.add_on_layers
         add_on_decay = add_on_decay if cfg.add_on_decay is None else cfg.add_on_decay
-        groups = [dict(params=[net.prototypes], lr=cfg.lr), dict(params=[net.q], lr=cfg.slot_lr)]      # [D11]
+        groups = [dict(params=[net.prototypes], lr=cfg.lr), dict(params=[net.q], lr=cfg.slot_lr)]     # [D11]
     else:
         add_on, groups = net.last_layer, []
     if phase != "warmup":
@@ -561,7 +544,7 @@ def end_epoch(log, steps, score, lr):
 def train_phase(net, phase, sets, progress, cfg, machine):
     """pretrain, warmup or joint; evaluates and saves after every epoch, and starts where progress says.
 
-    joint stops after cfg.patience epochs without a lower loss on val and leaves the best weights in net [D12].
+    joint stops after cfg.patience epochs without a lower loss on val, and ends with the best weights [D12].
     """
     if reached(progress, phase) and progress["phase"] != phase:
         return
@@ -576,7 +559,7 @@ def train_phase(net, phase, sets, progress, cfg, machine):
     enter_phase(phase, parts, progress, cfg, machine.device)
     epochs, steps, start = getattr(cfg, f"{phase}_epochs"), steps_per_epoch(sets, cfg), progress["iteration"]
     stop = start + (epochs - progress["epoch"]) * steps
-    batches = training_batches(sets["train"], start, stop, cfg, machine)
+    batches = training_batches(training_view(sets, cfg), start, stop, cfg, machine)
     val_loader = clean_loader(sets["val"], cfg, *machine)
     log = run.Log(out, progress, machine)
     while progress["epoch"] < epochs and progress["stale"] < cfg.patience:
@@ -665,18 +648,18 @@ def project(net, sets, progress, cfg, machine):
 
 # ---- fine-tuning of the last layer (Table 6), and all phases one after the other --------------------------
 
-def slot_batches(net, data, start, stop, cfg, machine):
+def slot_batches(net, sets, start, stop, cfg, machine):
     """Iterator over slots (B,C*K), labels, labels mixed in, lam: fine-tuning's iterations start..stop-1.
 
     Without mix-up the network runs once over the clean training images; the rest is look-ups.
     """
     if cfg.finetune_mixup:                                           # [D7]
-        for x, labels in training_batches(data, start, stop, cfg, machine):
+        for x, labels in training_batches(training_view(sets, cfg), start, stop, cfg, machine):
             x, others, lam = mix(x, labels)
             yield net.slot_scores(x), labels, others, lam
         return
     slots, labels = [], []
-    for batch in clean_loader(data, cfg, machine.device):
+    for batch in clean_loader(sets["train"], cfg, machine.device):
         x, label = to_device(batch, machine.device)
         slots.append(net.slot_scores(x))
         labels.append(label)
@@ -700,7 +683,7 @@ def finetune(net, sets, progress, cfg, machine):
     off_class = 1 - net.own_slots()                                  # (C,C*K)
     steps, start = steps_per_epoch(sets, cfg), progress["iteration"]
     stop = start + (cfg.finetune_epochs - progress["epoch"]) * steps
-    batches = slot_batches(net, sets["train"], start, stop, cfg, machine)
+    batches = slot_batches(net, sets, start, stop, cfg, machine)
     val_loader = clean_loader(sets["val"], cfg, *machine)
     log = run.Log(cfg.out, progress, machine)
     while progress["epoch"] < cfg.finetune_epochs:
@@ -728,8 +711,8 @@ def train(cfg, machine):
     sets = open_splits(cfg)
     classes = sets["train"].classes
     resumes = cfg.resume and (Path(cfg.out) / "last.pt").exists()    # killed before the first: start again
-    progress = dict(phase="start", epoch=0, iteration=0, stale=0, best=math.inf, seconds=0.0, log=[], sums={},
-                    slot=[], classes=classes, num_prototypes=cfg.prototypes)
+    progress = dict(phase="start", epoch=0, iteration=0, stale=0, best=math.inf, seconds=0.0, log=[],
+                    sums={}, slot=[], classes=classes, num_prototypes=cfg.prototypes)
     if resumes:
         progress |= run.read_progress(cfg.out, ("phase", "num_prototypes"), classes)
     torch.manual_seed(cfg.seed)
@@ -752,25 +735,18 @@ def steps_per_epoch(sets, cfg):
     return max(1, cfg.passes_per_epoch * len(sets["train"]) // cfg.batch_size)
 
 
-def training_view(data, cfg):
-    return images.TrainView(data, cfg.size, partial(augment, kind=cfg.augment))
-
-
-def training_batches(data, start, stop, cfg, machine):
-    """Iterator over the augmented batches of the iterations start..stop-1, on the device."""
-    view = training_view(data, cfg)
-    loader = train_loader(view, cfg.batch_size, cfg.seed, start, stop, cfg.workers, *machine)
-    return (to_device(batch, machine.device) for batch in loader)
+def training_view(sets, cfg):
+    return images.TrainView(sets["train"], cfg.size, partial(augment, kind=cfg.augment))
 
 
 def build_models(progress, cfg, device, weights="none"):
-    """The plain classifier, and the network of cfg.classifier on the same backbone. Pruned as progress says."""
+    """The plain classifier, and the network that --classifier names, on the same backbone."""
     backbone, classes = build_extractor(cfg.backbone, weights), len(progress["classes"])
     plain = PlainClassifier(backbone, classes).to(device, memory_format=torch.channels_last)
     if cfg.classifier == "linear":
         return plain, plain
-    pool = ProtoPool(backbone, classes, progress["num_prototypes"], cfg.slots, cfg.depth, cfg.reading, cfg.gumbel,
-                     cfg.focal)
+    pool = ProtoPool(backbone, classes, progress["num_prototypes"], cfg.slots, cfg.depth, cfg.reading,
+                     cfg.gumbel, cfg.focal)                          # fewer prototypes once they are pruned
     return plain, pool.to(device, memory_format=torch.channels_last)
 
 
@@ -787,7 +763,7 @@ def announce(net, sets, progress, cfg, machine):
         x, labels = to_device(batch, machine.device)
         return train_step(net, optimizer, x, labels, temperature_of("joint", 0, cfg), cfg)
 
-    speed.announce(step, training_view(sets["train"], cfg), dict(model=net, optimizer=optimizer),
+    speed.announce(step, training_view(sets, cfg), dict(model=net, optimizer=optimizer),
                    epochs * steps, epochs * len(sets["val"]), cfg, machine)
 
 
@@ -796,10 +772,12 @@ def announce(net, sets, progress, cfg, machine):
 def accuracies_by_stage(net, progress, loader, device):
     """Table 3: test accuracy before the projection, after it, and with the fine-tuned last layer."""
     projected, tuned = net.prototypes.detach().clone(), net.last_layer.weight.detach().clone()
+    before, untuned = progress["prototypes_before"], net.own_slots()
+    stages = {"accuracy_before_projection": (before, untuned),
+              "accuracy_after_projection": (projected, untuned),
+              "accuracy": (projected, tuned)}                        # in the end net is as it was
     result = {}
-    for name, prototypes, weight in (("accuracy_before_projection", progress["prototypes_before"], net.own_slots()),
-                                     ("accuracy_after_projection", projected, net.own_slots()),
-                                     ("accuracy", projected, tuned)):              # at last net is as it was
+    for name, (prototypes, weight) in stages.items():
         net.prototypes.data.copy_(prototypes)
         net.last_layer.weight.data.copy_(weight)
         result[name] = evaluate(net, loader, device)["accuracy"]
@@ -823,7 +801,7 @@ def report(net, sets, progress, cfg, machine):
     line = f"test accuracy {result['accuracy']:.1f}"
     if pools:
         weight = net.last_layer.weight.detach()
-        result |= metrics.sharing(net.hard_assignment().cpu()) | dict(
+        result |= sharing(net.hard_assignment().cpu()) | dict(
             prototypes_pruned=progress["pruned"], negative_weights=int((weight < 0).sum()),
             off_class_weight=weight[net.own_slots() == 0].abs().mean().item())
         truth, names = protopool_figures.truth_metrics(net, test_set, cfg.size, device)
@@ -841,7 +819,7 @@ def report(net, sets, progress, cfg, machine):
 @torch.no_grad()
 def explain_image(net, image, name, classes, patches, path, cfg, device):
     """Fig. 6 for an image uint8 (3,H,W): PNG at path; returns its numbers. own slots + rest = logit."""
-    x = network_input(image, cfg.size, device)
+    x = images.network_input(image, cfg.size, device)
     slots = net.slot_scores(x)[0].cpu().double()                     # (C*K,)
     weight = net.last_layer.weight.cpu().double()                    # (C,C*K)
     logits = weight @ slots
@@ -863,15 +841,14 @@ def explain_image(net, image, name, classes, patches, path, cfg, device):
 
 def draw_figures(net, sets, progress, names, cfg, device):
     """All figures of a run; returns the numbers of three explained test images. names: {prototype: part}."""
-    patches = protopool_figures.prototype_patches(net, sets["train"], progress["sources"], cfg, device)
-    protopool_figures.draw_run(net, sets, progress, names, patches, cfg, device)
+    patches = protopool_figures.draw_run(net, sets, progress, names, cfg, device)
     test_set, explanations = sets["test"], []
     for k in range(3):
         i = (2 * k + 1) * len(test_set) // 6                         # spread over the split
         image, label = test_set.read(i)
         title = f"{test_set.name_of(i)}; label: {test_set.classes[label]}"
-        explanations.append(explain_image(net, image, title, test_set.classes, patches,
-                                          Path(cfg.out) / "figures" / f"explanation-{k + 1}.png", cfg, device))
+        path = Path(cfg.out) / "figures" / f"explanation-{k + 1}.png"
+        explanations.append(explain_image(net, image, title, test_set.classes, patches, path, cfg, device))
     return explanations
 
 
@@ -900,11 +877,7 @@ def load_run(cfg, device):
 
 def explain(cfg, device):
     """--explain: for every image OUT/explanations/NAME.png (Fig. 6) and NAME.json."""
-    paths = list_images(cfg.explain)
-    names = Counter(path.stem for path in paths)
-    if names and max(names.values()) > 1:
-        raise UserError(f"--explain {cfg.explain} holds several images called {names.most_common(1)[0][0]}: "
-                        "their explanations would have the same name, so rename all but one.")
+    paths = list_images(cfg.explain, distinct=True)
     net, sets, progress = load_run(cfg, device)
     patches = protopool_figures.prototype_patches(net, sets["train"], progress["sources"], cfg, device)
     folder = Path(cfg.out) / "explanations"
@@ -921,10 +894,9 @@ def compare(cfg, device):
     """--compare A B: OUT/figures/pair-A-B.png (Fig. 1)."""
     net, sets, progress = load_run(cfg, device)
     classes, train_set = progress["classes"], sets["train"]
-    unknown = [name for name in cfg.compare if name not in classes]
-    if unknown or cfg.compare[0] == cfg.compare[1]:
-        raise UserError(f"--compare {(unknown or cfg.compare)[0]!r}: give two different classes that the run "
-                        f"knows: {', '.join(classes[:20])}{' ...' if len(classes) > 20 else ''}.")
+    if len(cfg.compare) != 2 or len({*cfg.compare} & {*classes}) != 2:
+        raise UserError(f"--compare {' '.join(map(repr, cfg.compare))}: give two class names of the run, such "
+                        f"as {', '.join(classes[:20])}; quote those that hold blanks.")
     patches = protopool_figures.prototype_patches(net, train_set, progress["sources"], cfg, device)
     path = protopool_figures.draw_comparison(*cfg.compare, train_set, net.held().cpu(), patches, cfg.out)
     print(f"drawn to {path}")
@@ -934,26 +906,27 @@ def compare(cfg, device):
 def evaluate_ensemble(cfg, device):
     """--ensemble (Table 1, "Ex"; the paper does not say how): test accuracy of the mean of the runs'
     probabilities, and how alike the runs share prototypes (Fig. 9, 13). Writes OUT/ensemble/."""
-    folder, chances, held_by = Path(cfg.out) / "ensemble", [], {}
+    folder, chances, held_by, answers = Path(cfg.out) / "ensemble", [], {}, None
     for out in cfg.ensemble:
         member = run.read_config(Config, out)
         member = replace(member, out=out, data=cfg.data or member.data, workers=cfg.workers, eval_only=False)
         net, sets, progress = load_run(member, device)
-        if chances and (classes, labels.tolist()) != (progress["classes"], sets["test"].labels):
+        if answers not in (None, (progress["classes"], sets["test"].labels)):
             raise UserError(f"--ensemble {out}: its data differ from those of {cfg.ensemble[0]}.")
-        classes, labels = progress["classes"], torch.tensor(sets["test"].labels)
-        batches = (to_device(batch, device)[0] for batch in clean_loader(sets["test"], member, device))
-        chances.append(torch.cat([net(x)[0].softmax(1).cpu() for x in batches]))                 # (N,C)
+        classes, labels = answers = progress["classes"], sets["test"].labels
+        loader = clean_loader(sets["test"], member, device)
+        chances.append(torch.cat([net(to_device(batch, device)[0])[0].softmax(1).cpu() for batch in loader]))
         held_by[str(out)] = net.held().cpu()                         # (C,M)
-    chances.append(torch.stack(chances).mean(0))
-    *each, mean = [100 * (chance.argmax(1) == labels).float().mean().item() for chance in chances]
+    chances.append(torch.stack(chances).mean(0))                     # (N,C) each
+    hits = [(chance.argmax(1) == torch.tensor(labels)).float().mean().item() for chance in chances]
     paper = {"CUB, 3 models": 87.5, "CUB, 5 models": 87.6, "Cars, 3 models": 91.1, "Cars, 5 models": 91.6}
-    result = dict(runs=list(cfg.ensemble), accuracies=each, accuracy=mean, paper=paper)
+    result = dict(runs=list(cfg.ensemble), accuracies=[100 * hit for hit in hits[:-1]],
+                  accuracy=100 * hits[-1], paper=paper)
     protopool_figures.draw_counts(held_by, folder / "classes_per_prototype.png")
     protopool_figures.draw_class_graph(held_by, classes, folder)
     run.write_json(folder / "metrics.json", result)
-    print(f"test accuracy of the runs {', '.join(f'{accuracy:.1f}' for accuracy in each)}; of the mean of "
-          f"their probabilities {mean:.1f}; see {folder}")
+    singly = ", ".join(f"{accuracy:.1f}" for accuracy in result["accuracies"])
+    print(f"test accuracy of the runs {singly}; of their mean {result['accuracy']:.1f}; see {folder}")
     return result
 
 
@@ -981,11 +954,10 @@ def table_of(cfg):
         return Table("Table 3: the projection", {"ProtoPool": {}}, COLUMNS, ("paper before", "paper after"),
                      {"ProtoPool": TABLE3.get(cfg.preset, (None, None))})
     if cfg.table == "11a":
-        shares = (0.25, 0.5, 0.75, 1, 1.5, 2, 2.5)
-        sizes = {max(cfg.slots, round(cfg.prototypes * share)) for share in shares}
+        sizes = {max(cfg.slots, round(k * cfg.prototypes)) for k in (0.25, 0.5, 0.75, 1, 1.5, 2, 2.5)}
         return Table("Fig. 11a: number of prototypes; the paper's curve is flat from about 200 on",
                      {f"{size} prototypes": dict(prototypes=size) for size in sorted(sizes)}, COLUMNS)
-    sizes = {min(cfg.prototypes, max(1, round(cfg.slots * times))) for times in (0.4, 0.6, 0.8, 1, 1.2, 1.4)}
+    sizes = {min(cfg.prototypes, max(1, round(k * cfg.slots))) for k in (0.4, 0.6, 0.8, 1, 1.2, 1.4)}
     return Table("Fig. 11b: number of slots; the paper's curve is flat from about 10 on",
                  {f"{size} slots": dict(slots=size) for size in sorted(sizes)}, COLUMNS)
 

@@ -1,10 +1,10 @@
-"""What protopool.py needs around its method: the splits of a run, clean batches of them, accuracy."""
+"""Image classification around a method: the splits of a run, batches of them, accuracy."""
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from common.images import CleanView, eval_loader, open_images
-from common.loaders import to_device
+from common.loaders import to_device, train_loader
 from common.run import UserError
 
 
@@ -20,8 +20,14 @@ def open_splits(cfg):
 
 
 def clean_loader(data, cfg, device, rank=0, world=1):
-    """Images in order, not augmented: x (B,3,size,size), labels (B,); process `rank` gets its share of them."""
+    """Images in order, not augmented: x (B,3,size,size), labels (B,); each process gets its share."""
     return eval_loader(CleanView(data, cfg.size), cfg.batch_size, cfg.workers, device, rank, world)
+
+
+def training_batches(view, start, stop, cfg, machine):
+    """Iterator over the augmented batches x, labels of the iterations start..stop-1, on the device."""
+    loader = train_loader(view, cfg.batch_size, cfg.seed, start, stop, cfg.workers, *machine)
+    return (to_device(batch, machine.device) for batch in loader)
 
 
 @torch.inference_mode()

@@ -85,14 +85,22 @@ def read_list(path):
     return [line.strip() for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
 
 
-def list_images(path):
-    """An image file, or a folder of them (not its sub-folders) -> sorted paths; UserError if none."""
+def list_images(path, distinct=False):
+    """An image file, or a folder of them (not its sub-folders) -> sorted paths; UserError if none.
+
+    distinct: UserError also for two files whose names differ in the ending alone: what is written for them
+    would have one name.
+    """
     path = Path(path)
     if path.is_file():
         return [path]
     found = sorted(p for p in path.glob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.name[0] != ".")
     if not found:
         raise UserError(f"{path} holds no image ({' '.join(IMAGE_ENDINGS)}): found there: {listing(path)}.")
+    for first, second in zip(found, found[1:]):
+        if distinct and first.stem == second.stem:
+            raise UserError(f"{path} holds {first.name} and {second.name}: what is written for both would have "
+                            "the same name, so rename one.")
     return found
 
 

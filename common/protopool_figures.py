@@ -16,17 +16,19 @@ from common.images import network_input
 from common.metrics import activation_box, activation_boxes
 
 
-def draw_run(net, sets, progress, names, patches, cfg, device):
-    """The figures of a run but for its explanations. names: {prototype: part}, may be empty."""
+def draw_run(net, sets, progress, names, cfg, device):
+    """Figures of a run but for its explanations. -> patches of the prototypes. names: {prototype: part}."""
     net.eval()
     folder = Path(cfg.out) / "figures"
-    train_set = sets["train"]
+    train_set, sources = sets["train"], progress["sources"]
     held = net.held().cpu()                                          # (C,M)
     portraits = [portrait(train_set, c) for c in range(train_set.num_classes)]
-    draw_prototypes(net, train_set, progress["sources"], held, names, patches, folder, cfg, device)
+    patches = prototype_patches(net, train_set, sources, cfg, device)
+    draw_prototypes(net, train_set, sources, held, names, patches, folder, cfg, device)
     draw_sharing(train_set.classes, held, patches, portraits, folder)
     draw_assignment(progress["soft"], progress["slot"], progress["classes"], folder)
     draw_focal(net, sets["test"], held, folder, cfg, device)
+    return patches
 
 
 # ---- prototypes as patches of training images ----
@@ -237,7 +239,7 @@ def observe(net, data, own, size, device, noise=0.2):
     """Every image of a split as the prototypes see it, in pixels of the network's input, on the CPU.
 
     own (N,M) bool: prototypes of the image's class. Returns similarities g_p (N,M), activation boxes
-    (N,M,4), the boxes of the own prototypes on the noisy image (N,M,4), part locations (N,P,3): x, y, visible.
+    (N,M,4), the boxes of the own prototypes on the noisy image (N,M,4), parts (N,P,3): x, y, visible.
     """
     generator = torch.Generator().manual_seed(0)
     similarity, boxes, noisy, points = [], [], [], []
@@ -260,7 +262,7 @@ def observe(net, data, own, size, device, noise=0.2):
 def truth_metrics(net, data, size, device):
     """Is the explanation true? Does a prototype's box hold the same part again, where parts are annotated?
 
-    -> numbers of common/metrics.py, and {prototype: "part share"} as a name for it; two empty dicts without parts.
+    -> numbers of common/metrics.py, and {prototype: "part share"}; two empty dicts without parts.
     """
     if not data.part_names:
         return {}, {}
