@@ -25,7 +25,7 @@ from PIL import Image
 
 import protopool
 from commands import call, flags_of
-from common import images, run, toy_birds
+from common import images, protopool_figures, run, tables, toy_birds
 from common.run import UserError
 from protopool import ProtoPool, Source, project_prototypes
 
@@ -415,17 +415,6 @@ def test_nothing_held_at_all_is_said():
         net.fix_slots()
 
 
-def test_frozen_means_eval_mode_for_the_backbone_alone():
-    net = small_net()
-    net.frozen = True
-    net.train()
-    assert not any(m.training for m in net.backbone.modules())
-    assert net.training and net.add_on_layers.training
-    net.frozen = False
-    assert all(m.training for m in net.train().modules())
-    assert not any(m.training for m in net.eval().modules())
-
-
 # ---- loss of a step, optimizers ----
 
 def slow_losses(logits, min_d2, y, q, labels, others, lam, cfg):
@@ -743,12 +732,12 @@ def test_fine_tuning_follows_the_reading(paper, official):
 def test_fine_tuning_without_mix_up_works_on_the_slots_of_the_clean_images(data, tmp_path):
     """The cached slots, batch by batch, are those of a pass over the clean images."""
     cfg = config(tmp_path, data)
-    sets, net = protopool.open_sets(cfg), small_net().eval()
+    sets, net = protopool.open_splits(cfg), small_net().eval()
     view = images.CleanView(sets["train"], 32)
-    batches = list(protopool.slot_batches(net, sets["train"], 0, 4, cfg, CPU, 0, 1))
+    batches = list(protopool.slot_batches(net, sets, 0, 4, cfg, run.Machine(CPU)))
     assert [len(b[1]) for b in batches] == [6] * 4 and all(lam == 1 for *_, lam in batches)
     with torch.no_grad():
-        every = {tuple(protopool.fixed_slots(net, view[i][0][None])[0].tolist()): view[i][1]
+        every = {tuple(net.slot_scores(view[i][0][None])[0].tolist()): view[i][1]
                  for i in range(12)}
     for slots, labels, others, _ in batches:
         assert slots.shape == (6, 6) and torch.equal(labels, others)
@@ -1022,7 +1011,7 @@ def assert_explains(facts, net, x, classes):
 def test_an_explanation_adds_up_to_the_logit(run_of, request, tmp_path):
     found = request.getfixturevalue(run_of)
     net, sets, progress = protopool.load_run(found.cfg, CPU)
-    patches = protopool.prototype_patches(net, sets["train"], progress, found.cfg, CPU)
+    patches = protopool_figures.prototype_patches(net, sets["train"], progress["sources"], found.cfg, CPU)
     assert len(patches) == len(net.prototypes) and all(p.dtype == torch.uint8 and p.numel() for p in patches)
     torch.manual_seed(0)
     for trial in range(3):
@@ -1052,7 +1041,7 @@ def test_explain_takes_grey_and_transparent_pictures(paper, pictures):
             assert drawn.mode == "RGB"
         facts = read(folder / f"{name}.json")
         assert facts["image"] == f"{name}.png" and f"= {facts['logit']:.2f}" in done.stdout
-        assert_explains(facts, net, protopool.network_input(pixels, paper.cfg, CPU), CLASSES)
+        assert_explains(facts, net, images.network_input(pixels, 32, CPU), CLASSES)
     assert script("--out", paper.out, "--explain", pictures / "grey.png").returncode == 0
 
 
@@ -1141,7 +1130,7 @@ def test_table_11b_trains_other_numbers_of_slots(data, tmp_path, monkeypatch):
     cfg = config(tmp_path, data, table="11b", **QUICK)
     found = protopool.main(cfg)
     assert list(found) == ["1 slots", "2 slots", "3 slots"]             # 0.4 to 1.4 times 2
-    assert [m["slots_in_all"] for m in found.values()] == [3, 6, 9]
+    assert [metrics["slots_in_all"] for metrics, in found.values()] == [3, 6, 9]
     text = (tmp_path / "table11b.md").read_text()
     assert "11b" in text and "| 3 slots |" in text
     with monkeypatch.context() as patch:
@@ -1151,14 +1140,14 @@ def test_table_11b_trains_other_numbers_of_slots(data, tmp_path, monkeypatch):
 
 def test_rows_of_the_tables_for_cub():
     def rows(table):
-        return list(protopool.rows_of_table(preset("cub-r34", table=table)).values())
+        return list(protopool.table_of(preset("cub-r34", table=table)).rows.values())
     assert [r["slots"] for r in rows("11b")] == [4, 6, 8, 10, 12, 14]   # the ticks of Fig. 11b
     sizes = [r["prototypes"] for r in rows("11a")]
     assert sizes[0] == 50 and sizes[-1] == 505 and 202 in sizes
-    cfg = preset("cub-r34", table="3")
+    table = protopool.table_of(preset("cub-r34", table="3"))
     metrics = dict(accuracy_before_projection=1.0, accuracy_after_projection=2.0, accuracy=3.0,
                    prototypes_used=4, empty_slots=5, repeated_slots=6)
-    assert protopool.table_lines(cfg, {"ProtoPool": metrics}, CPU)[-1] == (
+    assert tables.table_text(table, {"ProtoPool": [metrics]}).splitlines()[-1] == (
         "| ProtoPool | 1.0 | 2.0 | 3.0 | 4 | 5 | 6 | 80.8 | 80.3 |")    # the paper's Table 3, ResNet-34
 
 
@@ -1194,18 +1183,6 @@ def test_birds_get_the_truth_metrics(tmp_path, monkeypatch):
     assert metrics["parts_per_box"] == pytest.approx(inside.sum(2).mean(), abs=0.02)
 
 
-def test_activation_boxes_are_those_of_activation_box():
-    maps = torch.rand(9, 4, 5, generator=torch.Generator().manual_seed(0))
-    maps[3], maps[4, 2, 2] = 0.5, 9.0
-    for size in ((32, 32), (20, 41)):
-        for percentile in (95, 60):
-            boxes = protopool.activation_boxes(maps, size, percentile)
-            assert boxes.shape == (9, 4) and boxes.dtype == torch.int64
-            single = [protopool.activation_box(map, size, percentile) for map in maps]
-            assert [tuple(box) for box in boxes.tolist()] == single
-    assert boxes[3].tolist() == [0, 20, 0, 41]
-
-
 # ---- mistakes ----
 
 @pytest.mark.parametrize("argv, words", [
@@ -1214,7 +1191,7 @@ def test_activation_boxes_are_those_of_activation_box():
     (["--preset", "cub-r34", "--weights", "none", "--data", "nowhere"], ["nowhere"]),
     (["--data", "nowhere"], ["toy_birds", "nowhere"]),
     (["--slots", "9", "--prototypes", "8"], ["--slots 9", "--prototypes 8"]),
-    (["--w-separation", "1"], ["--w-separation 1.0", "must not be positive"]), (["--lr", "0"], ["--lr 0.0"]),
+    (["--w-separation", "1"], ["--w-separation 1.0", "must be at most 0"]), (["--lr", "0"], ["--lr 0.0"]),
     (["--batch-size", "0"], ["--batch-size 0"]), (["--weight-decay", "-1"], ["--weight-decay -1.0"]),
     (["--val-fraction", "0.9"], ["val_fraction", "0.9"]), (["--patience", "0"], ["--patience 0"]),
     (["--reading", "own"], ["--reading"]), (["--backbone", "vgg"], ["vgg"]), (["--table", "5"], ["--table"]),
