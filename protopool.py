@@ -81,7 +81,7 @@ from tqdm import tqdm
 from common import images, protopool_figures, run, speed
 from common.backbones import EXTRACTORS, build_extractor
 from common.classification import clean_loader, evaluate, open_splits, training_batches
-from common.files import list_images, read_image
+from common.files import list_images
 from common.loaders import BatchesFrom, to_device
 from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401 (for those who copy)
 from common.run import RunConfig, UserError, opt
@@ -237,7 +237,7 @@ def squared_distances(features, prototypes):
 
     |z|^2 - 2 z.p + |p|^2, so that no (B,M,D,H,W) exists. Float32 also under autocast, and a matrix product,
     for which torch leaves TF32 off (cuDNN's convolutions have it on): near d2 = 0 the logarithm feels errors
-    of 1e-4. A prototype that is a patch scores 9.2; errors of TF32 (1e-2) or bfloat16 (0.1) make that 4, 2.5.
+    of 1e-4. A prototype that is a patch scores 9.2, but 4 with TF32's errors (1e-2), 2.5 with bfloat16's.
     """
     with torch.autocast(features.device.type, enabled=False):
         z = features.float().flatten(2)                              # (B,D,H*W)
@@ -378,21 +378,18 @@ class ProtoPool(nn.Module):
             hard = harden(assign(self.q, temperature(30)))
         return torch.where(self.fixed, self.q, hard)
 
-    def slots(self, d2, tau=None):
-        """(B,M,h,w) -> similarities of all slots (B,C*K), and the assignment that mixed them (C,K,M)."""
-        y = self.hard_assignment() if tau is None else self.soft_assignment(tau, gumbel_noise(self.q))
-        return slot_similarity(d2, y, self.reading, self.focal).flatten(1), y
-
     def forward(self, x, tau=None):
         d2 = self.distances(x)                                       # (B,M,h,w)
         with torch.autocast(x.device.type, enabled=False):           # float32: see squared_distances
-            slots, y = self.slots(d2, tau)                           # (B,C*K), (C,K,M)
+            y = self.hard_assignment() if tau is None else self.soft_assignment(tau, gumbel_noise(self.q))
+            slots = slot_similarity(d2, y, self.reading, self.focal).flatten(1)    # (B,C*K)
             return self.last_layer(slots), d2.flatten(2).amin(2), y
 
     @torch.no_grad()
     def slot_scores(self, x):
         """Similarities of the hard slots of test time: (B,3,H,W) -> (B,C*K)."""
-        return self.slots(self.distances(x))[0]
+        y = self.hard_assignment()
+        return slot_similarity(self.distances(x), y, self.reading, self.focal).flatten(1)
 
     @torch.no_grad()
     def similarity_maps(self, x):
@@ -757,14 +754,11 @@ def announce(net, sets, progress, cfg, machine):
     if epochs <= 0 or reached(progress, "project"):
         return
     optimizer, _ = build_optimizer(net, "joint", cfg, machine.device)
+    tau = temperature_of("joint", 0, cfg)
     net.train()
-
-    def step(batch):
-        x, labels = to_device(batch, machine.device)
-        return train_step(net, optimizer, x, labels, temperature_of("joint", 0, cfg), cfg)
-
-    speed.announce(step, training_view(sets, cfg), dict(model=net, optimizer=optimizer),
-                   epochs * steps, epochs * len(sets["val"]), cfg, machine)
+    speed.announce(lambda batch: train_step(net, optimizer, *to_device(batch, machine.device), tau, cfg),
+                   training_view(sets, cfg), dict(model=net, optimizer=optimizer), epochs * steps,
+                   epochs * len(sets["val"]), cfg, machine)
 
 
 # ---- evaluation -------------------------------------------------------------------------------------------
@@ -805,7 +799,9 @@ def report(net, sets, progress, cfg, machine):
             prototypes_pruned=progress["pruned"], negative_weights=int((weight < 0).sum()),
             off_class_weight=weight[net.own_slots() == 0].abs().mean().item())
         truth, names = protopool_figures.truth_metrics(net, test_set, cfg.size, device)
-        result |= truth | dict(explanations=draw_figures(net, sets, progress, names, cfg, device))
+        explain_one = partial(explanation, net, progress["classes"], cfg, device)
+        facts = protopool_figures.draw_run(net, sets, progress, names, explain_one, cfg, device)
+        result |= truth | dict(explanations=facts)
         line += (f" (before projection {result['accuracy_before_projection']:.1f}, right after it "
                  f"{result['accuracy_after_projection']:.1f}), {result['prototypes_used']} prototypes for "
                  f"{result['slots_in_all']} slots; look into {cfg.out}/figures")
@@ -814,13 +810,10 @@ def report(net, sets, progress, cfg, machine):
     return result
 
 
-# ---- explanations (Fig. 6) and figures --------------------------------------------------------------------
-
 @torch.no_grad()
-def explain_image(net, image, name, classes, patches, path, cfg, device):
-    """Fig. 6 for an image uint8 (3,H,W): PNG at path; returns its numbers. own slots + rest = logit."""
-    x = images.network_input(image, cfg.size, device)
-    slots = net.slot_scores(x)[0].cpu().double()                     # (C*K,)
+def explanation(net, classes, cfg, device, image, name):
+    """Fig. 6 in numbers, for an image uint8 (3,H,W): the terms of the logit; own slots + rest = logit."""
+    slots = net.slot_scores(images.network_input(image, cfg.size, device))[0].cpu().double()     # (C*K,)
     weight = net.last_layer.weight.cpu().double()                    # (C,C*K)
     logits = weight @ slots
     c = int(logits.argmax())
@@ -833,23 +826,8 @@ def explain_image(net, image, name, classes, patches, path, cfg, device):
     terms.sort(key=lambda term: -term["product"])
     total = sum(term["product"] for term in terms)
     rest = logits[c].item() - total
-    facts = dict(image=name, prediction=classes[c], probability=logits.softmax(0)[c].item(), slots=terms,
-                 own=total, rest=rest, logit=total + rest)
-    protopool_figures.draw_explanation(facts, image, net.similarity_maps(x)[0].cpu(), patches, path)
-    return facts
-
-
-def draw_figures(net, sets, progress, names, cfg, device):
-    """All figures of a run; returns the numbers of three explained test images. names: {prototype: part}."""
-    patches = protopool_figures.draw_run(net, sets, progress, names, cfg, device)
-    test_set, explanations = sets["test"], []
-    for k in range(3):
-        i = (2 * k + 1) * len(test_set) // 6                         # spread over the split
-        image, label = test_set.read(i)
-        title = f"{test_set.name_of(i)}; label: {test_set.classes[label]}"
-        path = Path(cfg.out) / "figures" / f"explanation-{k + 1}.png"
-        explanations.append(explain_image(net, image, title, test_set.classes, patches, path, cfg, device))
-    return explanations
+    return dict(image=name, prediction=classes[c], probability=logits.softmax(0)[c].item(), slots=terms,
+                own=total, rest=rest, logit=total + rest)
 
 
 # ---- use trained runs -------------------------------------------------------------------------------------
@@ -879,54 +857,40 @@ def explain(cfg, device):
     """--explain: for every image OUT/explanations/NAME.png (Fig. 6) and NAME.json."""
     paths = list_images(cfg.explain, distinct=True)
     net, sets, progress = load_run(cfg, device)
-    patches = protopool_figures.prototype_patches(net, sets["train"], progress["sources"], cfg, device)
-    folder = Path(cfg.out) / "explanations"
-    for path in paths:
-        facts = explain_image(net, read_image(path), path.name, progress["classes"], patches,
-                              folder / f"{path.stem}.png", cfg, device)
-        run.write_json(folder / f"{path.stem}.json", facts)
-        terms = " + ".join(f"{term['product']:.2f} (p{term['prototype']})" for term in facts["slots"])
-        print(f"{path}: {facts['prediction']} ({100 * facts['probability']:.0f} %) because {terms} + rest "
-              f"{facts['rest']:.2f} = {facts['logit']:.2f} -> {folder / path.stem}.png")
+    explain_one = partial(explanation, net, progress["classes"], cfg, device)
+    protopool_figures.explain_files(paths, net, sets["train"], progress["sources"], explain_one, cfg, device)
 
 
 def compare(cfg, device):
     """--compare A B: OUT/figures/pair-A-B.png (Fig. 1)."""
     net, sets, progress = load_run(cfg, device)
-    classes, train_set = progress["classes"], sets["train"]
-    if len(cfg.compare) != 2 or len({*cfg.compare} & {*classes}) != 2:
-        raise UserError(f"--compare {' '.join(map(repr, cfg.compare))}: give two class names of the run, such "
-                        f"as {', '.join(classes[:20])}; quote those that hold blanks.")
-    patches = protopool_figures.prototype_patches(net, train_set, progress["sources"], cfg, device)
-    path = protopool_figures.draw_comparison(*cfg.compare, train_set, net.held().cpu(), patches, cfg.out)
-    print(f"drawn to {path}")
+    protopool_figures.compare(net, sets["train"], progress["sources"], cfg, device)
 
 
 @torch.inference_mode()
 def evaluate_ensemble(cfg, device):
     """--ensemble (Table 1, "Ex"; the paper does not say how): test accuracy of the mean of the runs'
     probabilities, and how alike the runs share prototypes (Fig. 9, 13). Writes OUT/ensemble/."""
-    folder, chances, held_by, answers = Path(cfg.out) / "ensemble", [], {}, None
+    folder, chances, held_by, first = Path(cfg.out) / "ensemble", [], {}, None
     for out in cfg.ensemble:
-        member = run.read_config(Config, out)
-        member = replace(member, out=out, data=cfg.data or member.data, workers=cfg.workers, eval_only=False)
-        net, sets, progress = load_run(member, device)
-        if answers not in (None, (progress["classes"], sets["test"].labels)):
+        member = replace(run.read_config(Config, out), out=out, workers=cfg.workers, eval_only=False)
+        net, sets, progress = load_run(replace(member, data=cfg.data or member.data), device)
+        first = first or sets["test"]
+        if (sets["test"].classes, sets["test"].labels) != (first.classes, first.labels):
             raise UserError(f"--ensemble {out}: its data differ from those of {cfg.ensemble[0]}.")
-        classes, labels = answers = progress["classes"], sets["test"].labels
         loader = clean_loader(sets["test"], member, device)
         chances.append(torch.cat([net(to_device(batch, device)[0])[0].softmax(1).cpu() for batch in loader]))
         held_by[str(out)] = net.held().cpu()                         # (C,M)
-    chances.append(torch.stack(chances).mean(0))                     # (N,C) each
-    hits = [(chance.argmax(1) == torch.tensor(labels)).float().mean().item() for chance in chances]
+    chances.append(torch.stack(chances).mean(0))                     # (N,C), like the others
+    labels = torch.tensor(first.labels)
+    *each, ensemble = [100 * (chance.argmax(1) == labels).float().mean().item() for chance in chances]
     paper = {"CUB, 3 models": 87.5, "CUB, 5 models": 87.6, "Cars, 3 models": 91.1, "Cars, 5 models": 91.6}
-    result = dict(runs=list(cfg.ensemble), accuracies=[100 * hit for hit in hits[:-1]],
-                  accuracy=100 * hits[-1], paper=paper)
+    result = dict(runs=list(cfg.ensemble), accuracies=each, accuracy=ensemble, paper=paper)
     protopool_figures.draw_counts(held_by, folder / "classes_per_prototype.png")
-    protopool_figures.draw_class_graph(held_by, classes, folder)
+    protopool_figures.draw_class_graph(held_by, first.classes, folder)
     run.write_json(folder / "metrics.json", result)
-    singly = ", ".join(f"{accuracy:.1f}" for accuracy in result["accuracies"])
-    print(f"test accuracy of the runs {singly}; of their mean {result['accuracy']:.1f}; see {folder}")
+    print(f"test accuracy of the runs {', '.join(f'{accuracy:.1f}' for accuracy in each)}; of the mean of "
+          f"their probabilities {ensemble:.1f}; see {folder}")
     return result
 
 

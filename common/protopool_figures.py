@@ -12,23 +12,36 @@ from tqdm import tqdm
 
 from common import figures, metrics, run
 from common.classification import clean_loader
+from common.files import read_image
 from common.images import network_input
 from common.metrics import activation_box, activation_boxes
+from common.run import UserError
 
 
-def draw_run(net, sets, progress, names, cfg, device):
-    """Figures of a run but for its explanations. -> patches of the prototypes. names: {prototype: part}."""
+def draw_run(net, sets, progress, names, explain, cfg, device):
+    """OUT/figures/ of a run; returns what explain(image, name) says of three test images.
+
+    explain: the script's explanation(). names: {prototype: part}, may be empty.
+    """
     net.eval()
     folder = Path(cfg.out) / "figures"
-    train_set, sources = sets["train"], progress["sources"]
+    train_set, test_set, sources = sets["train"], sets["test"], progress["sources"]
     held = net.held().cpu()                                          # (C,M)
     portraits = [portrait(train_set, c) for c in range(train_set.num_classes)]
     patches = prototype_patches(net, train_set, sources, cfg, device)
     draw_prototypes(net, train_set, sources, held, names, patches, folder, cfg, device)
     draw_sharing(train_set.classes, held, patches, portraits, folder)
     draw_assignment(progress["soft"], progress["slot"], progress["classes"], folder)
-    draw_focal(net, sets["test"], held, folder, cfg, device)
-    return patches
+    draw_focal(net, test_set, held, folder, cfg, device)
+    explanations = []
+    for k in range(3):
+        i = (2 * k + 1) * len(test_set) // 6                         # spread over the split
+        image, label = test_set.read(i)
+        facts = explain(image, f"{test_set.name_of(i)}; label: {test_set.classes[label]}")
+        maps = maps_of(net, image, cfg, device)
+        draw_explanation(facts, image, maps, patches, folder / f"explanation-{k + 1}.png")
+        explanations.append(facts)
+    return explanations
 
 
 # ---- prototypes as patches of training images ----
@@ -155,13 +168,20 @@ def draw_pair(a, b, classes, held, patches, portraits, path):
                       title=f"{classes[a]} and {classes[b]}: own and shared prototypes (Fig. 1)")
 
 
-def draw_comparison(first, second, train_set, held, patches, out):
-    """draw_pair for two names of classes: OUT/figures/pair-A-B.png, whose path is returned."""
-    a, b = train_set.classes.index(first), train_set.classes.index(second)
-    path = Path(out) / "figures" / f"pair-{first}-{second}.png".replace(" ", "_").replace("/", "_")
+def compare(net, train_set, sources, cfg, device):
+    """draw_pair for the two classes that --compare names: OUT/figures/pair-A-B.png; UserError for others."""
+    classes = train_set.classes
+    if len(cfg.compare) != 2 or len({*cfg.compare} & {*classes}) != 2:
+        given, known = " ".join(map(repr, cfg.compare)), ", ".join(classes[:20])
+        raise UserError(f"--compare {given}: give two class names of the run, quoted if they hold blanks: "
+                        f"{known}{' ...' if len(classes) > 20 else ''}.")
+    a, b = (classes.index(name) for name in cfg.compare)
+    name = f"pair-{classes[a]}-{classes[b]}.png".replace(" ", "_").replace("/", "_")
+    path = Path(cfg.out) / "figures" / name
+    patches = prototype_patches(net, train_set, sources, cfg, device)
     portraits = {c: portrait(train_set, c) for c in (a, b)}
-    draw_pair(a, b, train_set.classes, held, patches, portraits, path)
-    return path
+    draw_pair(a, b, classes, net.held().cpu(), patches, portraits, path)
+    print(f"drawn to {path}")
 
 
 # ---- slots, focal similarity ----
@@ -215,10 +235,24 @@ def draw_focal(net, data, held, folder, cfg, device, most=1000):
                            title=f"Similarity of {count} test images to all prototypes (Fig. 17)")
 
 
-# ---- an explanation, and what the boxes of prototypes hold ----
+# ---- explanations, and what the boxes of prototypes hold ----
+
+def explain_files(paths, net, train_set, sources, explain, cfg, device):
+    """For every image file OUT/explanations/NAME.png (Fig. 6), NAME.json and a line. explain: see draw_run."""
+    patches = prototype_patches(net, train_set, sources, cfg, device)
+    for path in paths:
+        image = read_image(path)
+        facts = explain(image, path.name)
+        stem = Path(cfg.out) / "explanations" / path.stem
+        draw_explanation(facts, image, maps_of(net, image, cfg, device), patches, f"{stem}.png")
+        run.write_json(f"{stem}.json", facts)
+        terms = " + ".join(f"{term['product']:.2f} (p{term['prototype']})" for term in facts["slots"])
+        print(f"{path}: {facts['prediction']} ({100 * facts['probability']:.0f} %) because {terms} + rest "
+              f"{facts['rest']:.2f} = {facts['logit']:.2f} -> {stem}.png")
+
 
 def draw_explanation(facts, image, maps, patches, path):
-    """Fig. 6: the image, and a row for every term of its logit. facts: of explain_image; maps (M,h,w)."""
+    """Fig. 6: the image, and a row for every term of its logit. facts: see draw_run; maps (M,h,w)."""
     rows = [[(image, facts["image"]),
              (image, f"prediction: {facts['prediction']} ({100 * facts['probability']:.0f} %)")]]
     terms = facts["slots"]

@@ -757,7 +757,7 @@ def test_validation_is_apart_and_the_test_split_is_read_for_the_report_alone(pap
 
 
 def test_choosing_on_the_test_split_is_said_in_the_metrics(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     with recording() as found:
         metrics = protopool.main(config(tmp_path, data, select_on_test=True, **QUICK))
     assert "test" in metrics["chosen_on"] and "optimistic" in metrics["chosen_on"]
@@ -800,13 +800,13 @@ def test_same_seed_same_numbers(paper, data, tmp_path, monkeypatch):
     assert numbers(again) == numbers(read(paper.out / "metrics.json"))
     a, b = (run.read_checkpoint(out / "last.pt") for out in (paper.out, tmp_path / "again"))
     assert same(a, b)
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     protopool.main(config(tmp_path / "other", data, seed=1))
     assert not same(a["model"], run.read_checkpoint(tmp_path / "other" / "last.pt")["model"])
 
 
 def test_batches_of_one_image_go_through_every_phase(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     for reading in ("paper", "official"):
         metrics = protopool.main(config(tmp_path / reading, data, batch_size=1, reading=reading, mixup=True,
                                         **QUICK | dict(pretrain_epochs=1)))
@@ -829,7 +829,7 @@ def test_early_stopping_ends_the_joint_phase_with_its_best_weights(data, tmp_pat
         return dict(accuracy=accuracy, ce=ce) if len(calls) <= len(SCRIPTED) else evaluate(*args)
 
     monkeypatch.setattr(protopool, "evaluate", scripted)
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     with recording() as found:
         metrics = protopool.main(config(tmp_path, data, reading=reading, patience=2,
                                         **QUICK | dict(joint_epochs=20)))
@@ -906,7 +906,7 @@ def whole(request, data, tmp_path_factory):
     """An uninterrupted run with mix-up, which `official` has in fine-tuning too."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(protopool, "draw_figures", lambda *args: [])
+        patch.setattr(protopool_figures, "draw_run", lambda *args: [])
         metrics = protopool.main(config(out, data, reading=request.param, **RESUMED))
     log, saved = list(csv.DictReader(open(out / "log.csv"))), run.read_checkpoint(out / "last.pt")
     return SimpleNamespace(metrics=metrics, saved=saved, reading=request.param, log=log)
@@ -914,7 +914,7 @@ def whole(request, data, tmp_path_factory):
 
 @pytest.mark.parametrize("name, at", DEATHS)
 def test_resume_ends_bit_for_bit_like_an_uninterrupted_run(whole, data, tmp_path, monkeypatch, name, at):
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     cfg = config(tmp_path, data, reading=whole.reading, **RESUMED)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(protopool, name, killing(getattr(protopool, name), at))
@@ -931,7 +931,7 @@ def test_resume_ends_bit_for_bit_like_an_uninterrupted_run(whole, data, tmp_path
 
 def test_resume_remembers_how_long_the_joint_phase_has_waited(data, tmp_path, monkeypatch):
     """Killed after one epoch of two without a better validation: the count goes on."""
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     found, evaluate = {}, protopool.evaluate
     for name, death in (("whole", None), ("killed", 3)):
         calls = []
@@ -984,7 +984,7 @@ def assert_explains(facts, net, x, classes):
     logits, _, y = net(x)
     c = int(logits[0].argmax())
     with torch.no_grad():
-        slots = net.slots(protopool.squared_distances(net.features(x), net.prototypes))[0][0]
+        slots = net.slot_scores(x)[0]
     assert facts["prediction"] == classes[c]
     assert facts["logit"] == pytest.approx(logits[0, c].item(), abs=1e-4)
     assert facts["own"] + facts["rest"] == pytest.approx(facts["logit"], abs=1e-9)
@@ -1021,7 +1021,9 @@ def test_an_explanation_adds_up_to_the_logit(run_of, request, tmp_path):
             net.reading = "paper"
         image = sets["test"].read(trial)[0]
         path = tmp_path / "why.png"
-        facts = protopool.explain_image(net, image, "title", CLASSES, patches, path, found.cfg, CPU)
+        facts = protopool.explanation(net, CLASSES, found.cfg, CPU, image, "title")
+        maps = protopool_figures.maps_of(net, image, found.cfg, CPU)
+        protopool_figures.draw_explanation(facts, image, maps, patches, path)
         x = images.CleanView(sets["test"], 32)[trial][0][None]
         assert_explains(facts, net, x, CLASSES)
         assert trial < 2 or len(facts["slots"]) == 1
@@ -1098,7 +1100,7 @@ def test_an_ensemble_averages_probabilities(paper, official, data, tmp_path):
 # ---- tables ----
 
 def test_table_4_keeps_the_rows_that_were_trained(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     cfg = config(tmp_path, data, table="4", slot_lr=0.5, **QUICK)
     protopool.main(cfg)
     table = (tmp_path / "table4.md").read_text()
@@ -1126,7 +1128,7 @@ def test_table_4_keeps_the_rows_that_were_trained(data, tmp_path, monkeypatch):
 
 
 def test_table_11b_trains_other_numbers_of_slots(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     cfg = config(tmp_path, data, table="11b", **QUICK)
     found = protopool.main(cfg)
     assert list(found) == ["1 slots", "2 slots", "3 slots"]             # 0.4 to 1.4 times 2
@@ -1264,7 +1266,7 @@ def test_checkpoints_of_other_runs_are_refused(paper, linear, data, pictures, tm
         assert str(other) in text, text
         return text
 
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     protopool.main(config(tmp_path / "deep", data, depth=5))
     for argv in (["--resume"], ["--eval-only"], ["--explain", pictures]):
         assert "does not fit" in with_checkpoint(tmp_path / "deep" / "last.pt", *argv)
