@@ -39,15 +39,13 @@ Where we read or do something else than is printed ([D*] marks the line):
 [D7] "Equally divide y": per class, the first half of its pixels in batch, row, column order, and the rest.
      Cuts mostly between images and objects, the paper's idea of a view. A class of one pixel is left out.
      --views random halves at random. Labels are shrunk to the features' size by nearest.
-[D8] The features of Eq. (1) are not normalised, though Sec. 3.2 says that only the cosine counts: with unit
-     features and T = 2 the cross-entropy of 150 classes could not fall below 3.05. The argmax does depend on
-     cosines alone.
+[D8] The features of Eq. (1) are not normalised, though Sec. 3.2 says that only the cosine counts, which is
+     true of the argmax: with unit features and T = 2 the cross-entropy of 150 classes stays above 3.05.
 [D9] g of Eq. (1) is the decode head itself: no extra projection, nor a bias, which would be a prior again.
 [D10] Cross-entropy averages over labelled pixels (PyTorch); mmsegmentation divides by all, 255 included.
 [D11] "For convolution models the optimizer is SGD" holds for FCN; ConvNeXt takes mmsegmentation's AdamW.
 [D12] OCCL sees the classes of one GPU's images: 8 GPUs with 2 images each contrast fewer than one with 16.
-[D13] ResNet has torchvision's 7x7 stem, not mmsegmentation's three 3x3 convolutions, and ConvNeXt is
-     evaluated on whole images, not in sliding windows.
+[D13] ResNet has torchvision's 7x7 stem, not three 3x3 convolutions; ConvNeXt sees whole images, no windows.
 [D14] The paper prints neither the momentum of "EMA" (0.999, as in ProtoSeg, GMMSeg) nor the "Penalty".
 """
 
@@ -62,9 +60,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import cbp_occl_figures, datasets, files, loaders, run, segmentation, speed, tables, transforms
+from common import cbp_occl_figures, datasets, files, run, segmentation, speed, tables
 from common.backbones import build_network, class_means_of_backbone, parameter_groups
+from common.loaders import TestView, TrainView, eval_loader, pixel_counts, to_device, train_loader
 from common.run import RunConfig, UserError, opt
+from common.transforms import normalise, resize_to_short_side
 
 
 # ---- options and recipes ---------------------------------------------------------------------------------
@@ -147,8 +147,6 @@ def check_config(cfg):
         raise UserError(f"--prototypes and {other} exclude each other: give one of them.")
     if cfg.stage_decay != 1 and cfg.backbone not in ("convnext_small", "convnext_base"):
         raise UserError(f"--stage-decay is for convnext_small and _base, not for {cfg.backbone}: drop it.")
-    if cfg.prototypes and not cfg.prototypes.endswith(".npy"):
-        raise UserError(f"--prototypes {cfg.prototypes}: must be a .npy file, written with numpy.save.")
 
 
 # ---- prototypes (Sec. 3.2, Alg. 1) -----------------------------------------------------------------------
@@ -156,9 +154,8 @@ def check_config(cfg):
 def gram_schmidt(rows):
     """Algorithm 1, lines 3-11: orthogonal rows by the classical Gram-Schmidt process, not rescaled.
 
-    rows (N,C) -> (N,C) float64; in float32 a square case (N = C = 256) ends 5.7e-3 off orthogonal.
-    ValueError if N > C, or if a row is a combination of those before it: what is left of it would be
-    rounding noise.
+    rows (N,C) -> (N,C) float64; in float32 the square case N = C = 256 ends 5.7e-3 off. ValueError
+    if N > C, or if a row is a combination of those before it: the rest of it would be rounding noise.
     """
     num_classes, channels = rows.shape
     if num_classes > channels:
@@ -189,8 +186,8 @@ def category_basis_prototypes(num_classes, channels, length=2.0, rows=None, orth
         generator = torch.Generator().manual_seed(seed)                # W must not depend on other draws
         rows = nn.init.kaiming_normal_(torch.empty(num_classes, channels), generator=generator)
     if tuple(rows.shape) != (num_classes, channels):
-        raise ValueError(f"prototypes of shape {tuple(rows.shape)} do not fit {num_classes} classes in "
-                         f"{channels} channels.")
+        raise ValueError(f"rows of shape {tuple(rows.shape)} do not fit {num_classes} classes in {channels} "
+                         "channels, which --head-channels sets.")
     W = gram_schmidt(rows) if orthogonal else rows.double()
     if equal:
         norms = W.norm(dim=1, keepdim=True)
@@ -305,8 +302,8 @@ def occl_loss(features, labels, prototypes, w_centroid, w_category, tau=0.07, mo
     """Online Centroid Contrastive Loss, Eq. (6): half of (lambda (L_v1 + L_v2) + phi (L_c1 + L_c2)).
 
     features (B,C,h,w), labels (B,H,W) at any size, 255 ignored, prototypes (N,C) -> scalar; the images of
-    this process only [D12]. Always in float32: means over thousands of pixels, divided by 0.07, do not
-    survive bfloat16. 0 with zero gradient where nothing is labelled.
+    this process only [D12]. In float32: means over thousands of pixels, divided by 0.07, do not survive
+    bfloat16. 0 with zero gradient where nothing is labelled.
     """
     with torch.autocast(features.device.type, enabled=False):
         labels = shrink_labels(labels, features.shape[2:])
@@ -344,10 +341,7 @@ class PrototypeClassifier(nn.Module):
 
     @torch.no_grad()
     def ema_step(self, category, present, momentum=0.999):
-        """Table 4 "EMA" [D14]: w_i <- m w_i + (1 - m) T s_i/|s_i| for classes present, then length T.
-
-        category (N,C), present (N,) bool.
-        """
+        """Table 4 "EMA" [D14]: w_i <- m w_i + (1 - m) T s_i/|s_i|, then length T; if present (N,) bool."""
         moved = momentum * self.prototypes + (1 - momentum) * self.length * F.normalize(category, dim=1)
         moved = self.length * F.normalize(moved, dim=1)
         self.prototypes.copy_(torch.where(present[:, None], moved, self.prototypes))
@@ -378,21 +372,20 @@ class Segmenter(nn.Module):
         return self.classifier(self.dropout(features)), features, aux_logits
 
 
-def build_model(cfg, num_classes, weights="none", first_rows=None):
+def build_model(cfg, num_classes, weights="none", rows=None):
     """The preset's network with prototypes in place of its last 1x1 convolution. UserError as its parts.
 
-    first_rows(network) -> rows (N,C) that replace the random draw, or None (Table 5, see initial_rows). A
-    model that is about to load a checkpoint needs neither weights nor first_rows.
+    rows (N,C): in place of the random draw (Table 5).
     """
     network = build_network(cfg.backbone, cfg.head, num_classes, cfg.head_channels, weights)
     if cfg.classifier == "learnable":
         return Segmenter(network, LearnableClassifier(network.channels, num_classes))
-    rows = first_rows(network) if first_rows else None
     try:
         prototypes = category_basis_prototypes(num_classes, network.channels, cfg.length, rows,
                                                cfg.orthogonal, cfg.equal, cfg.seed)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        source = f"--prototypes {cfg.prototypes}: " if cfg.prototypes else ""
+        raise UserError(f"{source}{error}") from None
     update = "frozen" if cfg.classifier == "cbp" else cfg.classifier
     return Segmenter(network, PrototypeClassifier(prototypes, update, cfg.length))
 
@@ -402,8 +395,7 @@ def build_model(cfg, num_classes, weights="none", first_rows=None):
 def pixel_loss(logits, labels):
     """L_p of Eq. (7): cross-entropy after bilinear upsampling, mean over labelled pixels [D10], or 0.
 
-    logits (B,N,h,w), labels (B,H,W) -> scalar. Upsampling and the product by W commute: N maps are resized,
-    not C.
+    logits (B,N,h,w), labels (B,H,W) -> scalar. Resizing and the product by W commute: N maps grow, not C.
     """
     logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear", align_corners=False)
     total = F.cross_entropy(logits, labels, ignore_index=255, reduction="sum")
@@ -473,7 +465,7 @@ def build_optimizer(net, cfg, device):
 # ---- training --------------------------------------------------------------------------------------------
 
 def prepare(cfg, train_set, machine):
-    """Network, optimizer, scheduler, and the progress so far: new, or those of the run that is resumed.
+    """Model, optimizer and scheduler as a dict, and the progress so far: new, or of the run that is resumed.
 
     Makes the run folder once the network stands, so that a mistake in the options leaves nothing behind.
     """
@@ -484,52 +476,48 @@ def prepare(cfg, train_set, machine):
         run.read_progress(cfg.out, classes=train_set.classes)          # the data must still have its classes
         net = build_model(cfg, train_set.num_classes)
     else:
-        net = build_model(cfg, train_set.num_classes, cfg.weights,
-                          lambda network: initial_rows(cfg, network, train_set, machine.device))
+        rows = initial_rows(cfg, train_set, machine.device)
+        torch.manual_seed(cfg.seed)                                    # the network that the rows came from
+        net = build_model(cfg, train_set.num_classes, cfg.weights, rows)
     run.start_run(cfg, machine)
     net = net.to(machine.device, memory_format=torch.channels_last)
     optimizer = build_optimizer(net, cfg, machine.device)
     scheduler = run.poly_schedule(optimizer, cfg.iterations, cfg.power, cfg.floor, cfg.warmup)
+    parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     torch.manual_seed(cfg.seed + 1 + machine.rank)                     # dropout differs between processes
-    progress = dict(iteration=0, seconds=0.0, classes=train_set.classes, log=[], sums={})
     if resumes:
-        parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
-        progress = run.load_checkpoint(last, parts, machine.device)
-    return net, optimizer, scheduler, progress
+        return parts, run.load_checkpoint(last, parts, machine.device)
+    return parts, dict(iteration=0, seconds=0.0, classes=train_set.classes, log=[], sums={})
 
 
 def train(cfg, machine):
     """Train, evaluate, analyse, draw. Returns what metrics.json holds (None but on the first process)."""
     splits = (cfg.train_split, cfg.val_split, cfg.test_split)
     train_set, val_set, test_set = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in splits)
-    net, optimizer, scheduler, progress = prepare(cfg, train_set, machine)
+    parts, progress = prepare(cfg, train_set, machine)
+    net, optimizer, scheduler = parts.values()
     model = run.distribute(net, machine).train()                       # one process: net itself
-    parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     start = progress["iteration"]
-    view = loaders.TrainView(train_set, cfg.size, cfg.crop)
-    loader = loaders.train_loader(view, cfg.batch_size, cfg.seed, start, cfg.iterations, cfg.workers,
-                                  *machine)
+    view = TrainView(train_set, cfg.size, cfg.crop)
+    loader = train_loader(view, cfg.batch_size, cfg.seed, start, cfg.iterations, cfg.workers, *machine)
 
     def step(batch):
-        x, labels = loaders.to_device(batch, machine.device, "image", "mask")
+        x, labels = to_device(batch, machine.device, "image", "mask")
         return train_step(model, net, optimizer, scheduler, x, labels, cfg)
 
     if machine.rank == 0 and cfg.iterations <= cfg.warmup:
-        print(f"note: the learning rate never leaves its warm-up of {cfg.warmup} iterations; --schedule "
-              "shortens both")
+        print(f"note: --warmup {cfg.warmup} lasts as long as the training; --schedule shortens both")
     if start < cfg.iterations:
-        evaluations = math.ceil((cfg.iterations - start) / cfg.eval_every)
-        test_images = evaluations * len(val_set) + len(test_set)
-        speed.announce(step, view, parts, cfg.iterations - start, test_images, cfg, machine)
+        images = math.ceil((cfg.iterations - start) / cfg.eval_every) * len(val_set) + len(test_set)
+        speed.announce(step, view, parts, cfg.iterations - start, images, cfg, machine)
     log = run.Log(cfg.out, progress, machine)
     bar = tqdm(loader, desc="train", total=cfg.iterations, initial=start, leave=False, disable=machine.quiet)
     for iteration, batch in enumerate(bar, start + 1):
         log.add(step(batch))
         if run.due(iteration, cfg.eval_every, cfg.iterations):
             score = evaluate(net, val_set, cfg, machine)
-            rates = {name: score[name] for name in ("miou", "macc", "pixel_acc")}
-            step_and_rate = dict(iteration=iteration, lr=scheduler.get_last_lr()[0])
-            log.row(f"iteration {iteration}", step_and_rate, rates,
+            log.row(f"iteration {iteration}", dict(iteration=iteration, lr=scheduler.get_last_lr()[0]),
+                    {name: score[name] for name in ("miou", "macc", "pixel_acc")},
                     f"{cfg.val_split} mIoU {score['miou']:.1f}")
         if run.due(iteration, cfg.save_every, cfg.iterations):
             log.save("last.pt", parts, iteration=iteration)
@@ -554,13 +542,12 @@ def predict_labels(net, x, size, cfg):
 
 def evaluate(net, data, cfg, machine):
     """Rates of a split in percent (common/metrics.py), over all processes. One scale, no flip (Sec. 4.1)."""
-    loader = loaders.eval_loader(loaders.TestView(data, cfg.size), cfg.workers, *machine)
+    loader = eval_loader(TestView(data, cfg.size), cfg.workers, *machine)
 
     def predict(batch):
-        x, labels = loaders.to_device(batch, machine.device, "image", "mask")
-        return {"prediction": predict_labels(net, x, labels.shape[1:], cfg)}
-    scores = segmentation.evaluate(net, loader, data.num_classes, ["prediction"], predict, machine)
-    return scores["prediction"]
+        x, labels = to_device(batch, machine.device, "image", "mask")
+        return {"ids": predict_labels(net, x, labels.shape[1:], cfg)}
+    return segmentation.evaluate(net, loader, data.num_classes, ["ids"], predict, machine)["ids"]
 
 
 def analyse(net, cfg, score, pixels, classes):
@@ -588,11 +575,6 @@ def analyse(net, cfg, score, pixels, classes):
         rare_and_frequent_iou={classes[c]: iou[c] for c in extremes})
 
 
-def count_parameters(net):
-    """Trained parameters and frozen prototypes."""
-    return sum(tensor.numel() for tensor in (*net.parameters(), *net.classifier.buffers()))
-
-
 def report(net, cfg, train_set, test_set, progress, machine):
     """Final evaluation on the test split: metrics.json and figures/, by the first process. -> metrics."""
     score = evaluate(net, test_set, cfg, machine)
@@ -600,11 +582,12 @@ def report(net, cfg, train_set, test_set, progress, machine):
         return None
     out = Path(cfg.out)
     metrics = segmentation.named_rates(score, test_set.classes, cfg.test_split)
-    metrics |= analyse(net, cfg, score, loaders.pixel_counts(train_set, cfg.workers), test_set.classes)
+    metrics |= analyse(net, cfg, score, pixel_counts(train_set, cfg.workers), test_set.classes)
     metrics |= run.facts(cfg, net, progress, machine, "classifier", "w_centroid", "w_category")
     metrics |= dict(split=cfg.test_split, iterations=progress["iteration"],
-                    finished=progress["iteration"] >= cfg.iterations, parameters=count_parameters(net),
-                    trainable_parameters=sum(p.numel() for p in net.parameters()))
+                    finished=progress["iteration"] >= cfg.iterations,
+                    trainable_parameters=metrics["parameters"])
+    metrics["parameters"] += sum(frozen.numel() for frozen in net.classifier.buffers())
     run.write_json(out / "metrics.json", metrics)
     net.eval()
     cbp_occl_figures.draw_figures(
@@ -616,25 +599,19 @@ def report(net, cfg, train_set, test_set, progress, machine):
     return metrics
 
 
-# ---- other first rows (Table 5) --------------------------------------------------------------------------
-
-def initial_rows(cfg, network, train_set, device):
-    """Rows (N,C) that replace the random draw: of --prototypes, of --init masked, or None. UserError."""
-    shape = (train_set.num_classes, network.channels)
+def initial_rows(cfg, train_set, device):
+    """Rows (N,C) in place of the random draw (Table 5): --prototypes, --init masked, or None. UserError."""
     if cfg.prototypes:
-        rows, option = files.read_numbers(cfg.prototypes, "--prototypes"), f"--prototypes {cfg.prototypes}"
-    elif cfg.init == "masked":
-        loader = loaders.eval_loader(loaders.TestView(train_set, cfg.size), cfg.workers, device)
-        rows, option = class_means_of_backbone(network.to(device), loader, shape[0], device), "--init masked"
-    else:
+        return files.read_numbers(cfg.prototypes, "--prototypes")
+    if cfg.init == "random":
         return None
-    if rows.shape != shape:
-        raise UserError(f"{option} gives rows of shape {tuple(rows.shape)}, but {shape} are needed, classes "
-                        f"and channels; --head-channels sets the {shape[1]}.")
+    network = build_network(cfg.backbone, cfg.head, train_set.num_classes, cfg.head_channels, cfg.weights)
+    loader = eval_loader(TestView(train_set, cfg.size), cfg.workers, device)
+    rows = class_means_of_backbone(network.to(device), loader, train_set.num_classes, device)
     absent = [name for name, row in zip(train_set.classes, rows) if not row.any()]
     if absent:
-        raise UserError(f"{option}: the row of {absent[0]} is zero; a class without a training pixel at the "
-                        "backbone's stride has no mean, so use --init random, or give other rows.")
+        raise UserError(f"--init masked: no training pixel of {absent[0]} is left at the backbone's stride, "
+                        "so it has no mean; use --init random.")
     return rows
 
 
@@ -658,7 +635,7 @@ def evaluate_run(cfg, machine):
 
 def predict_image(net, image, cfg, device):
     """uint8 (3,H,W) -> class ids (H,W) uint8 on the CPU."""
-    x = transforms.normalise(transforms.resize_to_short_side(image, cfg.size))[None].to(device)
+    x = normalise(resize_to_short_side(image, cfg.size))[None].to(device)
     return predict_labels(net, x, image.shape[1:], cfg)[0].to(torch.uint8).cpu()
 
 
@@ -674,9 +651,7 @@ def predict(cfg, device):
 
 def profile(cfg, device):
     """--profile, Table 2: what the baseline and CBP + OCCL cost (common/speed.py); no images are needed."""
-    num_classes = datasets.NUM_CLASSES.get(cfg.dataset)
-    if num_classes is None:                                            # of `folder`
-        num_classes = datasets.open_dataset(cfg.dataset, cfg.data, cfg.train_split).num_classes
+    num_classes = datasets.num_classes_of(cfg.dataset, cfg.data, cfg.train_split)
     costs = {}
     for name in ("baseline", "CBP + OCCL"):
         row_cfg = replace(cfg, **ROWS[name])
@@ -687,7 +662,7 @@ def profile(cfg, device):
             dict(model=net, optimizer=optimizer, scheduler=scheduler),
             lambda x, labels: train_step(net, net, optimizer, scheduler, x, labels, row_cfg),
             lambda x: predict_labels(net, x, x.shape[2:], row_cfg), num_classes, cfg, device)
-        costs[name]["parameters"] = count_parameters(net)              # frozen prototypes too
+        costs[name]["parameters"] += sum(frozen.numel() for frozen in net.classifier.buffers())
     speed.report_costs(costs, cfg, device)
     print("\nPaper, SegFormer-B5 on an A6000: 82.1 M, 75.6 GFLOPs, 7 GB in training, 19.5 images/s.")
     return costs
@@ -702,7 +677,7 @@ ROWS = {                                                               # what a 
     "CBP + OCCL": dict(classifier="cbp"),
     **{name: dict(classifier=name.lower()) for name in ("EMA", "gradient", "penalty")},
     "not equal": dict(equal=False), "not orthogonal": dict(orthogonal=False),
-    "CLIP": dict(orthogonal=False),                                    # with --prototypes CLIP.npy
+    "CLIP": dict(orthogonal=False),                                    # and prototypes, in run_table
     "masked": dict(init="masked", orthogonal=False), "masked, orthogonal": dict(init="masked"),
     **{f"T = {T}": dict(length=float(T)) for T in range(1, 6)},
 }
@@ -728,35 +703,27 @@ TABLES = {                                                             # title, 
 }
 
 
-def rows_of_table(cfg):
-    """{row: what it changes, or why it cannot be run}. Only the row CLIP takes --prototypes."""
-    network = build_network(cfg.backbone, cfg.head, 2, cfg.head_channels)
-    width = network.backbone.dims[3]
-    rows = {}
-    for name in TABLES[cfg.table][1]:
-        rows[name] = ROWS[name] | dict(prototypes=cfg.prototypes if name == "CLIP" else "")
-        if name == "CLIP" and not cfg.prototypes:
-            rows[name] = "needs --prototypes FILE.npy"
-        elif name.startswith("masked") and width != network.channels:
-            rows[name] = f"needs --head-channels {width}"
-    return rows
-
-
 def run_table(cfg, machine):
     """--table: every row as a run in OUT/rows/, then OUT/tableN.md and .json. Tables share rows."""
     if cfg.table == 10 and cfg.seeds == 1:
         cfg = replace(cfg, seeds=4)                                    # as in the paper
-    rows = rows_of_table(cfg)
+    title, names = TABLES[cfg.table]
+    network = build_network(cfg.backbone, cfg.head, 2, cfg.head_channels)
+    rows = {name: ROWS[name] | dict(prototypes=cfg.prototypes if name == "CLIP" else "") for name in names}
+    if "CLIP" in rows and not cfg.prototypes:
+        rows["CLIP"] = "needs --prototypes FILE.npy"
+    if "masked" in rows and network.channels != network.backbone.dims[3]:
+        rows["masked"] = rows["masked, orthogonal"] = f"needs --head-channels {network.backbone.dims[3]}"
     results = tables.train_rows(rows, cfg, train, machine)
     columns = {"mIoU": "miou", "mAcc": "macc"}
     if cfg.table == 8:
         columns |= {"CS": "class_separability", "mean abs cos": "mean_abs_cosine"}
     if cfg.table in (6, 7):                                            # a column for each pair or class
         key = {6: "lookalike_iou_sums", 7: "rare_and_frequent_iou"}[cfg.table]
-        names = next(iter(results.values()))[0][key]
-        columns |= {name: lambda metrics, name=name: metrics[key].get(name) for name in names}
-    table = tables.Table(f"Table {cfg.table}: {TABLES[cfg.table][0]}", rows, columns,
-                         ("paper mIoU", "paper mAcc"), PAPER, digits={"CS": 2, "mean abs cos": 3})
+        pairs_or_classes = results["CBP + OCCL"][0][key]
+        columns |= {name: lambda metrics, name=name: metrics[key].get(name) for name in pairs_or_classes}
+    table = tables.Table(f"Table {cfg.table}: {title}", rows, columns, ("paper mIoU", "paper mAcc"), PAPER,
+                         digits={"CS": 2, "mean abs cos": 3})
     tables.write_table(cfg.table, table, results, cfg, machine,
                        about=f"{cfg.iterations} iterations, {cfg.test_split} split",
                        more="Paper: SegFormer-B0, ADE20K, 40K iterations.")

@@ -98,10 +98,9 @@ class Config(RunConfig):
     val_fraction: float = opt(0.1, "share of every class's training images kept for early stopping")
     select_on_test: bool = opt(False, "stop and choose on the test split, as the authors did; optimistic")
     backbone: str = opt("resnet34", "network before the 1x1 add-on layer", choices=EXTRACTORS)
-    weights: str = opt("imagenet", "of the backbone: imagenet (torchvision downloads them), a file, a URL, "
-                       "or none", source=True)
+    weights: str = opt("imagenet", "of the backbone: imagenet (downloaded), a file, URL, none", source=True)
     size: int = opt(224, "images are resized to size x size; below 32 no feature map is left", at_least=32)
-    classifier: str = opt("protopool", "linear = an ordinary linear layer on the same backbone, same budget",
+    classifier: str = opt("protopool", "linear = a linear layer on the same backbone, same budget",
                           choices=("protopool", "linear"))
     reading: str = opt("paper", "official = the released code where it differs, [D*] at the top of the file",
                        choices=("paper", "official"))
@@ -114,8 +113,7 @@ class Config(RunConfig):
     w_separation: float = opt(-0.08, "weight of L_sep, negative: the others' prototypes go away", at_most=0)
     w_orth: float = opt(1.0, "weight of L_orth", at_least=0)
     w_l1: float = opt(1e-4, "weight of the L1 norm of the last layer's off-class weights", at_least=0)
-    batch_size: int = opt(80, "images of an iteration on all GPUs together; if memory runs out halve it, "
-                          "and the learning rates", above=0)
+    batch_size: int = opt(80, "images of a step on all GPUs; if memory runs out halve it and rates", above=0)
     passes_per_epoch: int = opt(30, "passes over the training images that make an epoch [D9]: schedule, "
                                 "temperature and early stopping count in epochs", above=0)
     pretrain_epochs: int = opt(0, "epochs as a plain classifier first [D18]", at_least=0, schedule=True)
@@ -140,10 +138,8 @@ class Config(RunConfig):
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
     explain: str = opt("", "image or folder, cut out as the training images are: explain the predictions "
                        "of the run in OUT (Fig. 6) and stop", uses_run=True)
-    compare: list = opt((), "two class names: draw what they share in the run in OUT (Fig. 1) and stop",
-                        uses_run=True)
-    ensemble: list = opt((), "run folders: accuracy of the mean of their probabilities, into OUT/ensemble/",
-                         runtime=True)
+    compare: list = opt((), "two class names: draw what they share in the run in OUT, Fig. 1", uses_run=True)
+    ensemble: list = opt((), "run folders: accuracy of mean probabilities, in OUT/ensemble/", runtime=True)
     table: str = opt("", "train every row of Table 3 or 4 or of Fig. 11a or 11b on the chosen preset",
                      runtime=True, choices=("", "3", "4", "11a", "11b"))
 
@@ -343,8 +339,7 @@ class ProtoPool(nn.Module):
         self.register_buffer("fixed", torch.tensor(False))           # True: q is the 0/1 table of fix_slots
         self.last_layer = nn.Linear(num_classes * slots, num_classes, bias=False)      # h
         nn.init.zeros_(self.add_on_layers[0].bias)
-        fan_in, fan_out = num_prototypes * slots, num_classes * slots
-        nn.init.normal_(self.q, std=math.sqrt(2 / (fan_in + fan_out)))             # Xavier
+        nn.init.normal_(self.q, std=math.sqrt(2 / (slots * (num_prototypes + num_classes))))       # Xavier
         if reading == "official":                                    # [D8]
             nn.init.kaiming_normal_(self.add_on_layers[0].weight, mode="fan_out", nonlinearity="relu")
             nn.init.uniform_(self.prototypes)
@@ -636,8 +631,7 @@ def project(net, sets, progress, cfg, machine):
     if dist.is_initialized():
         dist.broadcast(net.prototypes.data, 0)                       # near ties may differ between GPUs
     if machine.rank == 0:
-        print(f"projected {len(sources)} prototypes onto training patches; pruned {pruned} that no class "
-              "held", flush=True)
+        print(f"projected {len(sources)} prototypes onto training patches; pruned {pruned}", flush=True)
     progress |= dict(phase="project", epoch=0, soft=soft, pruned=pruned, prototypes_before=before,
                      num_prototypes=len(sources), sources=[list(source) for source in sources])
     log.save("last.pt", dict(model=net))
@@ -761,20 +755,16 @@ def announce(net, sets, progress, cfg, machine):
                    epochs * len(sets["val"]), cfg, machine)
 
 
-# ---- evaluation -------------------------------------------------------------------------------------------
-
 def accuracies_by_stage(net, progress, loader, device):
     """Table 3: test accuracy before the projection, after it, and with the fine-tuned last layer."""
     projected, tuned = net.prototypes.detach().clone(), net.last_layer.weight.detach().clone()
-    before, untuned = progress["prototypes_before"], net.own_slots()
-    stages = {"accuracy_before_projection": (before, untuned),
-              "accuracy_after_projection": (projected, untuned),
-              "accuracy": (projected, tuned)}                        # in the end net is as it was
-    result = {}
-    for name, (prototypes, weight) in stages.items():
-        net.prototypes.data.copy_(prototypes)
-        net.last_layer.weight.data.copy_(weight)
-        result[name] = evaluate(net, loader, device)["accuracy"]
+    result = dict(accuracy=evaluate(net, loader, device)["accuracy"])
+    net.last_layer.weight.data.copy_(net.own_slots())
+    result["accuracy_after_projection"] = evaluate(net, loader, device)["accuracy"]
+    net.prototypes.data.copy_(progress["prototypes_before"])
+    result["accuracy_before_projection"] = evaluate(net, loader, device)["accuracy"]
+    net.prototypes.data.copy_(projected)                             # net is as it was again
+    net.last_layer.weight.data.copy_(tuned)
     return result
 
 

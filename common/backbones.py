@@ -362,22 +362,25 @@ def build_dense(backbone, weights="none", output_stride=8, width=64):
     if width < 1 or width != 64 and backbone != "unet":
         raise UserError(f"width {width} is not available for {backbone}: " + (
             "give 1 or more" if backbone == "unet" else "leave it at 64, it is unet's alone"))
-    net = (UNet(width) if backbone == "unet" else TinyBackbone() if backbone == "tiny" else
-           torchvision_classifier(backbone, 32))
-    load_weights(net, weights, backbone)                                # before cutting: the keys still fit
     if backbone == "unet":
+        net = UNet(width)
+        load_weights(net, weights, backbone)
         return net
+    net = TinyBackbone() if backbone == "tiny" else torchvision_classifier(backbone, 32)
+    load_weights(net, weights, backbone)                                # before cutting: the keys still fit
     if backbone == "tiny":
         dilate(net, output_stride)
-        parts, channels = [("stages", nn.Sequential(*net.stages))], net.dims[3]
+        dense = nn.Sequential(OrderedDict(stages=nn.Sequential(*net.stages)))
+        dense.channels = net.dims[3]
     elif backbone == "mobilenet_v2":
         dilate(net, output_stride)
-        parts, channels = [("features", net.features[:18])], net.features[17].out_channels
+        dense = nn.Sequential(OrderedDict(features=net.features[:18]))
+        dense.channels = net.features[17].out_channels
     else:
         dilate_as_deeplab(net, output_stride)
-        parts, channels = list(net.named_children())[:-2], net.fc.in_features   # without avgpool and fc
-    dense = nn.Sequential(OrderedDict(parts))
-    dense.channels, dense.stride = channels, output_stride
+        dense = nn.Sequential(OrderedDict(list(net.named_children())[:-2]))     # without avgpool and fc
+        dense.channels = net.fc.in_features
+    dense.stride = output_stride
     return dense
 
 
@@ -387,9 +390,9 @@ def parameter_groups(net, backbone, lr, head_lr, weight_decay, stage_decay=1.0, 
     """Learning rate and weight decay of every parameter of net, by mmsegmentation's rules: optimizer groups.
 
     backbone: the part of net that learns with lr; all else learns head_lr times faster. decay_all: without
-    exemptions (SGD); else LayerNorm and Swin's position tables do not decay (AdamW). stage_decay, if not 1, is
-    for ConvNeXt: lr x stage_decay^k, k = 13 for stem and downsampling and 12 - i for stage i; what is 1-d and
-    layer_scale do not decay then either.
+    exemptions (SGD); else LayerNorm and Swin's position tables do not decay (AdamW). stage_decay, if not 1,
+    is for ConvNeXt: lr x stage_decay^k, k = 13 for stem and downsampling and 12 - i for stage i; what is 1-d
+    and layer_scale do not decay then either.
     """
     path_of = {module: name.split(".") for name, module in backbone.named_modules()}    # stages.i.(0|1)...
     groups = {}
@@ -425,9 +428,9 @@ def freeze_layer_norms(backbone):
 
 @torch.no_grad()
 def class_means_of_backbone(network, loader, num_classes, device):
-    """Mean of the last level of network.backbone over the pixels of each class, (N,C4) on the CPU; 0 if it has none.
+    """Mean of the last level of network.backbone over the pixels of each class -> (N,C4) on the CPU.
 
-    loader: whole images, one a batch; labels shrink to the level by nearest.
+    loader: whole images, one a batch; labels shrink to the level by nearest. A class without a pixel has 0.
     """
     total = 0
     network.eval()

@@ -1,4 +1,4 @@
-"""Pictures of cbp_occl.py: examples (Fig. 7), cosines of the classifier's rows (Fig. 6), F1 by frequency (Fig. 5)."""
+"""Pictures of cbp_occl.py: F1 by frequency (Fig. 5), cosines of the rows (Fig. 6), examples (Fig. 7)."""
 import torch.nn.functional as F
 
 from common import datasets, figures, segmentation
@@ -10,9 +10,9 @@ def draw_figures(folder, data, predict, class_vectors, f1_groups):
     data: the test split. predict(image uint8 (3,H,W)) -> class ids (H,W) uint8. class_vectors (N,C): rows of
     the classifier; look-alikes are shown first. f1_groups: [{classes: names, f1: percent}], rarest first.
     """
-    segmentation.save_examples(
-        folder / "examples.png", data, lambda i, image, label: {"label": label, "prediction": predict(image)},
-        f"{data.split} images")
+    def cells_of(i, image, label):
+        return {"label": label, "prediction": predict(image)}
+    segmentation.save_examples(folder / "examples.png", data, cells_of, f"{data.split} images")
 
     unit = F.normalize(class_vectors.detach().float().cpu(), dim=1)
     lookalikes = [c for pair in datasets.LOOKALIKES.get(data.name, []) for c in pair]

@@ -19,8 +19,6 @@ from common.files import (IGNORE, IMAGE_ENDINGS, files_in, first_values, listing
 from common.loaders import mixed_seed
 from common.run import UserError
 
-# ---- the data sets ---------------------------------------------------------------------------------------
-
 SPLITS = {
     "toy_scenes": ("train", "val", "test"),
     "ade20k": ("train", "val"),
@@ -135,9 +133,9 @@ CLASSES["cocostuff164k"] = [COCO_UNUSED.get(i) or next(used_names) for i in rang
 NUM_CLASSES = {name: len(names) for name, names in CLASSES.items()}      # all but folder: it has classes.txt
 LOOKALIKES = {                                           # pairs of classes that are easily confused
     "ade20k": [(127, 116), (53, 59), (19, 23), (118, 124)],      # bicycle + minibike, stairs + stairway, ...
-    "camvid": [(9, 10), (3, 4), (2, 6)],                         # pedestrian + bicyclist, road + pavement, ...
+    "camvid": [(9, 10), (3, 4), (2, 6)],                         # pedestrian + bicyclist, road + pavement
     "cocostuff10k": [(56, 57), (43, 44), (68, 69)],              # chair + couch, knife + spoon, ...
-    "voc": [(9, 18), (2, 14), (8, 12)],                          # chair + sofa, bicycle + motorbike, cat + dog
+    "voc": [(9, 18), (2, 14), (8, 12)],                          # chair + sofa, bicycle + motorbike
     "toy_scenes": toy_scenes.LOOKALIKES,
 }
 RARE_AND_FREQUENT = {"ade20k": (149, 146, 0)}            # flag, radiator, wall
@@ -166,18 +164,21 @@ def pair_files(name, root, images, masks, names=None, tail="", image_tail="", en
     mask_of = files_in(root / masks, (ending,), tail)
     stems = list(image_of)
     if names is not None:
-        stems = [n if n in image_of else Path(n).stem if Path(n).stem in image_of else Path(n.split()[0]).stem
-                 for n in names]
+        stems = []
+        for line in names:
+            readings = (line, Path(line).stem, Path(line.split()[0]).stem)
+            stems.append(next((stem for stem in readings if stem in image_of), readings[-1]))
     if not stems:
         raise layout_error(name, root, f"no image of the split in {images}/ (has {listing(root / images)})")
-    lost = [stem for stem in stems if stem not in image_of]
-    if lost:
-        raise layout_error(name, root, f"{images}/ lacks {len(lost)} of {len(stems)} listed images, such as "
-                           f"{lost[0]}")
-    bare = [stem for stem in stems if stem not in mask_of]
-    if bare:
-        raise layout_error(name, root, f"{len(bare)} of {len(stems)} images have no mask, such as "
-                           f"{image_of[bare[0]]}, whose mask would be {masks}/{bare[0]}{tail}{ending}")
+    missing = [stem for stem in stems if stem not in image_of]
+    if missing:
+        raise layout_error(name, root, f"{images}/ lacks {len(missing)} of {len(stems)} listed images, such "
+                           f"as {missing[0]}")
+    unmasked = [stem for stem in stems if stem not in mask_of]
+    if unmasked:
+        raise layout_error(name, root, f"{len(unmasked)} of {len(stems)} images have no mask, such as "
+                           f"{image_of[unmasked[0]]}, whose mask would be "
+                           f"{masks}/{unmasked[0]}{tail}{ending}")
     return [(image_of[stem], mask_of[stem]) for stem in stems]
 
 
@@ -219,7 +220,8 @@ def cocostuff164k_files(root, split):
 
 def cityscapes_files(root, split):
     root = find_root("cityscapes", root, f"leftImg8bit/{split}", ["cityscapes"])
-    images, masks, pairs = f"leftImg8bit/{split}", f"gtFine/{split}", []
+    images, masks = f"leftImg8bit/{split}", f"gtFine/{split}"
+    pairs = []
     for city in sorted(entry.name for entry in os.scandir(root / images) if entry.is_dir()):
         pairs += pair_files("cityscapes", root, f"{images}/{city}", f"{masks}/{city}",
                             tail="_gtFine_labelIds", image_tail="_leftImg8bit")
@@ -234,7 +236,8 @@ def em_files(root, split):
     All images, in the order of their numbers, are cut at random into two thirds train and one third val; the
     cut's number is the seed.
     """
-    volume, labels, pages = root / "train-volume.tif", root / "train-labels.tif", None
+    volume, labels = root / "train-volume.tif", root / "train-labels.tif"
+    pages = None
     if volume.is_file():
         if not labels.is_file():
             raise layout_error("em", root, "train-labels.tif is missing")
@@ -287,10 +290,10 @@ def voc_scribble_files(root, split, mask_dir):
         raise layout_error("voc_scribble", root, f"the list {names} is missing{hint}")
     if split == "val":
         return pair_files("voc_scribble", root, "JPEGImages", "SegmentationClass", read_list(names))
-    found = [folder for folder in SCRIBBLE_FOLDERS if (root / folder).is_dir()]
-    if not (mask_dir or found):
+    folders = [folder for folder in SCRIBBLE_FOLDERS if (root / folder).is_dir()]
+    if not (mask_dir or folders):
         raise layout_error("voc_scribble", root, f"no folder of scribbles ({', '.join(SCRIBBLE_FOLDERS)})")
-    masks = mask_folder(root, mask_dir or found[0])
+    masks = mask_folder(root, mask_dir or folders[0])
     ending = ".png"
     if (root / masks).is_dir() and not files_in(root / masks, (".png",)):
         ending = ".xml"
@@ -309,9 +312,9 @@ def camvid_files(root, split):
 def folder_files(root, split, mask_dir):
     if not (root / "images").is_dir():
         raise layout_error("folder", root, "the folder images/ is missing")
-    has = [s for s in SPLITS["folder"] if (root / "images" / s).is_dir() or (root / f"{s}.txt").is_file()]
-    if split not in has:
-        raise layout_error("folder", root, f"no split {split!r} (there: {', '.join(has) or 'none'})")
+    splits = [s for s in SPLITS["folder"] if (root / "images" / s).is_dir() or (root / f"{s}.txt").is_file()]
+    if split not in splits:
+        raise layout_error("folder", root, f"no split {split!r} (there: {', '.join(splits) or 'none'})")
     usual = "masks" if (root / "masks").is_dir() or not (root / "labels").is_dir() else "labels"
     masks = mask_folder(root, mask_dir) if mask_dir else usual
     if (root / "images" / split).is_dir():
@@ -335,6 +338,11 @@ def folder_classes(root):
     if not 1 <= len(lines) <= 255:
         raise UserError(f"{path} names {len(lines)} classes: there must be 1 to 255, one a line.")
     return lines
+
+
+PAIRS = {"ade20k": ade20k_files, "cocostuff10k": cocostuff10k_files, "cocostuff164k": cocostuff164k_files,
+         "cityscapes": cityscapes_files, "voc": voc_files, "voc_scribble": voc_scribble_files,
+         "camvid": camvid_files, "folder": folder_files}
 
 
 # ---- data sets -------------------------------------------------------------------------------------------
@@ -382,7 +390,8 @@ class SegmentationSet:
 
     def read(self, i):
         """Image uint8 (3,H,W), mask uint8 (H,W). UserError: damaged file, sizes differ, values no ids."""
-        image, mask = read_image(self.paths[i][0], self.pages[i] if self.pages else 0), self.read_mask(i)
+        image = read_image(self.paths[i][0], self.pages[i] if self.pages else 0)
+        mask = self.read_mask(i)
         if image.shape[1:] != mask.shape:
             (h, w), (mask_h, mask_w) = image.shape[1:], mask.shape
             raise UserError(f"{self.paths[i][0]} is {w} x {h} pixels, but its mask {self.paths[i][1]} is "
@@ -478,24 +487,18 @@ def open_dataset(name, root, split, seed=0, mask_dir=""):
     if not root:
         raise UserError(f"{name} needs a folder (--data ROOT): {TREES[name][0]}; source: {TREES[name][1]} "
                         "(see data/README.md).")
-    root, pages = Path(root).expanduser(), None
-    if name == "ade20k":
-        paths = ade20k_files(root, split)
-    elif name == "cocostuff10k":
-        paths = cocostuff10k_files(root, split)
-    elif name == "cocostuff164k":
-        paths = cocostuff164k_files(root, split)
-    elif name == "cityscapes":
-        paths = cityscapes_files(root, split)
-    elif name == "em":
+    root = Path(root).expanduser()
+    pages = None
+    if name == "em":
         paths, pages = em_files(root, split)
-    elif name == "voc":
-        paths = voc_files(root, split, mask_dir)
-    elif name == "voc_scribble":
-        paths = voc_scribble_files(root, split, mask_dir)
-    elif name == "camvid":
-        paths = camvid_files(root, split)
+    elif takes_any:
+        paths = PAIRS[name](root, split, mask_dir)
     else:
-        paths = folder_files(root, split, mask_dir)
+        paths = PAIRS[name](root, split)
     classes = folder_classes(root) if name == "folder" else CLASSES[name]
     return SegmentationSet(name, split, classes, paths, UNLABELLED.get(name, IGNORE), pages)
+
+
+def num_classes_of(name, root, split):
+    """N of a data set, which is only opened if it is `folder`, the one whose classes stand in a file."""
+    return NUM_CLASSES[name] if name in NUM_CLASSES else open_dataset(name, root, split).num_classes

@@ -238,11 +238,12 @@ def write_png(path, picture):
 
 
 def save_prediction(folder, stem, image, ids):
-    """STEM.png: class ids (H,W) uint8 as pixel values, with a palette for viewers; STEM_overlay.png: over the image."""
+    """STEM.png: class ids (H,W) uint8 as pixel values, with a palette for viewers; STEM_overlay.png."""
     picture = Image.fromarray(ids.numpy())
     picture.putpalette(palette(256).flatten().tolist())
     write_png(Path(folder) / f"{stem}.png", picture)
-    write_png(Path(folder) / f"{stem}_overlay.png", Image.fromarray(overlay(image, ids).permute(1, 2, 0).numpy()))
+    colours = overlay(image, ids).permute(1, 2, 0)                        # (H,W,3)
+    write_png(Path(folder) / f"{stem}_overlay.png", Image.fromarray(colours.numpy()))
 
 
 # ---- figures ----
@@ -278,7 +279,8 @@ def fit_cell(image, cell):
     picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
     factor = min(cell / picture.width, 1.5 * cell / picture.height)
     size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
-    return picture.resize(size, Image.Resampling.NEAREST if factor == int(factor) else Image.Resampling.BILINEAR)
+    whole = factor == int(factor)
+    return picture.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.BILINEAR)
 
 
 def save_matrix(path, matrix, row_names, column_names=None, title="", vmin=-1, vmax=1):
@@ -364,7 +366,8 @@ def save_bars(path, series, names, title="", unit="%"):
                 draw.rectangle((x, min(end, zero), x + bar - 2, max(end, zero)), fill=SERIES[s % len(SERIES)])
                 if bar >= 34:                                             # room for the number
                     y, anchor = (end - 3, "mb") if end <= zero else (end + 3, "mt")
-                    number = f"{value:.0f}" if whole else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2g}"
+                    digits = ".2g" if abs(value) < 1 else ".1f"
+                    number = f"{value:.0f}" if whole else f"{value:{digits}}"
                     draw.text((x + bar / 2, y), number, INK, font=font, anchor=anchor)
         if turned:
             write_upwards(canvas, name, font, middle, top + height + 6, "end")

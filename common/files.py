@@ -94,14 +94,14 @@ def list_images(path, distinct=False):
     path = Path(path)
     if path.is_file():
         return [path]
-    found = sorted(p for p in path.glob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.name[0] != ".")
-    if not found:
+    images = sorted(p for p in path.glob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.name[0] != ".")
+    if not images:
         raise UserError(f"{path} holds no image ({' '.join(IMAGE_ENDINGS)}): found there: {listing(path)}.")
-    for first, second in zip(found, found[1:]):
+    for first, second in zip(images, images[1:]):
         if distinct and first.stem == second.stem:
-            raise UserError(f"{path} holds {first.name} and {second.name}: what is written for both would have "
-                            "the same name, so rename one.")
-    return found
+            raise UserError(f"{path} holds {first.name} and {second.name}: what is written for both would "
+                            "have the same name, so rename one.")
+    return images
 
 
 def listing(folder, limit=8):
@@ -128,10 +128,10 @@ def files_in(folder, endings, tail=""):
 
 
 def read_numbers(path, option):
-    """A .npy file of numbers -> float32 tensor. UserError, naming the option: no such file, nan or infinity."""
+    """A .npy file of numbers -> float32 tensor. UserError names the option: no such file, nan or infinity."""
     try:
         numbers = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:                       # the last: an .npz
         raise UserError(f"{option} {path} cannot be read ({error}): write an array of numbers with "
                         "numpy.save.") from None
     if not numbers.isfinite().all():

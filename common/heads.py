@@ -58,7 +58,8 @@ class MLPHead(nn.Module):
         init_weights(self.fuse)
 
     def forward(self, levels):
-        size, maps = levels[0].shape[2:], {}                            # size -> sum of the maps of that size
+        size = levels[0].shape[2:]
+        maps = {}                                                       # size -> sum of the maps of that size
         fuse = self.fuse.weight.flatten(1).chunk(4, dim=1)              # (E,E) for levels 4, 3, 2, 1
         for x, conv, part in zip(levels, self.levels, reversed(fuse)):
             y = F.conv2d(x, (part @ conv.weight.flatten(1))[:, :, None, None], part @ conv.bias)

@@ -122,7 +122,8 @@ def box_corners(box):
 
 def lines_like(path, pattern, expected):
     """Non-empty lines of a list. UserError names the first that the pattern does not match."""
-    lines, matches = read_list(path), re.compile(pattern).fullmatch
+    lines = read_list(path)
+    matches = re.compile(pattern).fullmatch
     for number, line in enumerate(lines, 1):
         if not matches(line):
             raise UserError(f"{path}, line {number} ({line[:60]!r}): expected {expected}; correct this "
@@ -147,10 +148,10 @@ def numbers_of(path, columns, ids):
     """The lines of these ids, without the id: float64 (len(ids), columns - 1)."""
     table = read_numbers(path, columns)
     row_of = dict(zip(table[:, 0].tolist(), range(len(table))))
-    lost = [i for i in ids if i not in row_of]
-    if lost:
-        raise UserError(f"{path} has no line for {len(lost)} of {len(ids)} images of images.txt, such as "
-                        f"{lost[0]}: unpack the download again.")
+    missing = [i for i in ids if i not in row_of]
+    if missing:
+        raise UserError(f"{path} has no line for {len(missing)} of {len(ids)} images of images.txt, such as "
+                        f"{missing[0]}: unpack the download again.")
     return table[[row_of[i] for i in ids], 1:]
 
 
@@ -180,14 +181,15 @@ def cub_items(root, full_images):
             raise layout_error("cub", root, f"the list {file} is missing", TREES)
     files, classes = read_names(root / "images.txt"), read_names(root / "classes.txt")
     images, folders = root / "images", {file.rpartition("/")[0] for file in files.values()}
-    there = {f"{f}/{file}" for f in folders if (images / f).is_dir() for file in os.listdir(images / f)}
-    lost = [file for file in files.values() if file not in there]
-    if lost:
-        raise layout_error("cub", root, f"images/ lacks {len(lost)} of {len(files)} images of images.txt, "
-                           f"such as {lost[0]}", TREES)
+    existing = {f"{f}/{file}" for f in folders if (images / f).is_dir() for file in os.listdir(images / f)}
+    missing = [file for file in files.values() if file not in existing]
+    if missing:
+        raise layout_error("cub", root, f"images/ lacks {len(missing)} of {len(files)} images of images.txt, "
+                           f"such as {missing[0]}", TREES)
     table = np.hstack([numbers_of(root / file, n, files) for file, n in tables.items()])   # (images, 2 or 6)
     part_names, located = cub_parts(root, files)
-    label_of, items = {key: label for label, key in enumerate(classes)}, {"train": [], "test": []}
+    label_of = {key: label for label, key in enumerate(classes)}
+    items = {"train": [], "test": []}
     for (image, file), (label, train, *box), parts in zip(files.items(), table.tolist(), located):
         if label not in label_of or train not in (0, 1):
             raise UserError(f"image {image} of {root} has class {label:g} and split mark {train:g}: the "
@@ -232,13 +234,13 @@ def share_of_training(items, classes, split, seed, val_fraction):
     labels = np.array([item[1] for item in items])
     is_val = np.zeros(len(items), dtype=bool)
     for label, name in enumerate(classes):
-        own = np.flatnonzero(labels == label)
-        if len(own) < 2:
+        members = np.flatnonzero(labels == label)
+        if len(members) < 2:
             raise UserError(f"the class {name} has a single training image, so none can be set apart for "
                             "val: add images, take the class out, or set val_fraction to 0.")
         generator = torch.Generator().manual_seed(mixed_seed(seed, "val", label))
-        order = torch.randperm(len(own), generator=generator).numpy()
-        is_val[own[order[:max(1, int(val_fraction * len(own) + 0.5))]]] = True
+        order = torch.randperm(len(members), generator=generator).numpy()
+        is_val[members[order[:max(1, int(val_fraction * len(members) + 0.5))]]] = True
     return [items[i] for i in np.flatnonzero(is_val == (split == "val"))]
 
 
@@ -254,7 +256,8 @@ def open_images(name, root, split, seed=0, val_fraction=0.1, full_images=False):
             raise UserError(f"there is no {what} {value!r}: choose one of {', '.join(choice)}.")
     if not 0 <= val_fraction <= 0.5:
         raise UserError(f"val_fraction is {val_fraction}: it must be between 0 and 0.5.")
-    part, part_names = "test" if split == "test" else "train", ()
+    part = "test" if split == "test" else "train"
+    part_names = ()
     if name == "toy_birds":
         if root:
             raise UserError(f"toy_birds are drawn in memory and do not read {root}: leave the folder out, "
@@ -331,6 +334,6 @@ def eval_loader(view, batch_size, workers, device, rank=0, world=1):
 
     Of batch_size images each, the last may be smaller; rank r of w gets the images r::w.
     """
-    own = range(rank, len(view), world)
-    batches = [list(own[start:start + batch_size]) for start in range(0, len(own), batch_size)]
+    indices = range(rank, len(view), world)
+    batches = [list(indices[start:start + batch_size]) for start in range(0, len(indices), batch_size)]
     return make_loader(view, batches, workers, device)

@@ -20,7 +20,6 @@ from common.run import UserError
 from common.transforms import (augment, augment_scribble, normalise, resize_to_short_side, resize_to_square,
                                seeded)
 
-# ---- views -----------------------------------------------------------------------------------------------
 
 class TrainView(Dataset):
     """Augmented samples: view[(index, sample_seed)] -> dict(image, mask, index); same key, same sample.
@@ -130,7 +129,8 @@ class BatchesFrom(Sampler):
                 epoch, position = divmod(k, self.length)
                 if epoch != current:
                     generator = torch.Generator().manual_seed(mixed_seed(self.seed, "epoch", epoch))
-                    current, order = epoch, torch.randperm(self.length, generator=generator).tolist()
+                    order = torch.randperm(self.length, generator=generator).tolist()
+                    current = epoch
                 batch.append((order[position], mixed_seed(self.seed, "sample", k)))
             yield batch[self.rank::self.world]
 
@@ -191,19 +191,20 @@ def survey_scribbles(data, workers=0):
     UserError where all masks together label nothing, or only class 0.
     """
     counts = torch.stack(list(counts_of_masks(data, workers)))                      # (images,256)
-    has = counts[:, :data.num_classes] > 0                                          # (images,N)
+    labels = counts[:, :data.num_classes] > 0                                       # (images,N)
     example = f", such as {data.paths[0][1]}," if data.paths else ""
-    where = f"{data.name} {data.split}: all {len(data)} masks{example}"
+    masks = f"{data.name} {data.split}: all {len(data)} masks{example}"
     expected = ("a scribble mask holds the class ids along the strokes and 255 at all other pixels, with "
                 "strokes of the background (0) and of the objects")
-    if not has.any():
-        raise UserError(f"{where} hold nothing but 255 (unlabelled): {expected}; pass the folder of such "
+    if not labels.any():
+        raise UserError(f"{masks} hold nothing but 255 (unlabelled): {expected}; pass the folder of such "
                         "masks.")
-    if data.num_classes > 1 and not has[:, 1:].any():
-        raise UserError(f"{where} label only class 0, {data.classes[0]}: {expected}; if 0 stands for "
+    if data.num_classes > 1 and not labels[:, 1:].any():
+        raise UserError(f"{masks} label only class 0, {data.classes[0]}: {expected}; if 0 stands for "
                         "unlabelled pixels in your files, write 255 there.")
-    empty, background = ~has.any(1), has[:, 0] & ~has[:, 1:].any(1)
+    empty = ~labels.any(1)                                                          # (images,)
+    background = labels[:, 0] & ~labels[:, 1:].any(1)
     names = [data.name_of(i) for i in range(len(data))]
-    return {"images": has.sum(0), "empty": [n for n, e in zip(names, empty.tolist()) if e],
+    return {"images": labels.sum(0), "empty": [n for n, e in zip(names, empty.tolist()) if e],
             "background_only": [n for n, b in zip(names, background.tolist()) if b],
             "labelled": 100 * counts[:, :IGNORE].sum().item() / counts.sum().item()}

@@ -1,5 +1,7 @@
-"""Segmentation scores from one confusion matrix over a whole split (the protocol of mmsegmentation); at the end
-of the file: mAP of several labels an image, and do the regions that prototypes point at hold the same part?
+"""Segmentation scores from one confusion matrix over a whole split (the protocol of mmsegmentation).
+
+At the end of the file: mAP of several labels an image, and whether the regions that prototypes point at hold
+the same part.
 
     matrix = ConfusionMatrix(num_classes, device)
     for each batch: matrix.update(labels, logits.argmax(1))   # logits already at the label's own size
@@ -99,8 +101,8 @@ def percent_or_none(rates):
 def mean_average_precision(scores, truth):
     """mAP in percent: mean over the classes that occur of the area under precision against recall.
 
-    scores (M,N) float, truth (M,N) bool, both without the background: precision averaged over the positives, images
-    ranked by falling score (stable). nan if no class occurs.
+    scores (M,N) float, truth (M,N) bool, both without the background: precision averaged over the positives,
+    images ranked by falling score (stable). nan if no class occurs.
     """
     order = scores.argsort(dim=0, descending=True, stable=True)
     hits = truth.gather(0, order).double()                           # (M,N)
@@ -110,7 +112,10 @@ def mean_average_precision(scores, truth):
 
 
 def row_quantile(values, q):
-    """Quantile of every row (R,n) -> (R,), linear between neighbours; torch.quantile stops at 16 million values."""
+    """Quantile of every row (R,n) -> (R,), linear between neighbours, for any n.
+
+    torch.quantile stops at 16 million values.
+    """
     if values.device.type == "mps":                                  # old torch lacks kthvalue there
         return row_quantile(values.cpu(), q).to("mps")
     place = q * (values.shape[1] - 1)
@@ -120,8 +125,8 @@ def row_quantile(values, q):
     return torch.lerp(below, above, place - low)
 
 
-# ---- parts: does a prototype's region hold the same part of the object? ---------------------------------------
-# N images, M prototypes, P annotated parts. inside bool (N,M,P): the part is visible in the prototype's region.
+# ---- parts: does a prototype's region hold the same part of the object? --------------------------------
+# N images, M prototypes, P annotated parts. inside bool (N,M,P): the part is visible in a prototype's region.
 
 def activation_boxes(maps, size, percentile=95):
     """Smallest boxes around the pixels at or above the percentile of each map. (n,h,w) -> int64 (n,4).
@@ -153,7 +158,7 @@ def points_in_boxes(boxes, points):
 
 
 def part_shares(inside, similarity, most=10):
-    """(M,P): among the `most` images in which a prototype is most similar (N,M), the share that hold the part.
+    """(M,P): of the `most` images in which a prototype is most similar (N,M), the share that hold the part.
 
     The purity of a prototype is its largest share: does it always show the same part?
     """
@@ -162,15 +167,16 @@ def part_shares(inside, similarity, most=10):
 
 
 def part_consistency(inside, visible, own, share=0.8):
-    """Percent of prototypes whose region holds one and the same part in at least `share` of the images where that
-    part is visible, among the images own (N,M) bool of the prototype's classes (Huang et al., ICCV 2023)."""
+    """Percent of prototypes whose region holds one and the same part in at least `share` of the images where
+    that part is visible, among the images own (N,M) bool of the prototype's classes (Huang et al., ICCV 2023).
+    """
     seen = (own[..., None] & visible[:, None]).sum(0)                # (M,P)
     rates = (own[..., None] & inside).sum(0) / seen.clamp(min=1)
     return 100 * (rates.amax(1) >= share).float().mean().item()
 
 
 def part_stability(inside, noisy, own):
-    """Percent of the pairs own (N,M) whose region holds the same parts when the image is noisy (same source)."""
+    """Percent of the pairs own (N,M) whose region holds the same parts in the noisy image (same source)."""
     return 100 * (inside == noisy).all(2)[own].float().mean().item()
 
 

@@ -1,4 +1,4 @@
-"""Mix Transformer, the encoder of SegFormer (Xie et al. 2021, Section 3.1), and how its parts are initialised.
+"""Mix Transformer: the encoder of SegFormer (Xie et al. 2021, Section 3.1), and the initialisation.
 
 Maps travel as (B,h,w,C): LayerNorm and Linear act on the last dimension, and the permutation to (B,C,h,w)
 for a convolution is a view in channels_last order. Parameters are named as in the original release, which
@@ -111,7 +111,8 @@ class MixTransformer(nn.Module):
         set_drop_path(self, drop_path)
 
     def forward(self, x):
-        x, levels = x.permute(0, 2, 3, 1), []                           # (B,H,W,3)
+        x = x.permute(0, 2, 3, 1)                                       # (B,H,W,3)
+        levels = []
         for i in "1234":
             x = getattr(self, "patch_embed" + i)(x)
             x = getattr(self, "norm" + i)(getattr(self, "block" + i)(x))

@@ -96,20 +96,21 @@ def panoptic_files(data, path):
     inner, tail = FILES[data.name]
     folder = path / inner if (path / inner).is_dir() else path
     stems = [data.name_of(i).removesuffix("_leftImg8bit") for i in range(len(data))]
-    found, wanted = {}, set(stems)
+    file_of = {}                                         # stem -> label file
+    wanted = set(stems)
     for file in sorted(folder.rglob(f"*{tail}")):
         stem = file.name.removesuffix(tail)
-        if stem in found and stem in wanted:
-            raise UserError(f"--parts {path} holds both {found[stem]} and {file}: keep one of them, or pass "
-                            "the folder of one.")
-        found[stem] = file
-    if not wanted & set(found):
-        example = f", such as {next(iter(found.values()))}" if found else ""
+        if stem in file_of and stem in wanted:
+            raise UserError(f"--parts {path} holds both {file_of[stem]} and {file}: keep one of them, or "
+                            "pass the folder of one.")
+        file_of[stem] = file
+    if not wanted & set(file_of):
+        example = f", such as {next(iter(file_of.values()))}" if file_of else ""
         raise UserError(f"--parts {path}: no label file of the {len(data)} images of {data.name} "
                         f"{data.split}: looked for files such as {stems[0]}{tail} below {folder}, which has "
-                        f"{len(found)} files *{tail}{example}; found there: {listing(folder)}; see "
+                        f"{len(file_of)} files *{tail}{example}; found there: {listing(folder)}; see "
                         "data/README.md.")
-    return [found.get(stem) for stem in stems]
+    return [file_of.get(stem) for stem in stems]
 
 
 def decode_panoptic(ids):

@@ -1,4 +1,4 @@
-"""Run plumbing for the four scripts: options, device and ranks, the run folder, log, checkpoints, learning rate.
+"""Run plumbing for the four scripts: options, device and processes, run folder, checkpoints, log, schedule.
 
 Nothing here belongs to one of the papers. A script uses it in this order:
 
@@ -53,10 +53,10 @@ def opt(default, help, choices=None, above=None, at_least=None, below=None, at_m
         schedule=False, runtime=False, evaluation=False, source=False, uses_run=False):
     """A dataclass field that is also a command-line flag.
 
-    choices; above, at_least, below, at_most: what check_options allows; with a limit nan and inf are refused too.
-    each: type of the values of a field of type `list`, which takes one or more after its flag; its default may
-    be (). The field class_ is the flag --class. A default of None is for the Config's own __post_init__ to fill,
-    and only if it is None: replace() calls it again.
+    choices; above, at_least, below, at_most: what check_options allows; where there is a limit it refuses nan
+    and inf too. each: type of the values of a field of type `list`, which takes one or more after its flag;
+    its default may be (). The field class_ is the flag --class. A default of None is for the Config's own
+    __post_init__ to fill, and only if it is None: replace() calls it again.
 
     schedule: a number of iterations or epochs, multiplied by --schedule. The other marks say what an option
     changes. Without one it is part of the training, and a resumed run keeps it.
@@ -89,7 +89,7 @@ class RunConfig:
                        "(Windows: try 0 if loading hangs)", at_least=0, runtime=True)
     schedule: float = opt(1.0, "shortens every stage of the recipe in proportion: "
                           "0.1 = a tenth of the iterations", above=0)
-    seeds: int = opt(1, "with --table or --figure: seeds that every row is trained with, from --seed on", at_least=1,
+    seeds: int = opt(1, "with --table: train every row with so many seeds, from --seed on", at_least=1,
                      runtime=True)
     resume: bool = opt(False, "go on from OUT/last.pt with the settings in OUT/config.json", uses_run=True)
 
@@ -101,7 +101,7 @@ def flag_of(name):
 
 def limits_text(about):
     """The limits of an option in words, "" if it has none."""
-    words = {"above": "above {:g}", "at_least": "{:g} or more", "below": "below {:g}", "at_most": "at most {:g}"}
+    words = dict(above="above {:g}", at_least="{:g} or more", below="below {:g}", at_most="at most {:g}")
     limits = [text.format(about[name]) for name, text in words.items() if about[name] is not None]
     if limits == ["0 or more"]:
         return "must not be negative"
@@ -111,20 +111,20 @@ def limits_text(about):
 def check_options(cfg):
     """UserError for a value that is none of its option's choices, or that lies outside its limits."""
     for f in fields(cfg):
-        value, about = getattr(cfg, f.name), f.metadata
+        value, about, flag = getattr(cfg, f.name), f.metadata, flag_of(f.name)
         if about["choices"] and value not in about["choices"]:
-            raise UserError(f"{flag_of(f.name)} {value}: choose one of {', '.join(map(str, about['choices']))}.")
+            raise UserError(f"{flag} {value}: choose one of {', '.join(map(str, about['choices']))}.")
         text = limits_text(about)
         if value is None or not text:
             continue
         if not math.isfinite(value):
-            raise UserError(f"{flag_of(f.name)} {value}: must be a finite number.")
+            raise UserError(f"{flag} {value}: must be a finite number.")
         inside = [about["above"] is None or value > about["above"],
                   about["at_least"] is None or value >= about["at_least"],
                   about["below"] is None or value < about["below"],
                   about["at_most"] is None or value <= about["at_most"]]
         if not all(inside):
-            raise UserError(f"{flag_of(f.name)} {value}: {text}.")
+            raise UserError(f"{flag} {value}: {text}.")
     if cfg.seeds > 1 and not (getattr(cfg, "table", 0) or getattr(cfg, "figure", 0)):
         raise UserError(f"--seeds {cfg.seeds}: goes with --table; a single run has one --seed.")
 
@@ -134,8 +134,8 @@ def check_batch_size(batch_size, least=1):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if batch_size % world or batch_size // world < least:
         more = f" and {least} at least for batch norm" if least > 1 else ""
-        raise UserError(f"--batch-size {batch_size} for {world} process(es): each needs the same number of images"
-                        f"{more}; choose a multiple of {world}.")
+        raise UserError(f"--batch-size {batch_size} for {world} process(es): each needs the same number of "
+                        f"images{more}; choose a multiple of {world}.")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -208,13 +208,13 @@ def _read_lists(cfg):
             try:
                 setattr(cfg, f.name, [each(value) for value in values])
             except (TypeError, ValueError):
-                raise UserError(f"{flag_of(f.name)} {values}: a list of {each.__name__} values is needed.") from None
+                raise UserError(f"{flag_of(f.name)} {values}: must be a list of {each.__name__}.") from None
 
 
 def read_config(Config, out):
     """The settings of the run in the folder `out`; UserError if there is none of this script."""
     path = Path(out) / "config.json"
-    saved = read_json(path, f"{out} holds no run (no config.json): train first, or pass the folder of that run.")
+    saved = read_json(path, f"{out} holds no run (no config.json): train first, or pass the folder of a run.")
     if not isinstance(saved, dict) or set(saved) - {f.name for f in fields(Config)}:
         raise UserError(f"{path} is not a config of this script: pass the folder of a run of this script.")
     cfg = Config(**saved)
@@ -248,8 +248,8 @@ def run_script(main, Config, presets, description=""):
               "(a lower batch size wants a lower --lr in proportion).", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command with --resume (a --table: the same command) goes on from the "
-              "last checkpoint.", file=sys.stderr)
+        print(f"{name}: interrupted; the same command with --resume (a --table: the same command) goes on from "
+              "the last checkpoint.", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -259,14 +259,14 @@ def run_script(main, Config, presets, description=""):
 # ---- device, seed, ranks -----------------------------------------------------------------------------------
 
 class Machine(NamedTuple):
-    """Where a process computes: its device, its number (rank) and the number of processes (torchrun's world)."""
+    """Where a process computes: its device, its number (rank), and how many processes there are (world)."""
     device: torch.device
     rank: int = 0
     world: int = 1
 
     @property
     def quiet(self):
-        """For tqdm's `disable`: no bar on other processes than the first; on the first None: in a terminal only."""
+        """For tqdm's `disable`: only the first process shows a bar, and (None) only in a terminal."""
         return True if self.rank else None
 
 
@@ -504,7 +504,7 @@ def load_checkpoint(path, parts, device):
 
 
 def read_progress(out, keys=(), classes=None):
-    """progress in OUT/last.pt. UserError: no run of this script (one of the keys is missing), or other classes."""
+    """progress in OUT/last.pt. UserError: no run of this script (a key is missing), or other classes."""
     path = Path(out) / "last.pt"
     progress = read_checkpoint(path)["progress"]
     if not {"classes", *keys} <= set(progress):
@@ -515,7 +515,7 @@ def read_progress(out, keys=(), classes=None):
 
 
 def check_classes(known, classes, out):
-    """UserError if the run in the folder `out` knows other classes than the data have; both are lists of names."""
+    """UserError if the run in the folder `out` knows other classes than the data have; lists of names."""
     known, classes = list(known), list(classes)
     if known == classes:
         return
@@ -523,8 +523,8 @@ def check_classes(known, classes, out):
     differing = [c for c in range(both) if known[c] != classes[c]]
     c = differing[0] if differing else both
     theirs, ours = (names[c] if c < len(names) else "none" for names in (known, classes))
-    raise UserError(f"the run in {out} knows {len(known)} classes, but the data have {len(classes)}; class {c} is "
-                    f"{theirs} there and {ours} here: pass the --data of that run, or another run.")
+    raise UserError(f"the run in {out} knows {len(known)} classes, but the data have {len(classes)}; class {c} "
+                    f"is {theirs} there and {ours} here: pass the --data of that run, or another run.")
 
 
 # ---- log ---------------------------------------------------------------------------------------------------
@@ -538,8 +538,8 @@ class Log:
     """Losses summed on the device, log.csv, the printed lines and the clock of a run.
 
     What it knows stands in `progress`, so that a checkpoint holds it: log (rows), seconds (of training), sums
-    {loss: [sum since the last row, steps]}. With several processes each sums its own losses, and the first one's
-    are logged.
+    {loss: [sum since the last row, steps]}. With several processes each sums its own losses, and those of the
+    first are logged.
     """
 
     def __init__(self, out, progress, machine):
@@ -558,18 +558,18 @@ class Log:
             sums[name] = [total + value, steps + 1]
 
     def means(self, when):
-        """{name: mean since the last row}. UserError if one is not finite; when: "iteration 200", for the message."""
+        """{name: mean since the last row}. UserError if one is not finite, which says when: "iteration 200"."""
         means = {name: float(total) / steps for name, (total, steps) in self.progress["sums"].items()}
         if not all(map(math.isfinite, means.values())):
-            raise UserError(f"the loss is not finite ({means}) by {when}: lower --lr, or use --amp off; --resume "
-                            "goes back to the last good checkpoint.")
+            raise UserError(f"the loss is not finite ({means}) by {when}: lower --lr, or use --amp off; "
+                            "--resume goes back to the last good checkpoint.")
         return means
 
     def row(self, when, start, rates, text, losses=None):
         """One more row of log.csv, and a line that says "when: losses, text, time"; the sums begin anew.
 
-        start, rates: {column: value} before and after the losses. losses: columns of the losses, else those that
-        were added; one that was not is left empty.
+        start, rates: {column: value} before and after the losses. losses: columns of the losses, if not just
+        those that were added; one that was not added is left empty.
         """
         means = self.means(when)
         columns = means if losses is None else {name: means.get(name, "") for name in losses}
@@ -582,7 +582,7 @@ class Log:
             tqdm.write(f"{when}: {', '.join([*words, text, duration(seconds)])}")
 
     def save(self, name, parts, **where):
-        """Checkpoint OUT/name of `parts`, with progress up to date: `where`, such as iteration=200, and seconds.
+        """Checkpoint OUT/name of `parts`; progress is told `where`, such as iteration=200, and the seconds.
 
         UserError if a loss is not finite: the last good checkpoint stays.
         """
@@ -592,11 +592,12 @@ class Log:
 
 
 def facts(cfg, net, progress, machine, *options):
-    """What metrics.json tells of every run beside its rates; options: further ones to name, such as "method"."""
-    evaluated = [f.name for f in fields(cfg) if f.metadata["evaluation"]]
-    return {name: getattr(cfg, name) for name in ("preset", "seed", *options)} | dict(
-        evaluated={name: getattr(cfg, name) for name in evaluated}, seconds=round(progress["seconds"], 1),
-        device=machine.device.type, processes=machine.world, parameters=sum(p.numel() for p in net.parameters()))
+    """What metrics.json tells of every run beside its rates; options: further ones to name, as "method"."""
+    told = {name: getattr(cfg, name) for name in ("preset", "seed", *options)}
+    evaluated = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["evaluation"]}
+    parameters = sum(p.numel() for p in net.parameters())
+    return told | dict(evaluated=evaluated, seconds=round(progress["seconds"], 1), device=machine.device.type,
+                       processes=machine.world, parameters=parameters)
 
 
 # ---- learning rate, speed ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the three segmentation scripts do alike with a trained network: score a split, predict files, show examples."""
+"""What the three segmentation scripts do alike: score a split, predict image files, show examples."""
 from pathlib import Path
 
 import torch
@@ -13,8 +13,8 @@ from common.run import UserError
 def evaluate(net, loader, num_classes, names, predict, machine):
     """{name: rates in percent (common/metrics.py)} over a split, summed over processes; 255 never counts.
 
-    loader: eval_loader of a TestView, one whole image a batch. predict(batch) -> {name: class ids (1,H,W)} at the
-    size of the labels, for all `names`. The network is in eval mode meanwhile, and as before afterwards.
+    loader: eval_loader of a TestView, one whole image a batch. predict(batch) -> {name: class ids (1,H,W)} at
+    the size of the labels, for all `names`. The network is in eval mode meanwhile, afterwards as before.
     """
     training, tuned = net.training, torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False                             # every image may have another size
@@ -38,14 +38,14 @@ def named_rates(score, classes, split):
     UserError if no pixel of the split is labelled.
     """
     if all(rate is None for rate in score["iou"]):
-        raise UserError(f"no pixel of the {split} split is labelled, so there is nothing to score: check its masks, "
-                        "or choose another --test-split.")
+        raise UserError(f"no pixel of the {split} split is labelled, so there is nothing to score: check its "
+                        "masks, or choose another --test-split.")
     return score | dict(iou=dict(zip(classes, score["iou"])), f1=dict(zip(classes, score["f1"])),
                         absent=[classes[c] for c in score["absent"]])
 
 
 def predict_files(files, predict, classes, out):
-    """For every image file OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png; one line each.
+    """OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png for every image file; a line each.
 
     predict(path) -> image uint8 (3,H,W), class ids uint8 (H,W), both on the CPU.
     """

@@ -59,10 +59,10 @@ def measured_speed(step, parts, device, repeats=3):
 
 
 def announce(step, view, parts, steps, test_images, cfg, machine):
-    """Before training one line: steps, expected time at the speed measured now, peak memory. Changes nothing.
+    """One line before training: steps, expected time at the speed measured now, peak memory. Changes nothing.
 
     step(batch) is one training iteration on `parts`; view[(index, sample_seed)] is a training sample;
-    test_images are evaluated on the way, each counted as 0.4 of its share of a step (forward without backward).
+    test_images are evaluated on the way, each counted as 0.4 of its share of a step, as there is no backward.
     """
     def read_batch():                                   # this process's batch, as one loader process would
         return default_collate([view[(i % len(view), i)] for i in range(cfg.batch_size // machine.world)])
@@ -82,12 +82,12 @@ def announce(step, view, parts, steps, test_images, cfg, machine):
 
 
 def cost_of_model(parts, train_step, predict, num_classes, cfg, device):
-    """Multiply-adds, memory and speed of a segmentation network on random images of --crop pixels, as a dict.
+    """What a segmentation network costs on random images of --crop pixels: a dict of numbers.
 
-    parts: model, optimizer, scheduler; left as they were. train_step(x, labels): one step on --batch-size images;
-    predict(x): from one image to labels. gflops: 1e9 multiply-adds of the model for one image, as mmsegmentation
-    counts. training_gib: memory of one training step on CUDA, None elsewhere. training_images_per_second,
-    inference_images_per_second.
+    parts: model, optimizer, scheduler; left as they were. train_step(x, labels): one step on --batch-size
+    images; predict(x): from one image to labels. Returns parameters (those that learn), gflops (1e9
+    multiply-adds of the model for one image, as mmsegmentation counts), training_gib (memory of one training
+    step on CUDA, None elsewhere), training_images_per_second and inference_images_per_second.
     """
     net = parts["model"]
     x = torch.randn(cfg.batch_size, 3, cfg.crop, cfg.crop).to(device, memory_format=torch.channels_last)
@@ -102,17 +102,19 @@ def cost_of_model(parts, train_step, predict, num_classes, cfg, device):
     one = measured_speed(lambda: predict(x[:1]), {}, device, repeats=11)
     with torch.inference_mode():
         _, multiply_adds = counted(net, x[:1])
-    return dict(gflops=multiply_adds / 1e9, training_gib=memory,
-                training_images_per_second=cfg.batch_size / seconds, inference_images_per_second=1 / one)
+    return dict(parameters=sum(p.numel() for p in net.parameters()), gflops=multiply_adds / 1e9,
+                training_gib=memory, training_images_per_second=cfg.batch_size / seconds,
+                inference_images_per_second=1 / one)
 
 
 def report_costs(costs, cfg, device):
-    """{name: cost_of_model's dict and its parameters} -> a table on the screen, and OUT/profile.json."""
+    """{name: what cost_of_model returns} -> a table on the screen, and OUT/profile.json."""
     rows = []
     for name, cost in costs.items():
         memory = "-" if cost["training_gib"] is None else f"{cost['training_gib']:.2f}"
+        speeds = [cost["training_images_per_second"], cost["inference_images_per_second"]]
         rows.append([name, f"{cost['parameters'] / 1e6:.3f}", f"{cost['gflops']:.1f}", memory,
-                     f"{cost['training_images_per_second']:.1f}", f"{cost['inference_images_per_second']:.1f}"])
+                     *(f"{speed:.1f}" for speed in speeds)])
     print(markdown(["model", "parameters, M", "GFLOPs", "training, GiB", "training, images/s",
                     "inference, images/s"], rows))
     about = dict(preset=cfg.preset, device=device.type, crop=cfg.crop, batch_size=cfg.batch_size)
@@ -120,9 +122,10 @@ def report_costs(costs, cfg, device):
 
 
 def counted(module, x, leave_out=()):
-    """module(x), and its multiply-adds; operators with one of the words `leave_out` in their name do not count."""
+    """module(x), and its multiply-adds; operators whose name holds a word of `leave_out` do not count."""
     with FlopCounterMode(display=False) as counter:
         y = module(x)
     flops = counter.get_flop_counts()["Global"]
-    counts = [count for operator, count in flops.items() if not any(word in str(operator) for word in leave_out)]
-    return y, sum(counts) / 2
+    counted_flops = sum(count for operator, count in flops.items()
+                        if not any(word in str(operator) for word in leave_out))
+    return y, counted_flops / 2

@@ -1,10 +1,9 @@
 """Ablation tables: a table is data (rows, columns, the paper's numbers), and this file trains and prints it.
 
-    CBP = Table("effect of the two modules", rows={"baseline": dict(classifier="learnable"), "CBP": {}},
-                columns={"mIoU": "miou", "mAcc": "macc"},
-                paper_columns=("paper mIoU", "paper mAcc"), paper={"baseline": (33.4, 44.4)})
-    found = train_rows(CBP.rows, cfg, train, machine)          # OUT/rows/ROW, with --seeds N also OUT/rows/ROW-seedK
-    write_table(3, CBP, found, cfg, machine)                   # OUT/table3.md, OUT/table3.json
+    modules = Table("Table 3: the two modules", rows={"baseline": dict(classifier="learnable"), "CBP": {}},
+                    columns={"mIoU": "miou"}, paper_columns=("paper mIoU",), paper={"baseline": (33.4,)})
+    results = train_rows(modules.rows, cfg, train, machine)    # OUT/rows/ROW, and ROW-seed1 ... with --seeds
+    write_table(3, modules, results, cfg, machine)             # OUT/table3.md, OUT/table3.json
 
 Nothing here knows a method. train(cfg, machine) is the script's own, and leaves metrics.json in cfg.out.
 """
@@ -24,8 +23,8 @@ class Table(NamedTuple):
     """One table of a paper.
 
     rows: {name: options that the row changes, or in place of them a sentence why it cannot be run}.
-    columns: {heading: key of metrics.json, or a function of the metrics}. paper: {row: what is printed, one value
-    a heading of paper_columns; None = not printed}. digits: {heading: decimals} where it is not 1.
+    columns: {heading: key of metrics.json, or a function of the metrics}. paper: {row: what is printed, a
+    value for each heading of paper_columns; None = not printed}. digits: {heading: decimals} where not 1.
     """
     title: str
     rows: dict
@@ -43,8 +42,9 @@ def folder_of(name):
 def train_rows(rows, cfg, train, machine, folder=folder_of):
     """{row: [metrics, one a seed]} for the rows that can be run; those that are done are kept, seed by seed.
 
-    A row is a run in OUT/rows/; the run of seed 0 bears its name alone, others end with their seed. folder(name):
-    see folder_of. --seeds N: seeds cfg.seed, cfg.seed + 1, ... UserError where a row sets the seed itself.
+    A row is a run in OUT/rows/; the run of seed 0 bears its name alone, others end with their seed.
+    folder(name): see folder_of. --seeds N: seeds cfg.seed, cfg.seed + 1, ... UserError where a row sets the
+    seed itself.
     """
     results = {}
     for name, changes in rows.items():
@@ -56,7 +56,8 @@ def train_rows(rows, cfg, train, machine, folder=folder_of):
         for seed in range(cfg.seed, cfg.seed + cfg.seeds):
             ending = f"-seed{seed}" if seed and "seed" not in changes else ""
             out = Path(cfg.out) / "rows" / f"{folder(name)}{ending}"
-            row_cfg = replace(cfg, **{"table": type(cfg.table)(), "seeds": 1, "seed": seed, "out": str(out), **changes})
+            base = dict(table=type(cfg.table)(), seeds=1, seed=seed, out=str(out))
+            row_cfg = replace(cfg, **base | changes)
             if machine.rank == 0:
                 print(f"row {name}{f', seed {seed}' if cfg.seeds > 1 else ''} in {out}", flush=True)
             results[name].append(finished_row(train, row_cfg, machine))
@@ -76,10 +77,10 @@ def finished_row(train, cfg, machine):
 
         def same(names):
             return all(saved.get(name) == now[name] for name in names)
-        about = {f.name: f.metadata for f in fields(cfg)}
-        trained = same([name for name, a in about.items() if a["source"] or not a["runtime"]])
-        if trained and same([name for name, a in about.items() if a["evaluation"]]) and (out / "metrics.json").exists():
-            metrics = read_json(out / "metrics.json", "")              # --eval-only may have left another evaluation
+        trained = same([f.name for f in fields(cfg) if f.metadata["source"] or not f.metadata["runtime"]])
+        evaluated = same([f.name for f in fields(cfg) if f.metadata["evaluation"]])
+        if trained and evaluated and (out / "metrics.json").exists():
+            metrics = read_json(out / "metrics.json", "")              # --eval-only may have written it anew
             alike = all(now[name] == value for name, value in metrics.get("evaluated", {}).items())
             if alike and metrics.get("finished", True):
                 return metrics
@@ -112,8 +113,11 @@ def cell_text(values, digits=1):
 
 def markdown(headings, rows):
     """A Markdown table of texts; None becomes "-"."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join("-" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+    lines = []
+    for row in [headings, ["---"] * len(headings), *rows]:
+        cells = ["-" if cell is None else str(cell) for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table_text(table, results):
@@ -121,25 +125,29 @@ def table_text(table, results):
     headings = ["row", *table.columns, *table.paper_columns]
     lines = []
     for name, changes in table.rows.items():
-        cells = [cell_text(values_of(column, results[name]), table.digits.get(heading, 1)) if name in results else ""
-                 for heading, column in table.columns.items()]
-        if name not in results and cells:
-            cells[0] = f"not run ({changes})"
+        if name in results:
+            cells = [cell_text(values_of(column, results[name]), table.digits.get(heading, 1))
+                     for heading, column in table.columns.items()]
+        else:
+            cells = [f"not run ({changes})"] + [""] * (len(table.columns) - 1)
         printed = table.paper.get(name, (None,) * len(table.paper_columns))
         lines.append([name, *cells, *printed])
     return markdown(headings, lines)
 
 
 def write_table(number, table, results, cfg, machine, about="", more="", name="table"):
-    """OUT/tableN.md, shown too, and OUT/tableN.json: {row: {column: [a value a seed]}}; only the first process.
+    """OUT/tableN.md, printed too, and OUT/tableN.json: {row: {column: [a value a seed]}}; first process only.
 
-    about: what else a reader must know of the runs, a sentence without a full stop. more: text below the table.
+    about: what else a reader must know of the runs, in a few words. more: text below the table. name:
+    "figure" writes figureN.md and figureN.json.
     """
     if machine.rank:
         return
-    seeds = f"seed {cfg.seed}" if cfg.seeds == 1 else f"seeds {cfg.seed} to {cfg.seed + cfg.seeds - 1} (mean +- " \
-        "sample deviation)"
-    head = f"{table.title}. Preset {cfg.preset}, {about}{', ' if about else ''}{seeds}, {machine.device.type}."
+    seeds = f"seed {cfg.seed}"
+    if cfg.seeds > 1:
+        seeds = f"seeds {cfg.seed} to {cfg.seed + cfg.seeds - 1}: mean +- sample deviation"
+    facts = ", ".join(fact for fact in (f"Preset {cfg.preset}", about, machine.device.type, seeds) if fact)
+    head = f"{table.title}. {facts}."
     text = "\n\n".join(part for part in (head, table_text(table, results), more) if part)
     path = Path(cfg.out) / f"{name}{number}"
     values = {row: {heading: values_of(column, runs) for heading, column in table.columns.items()}

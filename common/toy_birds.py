@@ -19,7 +19,7 @@ and noise; colours occur in several parts; the body's colour tells nothing; a le
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.toy_scenes import box, disc, pick_colour, rotation
+from common.toy_scenes import WOOD, box, disc, pick_colour, rotation
 
 SPLITS = {"train": 720, "test": 240}                           # pictures per split
 FIRST_INDEX = {"train": 0, "test": 120_000}                    # splits share no picture; multiples of 12
@@ -98,7 +98,6 @@ SPECIES_VARIANTS = np.array([                                  # (12,5) variant 
 
 BODY = [(122, 122, 128), (150, 132, 110), (112, 118, 92), (94, 104, 122), (160, 152, 144)]
 LEGS = [(70, 60, 56), (150, 110, 70), (104, 98, 100)]
-WOOD = [(104, 76, 52), (78, 62, 50), (128, 104, 84)]
 LEAF = [(72, 112, 52), (100, 132, 62), (140, 122, 52), (50, 86, 58)]
 BACKDROPS = [                                                  # colours at the top and at the bottom
     ((140, 186, 232), (214, 224, 228)), ((176, 196, 214), (232, 214, 190)),        # sky
@@ -132,7 +131,8 @@ def bird_shapes(rng, variants):
     turn = {part: rng.uniform(-limit, limit) for part, limit in SWING.items()}
     turn["beak"] = turn["head"]
     hidden = PARTS[rng.integers(len(PARTS))] if rng.random() < HIDDEN else None
-    body, legs, shapes = pick_colour(rng, BODY), pick_colour(rng, LEGS), []
+    body, legs = pick_colour(rng, BODY), pick_colour(rng, LEGS)
+    shapes = []
 
     def placed(part, corners):
         x, y, angle = PLACE[part]
@@ -220,14 +220,14 @@ def photograph(rng, index_map, shapes):
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def part_centres(part_of, seen):
+def part_centres(part_of, index_map):
     """Mean of each part's pixels, float (5,2), and whether it has enough of them, bool (5,).
 
-    seen (2H,2W) is the index map, part_of (numbers,) the part of each number in it or -1. The centres are in
-    pixels of the picture, x to the right, y down; (0, 0) where a part is not visible.
+    index_map is (2H,2W), part_of (numbers,) the part of each number in it or -1. The centres are in pixels
+    of the picture, x to the right, y down; (0, 0) where a part is not visible.
     """
-    part = part_of[seen].ravel() + 1                           # 0 = no part
-    y, x = np.indices(seen.shape) / 2 - 0.25                   # two pixels of the map make one of the picture
+    part = part_of[index_map].ravel() + 1                      # 0 = no part
+    y, x = np.indices(index_map.shape) / 2 - 0.25              # two pixels of the map make one of the picture
     count, sum_x, sum_y = (np.bincount(part, values, minlength=len(PARTS) + 1)[1:]
                            for values in (None, x.ravel(), y.ravel()))
     visible = count >= 4 * MIN_PIXELS

@@ -161,12 +161,12 @@ def landscape(rng):
 
 def place_object(rng, name, region, places, horizon):
     """One object at a random place, size, side and tilt: its shapes and the row it stands on."""
-    unit, _, where, parts = OBJECTS[name]
+    unit, _, ground, parts = OBJECTS[name]
     growth = rng.uniform()                                     # 0 smallest, 1 largest
     size = unit * SIZE_FACTORS[0] * (SIZE_FACTORS[1] / SIZE_FACTORS[0]) ** growth
     x = rng.uniform(4, 124)
-    if where in places and rng.random() < 0.92:
-        middle, half, slant = places[where]
+    if ground in places and rng.random() < 0.92:
+        middle, half, slant = places[ground]
         y = middle + slant * (x - 64) + half * rng.uniform(-0.7, 0.8)
     else:                                                      # on the ground; small things are far away
         y = horizon + (126 - horizon) * np.clip(0.8 * growth + rng.normal(0.1, 0.2), 0.02, 1)
@@ -224,15 +224,15 @@ def textures(rng, size):
                      pattern(size // 2, size // 10)])
 
 
-def photograph(rng, index_map, shapes, seen):
+def photograph(rng, index_map, shapes, numbers):
     """The scene through a camera, uint8 (H,W,3): colour, texture, light, contrast, cast, noise."""
     colours = np.clip([shape[4] for shape in shapes], 0, 255).astype(np.uint8)
     index_map.putpalette(colours.tobytes())
     image = np.asarray(index_map.convert("RGB").reduce(2), dtype=np.float32)  # (H,W,3)
-    kind = np.array([TEXTURE.get(CLASSES[shape[1]], 0) for shape in shapes])[seen]  # (H,W)
-    grain = np.take_along_axis(textures(rng, len(seen)), kind[None], axis=0)[0]  # (H,W)
+    kind = np.array([TEXTURE.get(CLASSES[shape[1]], 0) for shape in shapes])[numbers]  # (H,W)
+    grain = np.take_along_axis(textures(rng, len(numbers)), kind[None], axis=0)[0]  # (H,W)
     image = image + grain[..., None] * rng.uniform(8, 14)
-    x = np.linspace(-1, 1, len(seen), dtype=np.float32)
+    x = np.linspace(-1, 1, len(numbers), dtype=np.float32)
     slope_x, slope_y = rng.uniform(-0.1, 0.1, 2)
     light = (1 + slope_x * x + slope_y * x[:, None])[..., None]  # (H,W,1)
     gain = rng.uniform(0.85, 1.15) * rng.uniform(0.96, 1.04, 3).astype(np.float32)  # contrast, cast
@@ -241,10 +241,10 @@ def photograph(rng, index_map, shapes, seen):
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def part_centres(shapes, seen):
+def part_centres(shapes, numbers):
     """Float (K,4): part id, class id, x, y of every visible part; each wheel has a row of its own."""
-    y, x = np.indices(seen.shape)
-    count, sum_x, sum_y = (np.bincount(seen.ravel(), values, minlength=len(shapes))
+    y, x = np.indices(numbers.shape)
+    count, sum_x, sum_y = (np.bincount(numbers.ravel(), values, minlength=len(shapes))
                            for values in (None, x.ravel(), y.ravel()))
     rows = [(part, class_id, sum_x[i] / count[i], sum_y[i] / count[i])
             for i, (_, class_id, part, _, _) in enumerate(shapes)
@@ -304,9 +304,9 @@ def make_scene(seed, index, size=128):
     rng = np.random.default_rng((seed, index))
     shapes = compose(rng)
     index_map = paint(shapes, size)
-    seen = np.asarray(index_map)[::2, ::2]  # (H,W) shape numbers
+    numbers = np.asarray(index_map)[::2, ::2]  # (H,W) shape numbers
     class_of, part_of, region_of = np.array([shape[1:4] for shape in shapes], dtype=np.uint8).T
-    mask, parts, regions = class_of[seen], part_of[seen], region_of[seen]
-    return {"image": photograph(rng, index_map, shapes, seen), "mask": mask, "parts": parts,
-            "objects": regions * (parts > 0), "part_centres": part_centres(shapes, seen),
+    mask, parts, regions = class_of[numbers], part_of[numbers], region_of[numbers]
+    return {"image": photograph(rng, index_map, shapes, numbers), "mask": mask, "parts": parts,
+            "objects": regions * (parts > 0), "part_centres": part_centres(shapes, numbers),
             "scribbles": draw_scribbles(rng, regions, mask)}

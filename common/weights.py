@@ -19,14 +19,13 @@ def load_weights(net, weights, backbone):
     state = read_state_dict(locate_weights(str(weights), backbone))
     if backbone in MIT:
         load_mit_weights(net, state, source=weights)
-    elif backbone == "resnet50_inat":
-        load_fitting(net, conventional_branch(state), source=weights)
+        return
+    if backbone == "resnet50_inat":
+        state = conventional_branch(state)
     elif backbone.startswith("densenet"):                               # norm.1 in the files, norm1 by now
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name): value
                  for name, value in state.items()}
-        load_fitting(net, state, source=weights)
-    else:
-        load_fitting(net, state, source=weights)
+    load_fitting(net, state, source=weights)
 
 
 def locate_weights(weights, backbone):
@@ -99,7 +98,8 @@ def original_mit_name(name):
     if match is None:
         return name
     part = {"patch_embeddings": "patch_embed", "block": "block", "layer_norm": "norm"}[match[1]]
-    stage, rest = int(match[2]) + 1, match[3]                               # they count stages from 0
+    stage = int(match[2]) + 1                                               # they count stages from 0
+    rest = match[3]
     for theirs, ours in (("attention.self.query", "attn.q"), ("attention.self.", "attn."),
                          ("attention.output.dense", "attn.proj"), ("mlp.dense", "mlp.fc"),
                          ("layer_norm_", "norm"), ("layer_norm", "norm")):
@@ -120,12 +120,14 @@ def conventional_branch(state):
 
 def load_fitting(model, state, source):
     """Load state into model if all names and shapes fit, classifiers aside; else load nothing, UserError."""
-    own = {name: value for name, value in model.state_dict().items() if not name.startswith(CLASSIFIER_KEYS)}
+    shapes = {name: value.shape for name, value in model.state_dict().items()
+              if not name.startswith(CLASSIFIER_KEYS)}
     state = {name: value for name, value in state.items() if not name.startswith(CLASSIFIER_KEYS)}
     differing = {
-        "missing": [name for name in own if name not in state and not name.endswith("num_batches_tracked")],
-        "unexpected": [name for name in state if name not in own],
-        "of another shape": [name for name in own if name in state and state[name].shape != own[name].shape],
+        "missing": [name for name in shapes
+                    if name not in state and not name.endswith("num_batches_tracked")],
+        "unexpected": [name for name in state if name not in shapes],
+        "of another shape": [name for name in shapes if name in state and state[name].shape != shapes[name]],
     }
     problems = [f"{len(names)} {what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
                 for what, names in differing.items() if names]

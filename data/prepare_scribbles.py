@@ -40,9 +40,9 @@ def save_mask(path, ids):
 def files_below(folder, endings):
     """Files with the first of these endings that occurs, also in sub-folders, sorted. UserError if none."""
     for ending in endings:
-        found = sorted(p for p in folder.rglob(f"*{ending}") if p.name[0] != ".")
-        if found:
-            return found
+        files = sorted(p for p in folder.rglob(f"*{ending}") if p.name[0] != ".")
+        if files:
+            return files
     raise UserError(f"{folder} holds no file {' or '.join(f'*{e}' for e in endings)}: pass the folder of the "
                     f"masks or strokes; found there: {listing(folder)}.")
 

@@ -38,7 +38,8 @@ def write_birds(folder, seed, counts):
         for name in SPECIES:
             (folder / split / name).mkdir(parents=True)
         for i in range(count):
-            bird, file = make_bird(seed, bird_index(split, i)), f"{i:04d}.png"
+            bird = make_bird(seed, bird_index(split, i))
+            file = f"{i:04d}.png"
             name = SPECIES[bird["label"]]
             Image.fromarray(bird["image"]).save(folder / split / name / file)
             parts = zip(PARTS, bird["variants"], bird["centres"], bird["visible"])
@@ -57,9 +58,8 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures (default 0)")
     parser.add_argument("--count", type=int, help=f"pictures per split (default {SPLITS})")
     options = parser.parse_args(arguments)
-    out, counts = options.out, dict(SPLITS)
-    if options.count is not None:
-        counts = dict.fromkeys(SPLITS, options.count)
+    out = options.out
+    counts = SPLITS if options.count is None else dict.fromkeys(SPLITS, options.count)
     if options.seed < 0 or not 1 <= min(counts.values()) < 100_000:
         print("--seed must be 0 or more, --count between 1 and 99999.", file=sys.stderr)
         return 2

@@ -24,7 +24,8 @@ def palettes():
     """Colours uint8 (256,3) of class ids, and of part ids (pale shades of the class's); 255 is white."""
     of_class = np.full((256, 3), 255, np.uint8)
     of_class[:len(CLASSES)] = MASK_COLOURS
-    of_part, owners = of_class.copy(), [part.split(":")[0] for part in PARTS]
+    of_part = of_class.copy()
+    owners = [part.split(":")[0] for part in PARTS]
     for i, owner in enumerate(owners[1:], start=1):
         pale = 0.22 * owners[:i].count(owner)
         of_part[i] = of_class[CLASSES.index(owner)] * (1 - pale) + 255 * pale
@@ -65,12 +66,14 @@ def write_scenes(folder, seed, counts):
     """Write counts[split] scenes of every split into an empty folder; returns how many in all."""
     of_class, of_part = palettes()
     kinds = {"images": "image", "masks": "mask", "parts": "parts", "scribbles": "scribbles"}
-    palette_of, rows = {"masks": of_class, "parts": of_part, "scribbles": of_class}, []
+    palette_of = {"masks": of_class, "parts": of_part, "scribbles": of_class}
+    rows = []
     for split, count in counts.items():
         for kind in kinds:
             (folder / kind / split).mkdir(parents=True)
         for i in range(count):
-            scene, stem = make_scene(seed, scene_index(split, i)), f"{i:04d}"
+            scene = make_scene(seed, scene_index(split, i))
+            stem = f"{i:04d}"
             Image.fromarray(scene["image"]).save(folder / "images" / split / f"{stem}.png")
             for kind, palette in palette_of.items():
                 save_ids(folder / kind / split / f"{stem}.png", scene[kinds[kind]], palette)

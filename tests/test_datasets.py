@@ -335,7 +335,7 @@ def test_square_test_view_ignores_the_aspect(folder):
     sample, (image, mask) = loaders.TestView(data, 33, square=True)[1], data.read(1)
     assert sample["image"].shape == (3, 33, 33) and torch.equal(sample["mask"], mask.long())
     expected = torch.nn.functional.interpolate(image[None].float(), (33, 33), mode="bilinear")[0]
-    assert (transforms.denormalise(sample["image"]).float() - expected).abs().max() <= 1  # from 40 x 56 pixels
+    assert (transforms.denormalise(sample["image"]).float() - expected).abs().max() <= 1   # from 40 x 56
     assert "--size 0" in message(loaders.TestView, data, 0, square=True)
 
 
