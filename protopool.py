@@ -83,7 +83,7 @@ from common.backbones import EXTRACTORS, build_extractor
 from common.classification import clean_loader, evaluate, open_splits, training_batches
 from common.files import list_images
 from common.loaders import BatchesFrom, to_device
-from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401 (for those who copy)
+from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401: boxes for callers
 from common.run import RunConfig, UserError, opt
 from common.tables import Table, train_rows, write_table
 from common.transforms import coin, uniform, warp
@@ -98,7 +98,7 @@ class Config(RunConfig):
     val_fraction: float = opt(0.1, "share of every class's training images kept for early stopping")
     select_on_test: bool = opt(False, "stop and choose on the test split, as the authors did; optimistic")
     backbone: str = opt("resnet34", "network before the 1x1 add-on layer", choices=EXTRACTORS)
-    weights: str = opt("imagenet", "of the backbone: imagenet (downloaded), a file, URL, none", source=True)
+    weights: str = opt("imagenet", "of the backbone: imagenet, a file, a URL, or none", source=True)
     size: int = opt(224, "images are resized to size x size; below 32 no feature map is left", at_least=32)
     classifier: str = opt("protopool", "linear = a linear layer on the same backbone, same budget",
                           choices=("protopool", "linear"))
@@ -110,17 +110,18 @@ class Config(RunConfig):
     gumbel: bool = opt(True, "off = plain softmax in training (Table 4)")
     focal: bool = opt(True, "off = maximum alone, as in ProtoPNet (Table 4)")
     w_cluster: float = opt(0.8, "weight of L_clst", at_least=0)
-    w_separation: float = opt(-0.08, "weight of L_sep, negative: the others' prototypes go away", at_most=0)
+    w_separation: float = opt(-0.08, "weight of L_sep, negative: others' prototypes are pushed off", at_most=0)
     w_orth: float = opt(1.0, "weight of L_orth", at_least=0)
     w_l1: float = opt(1e-4, "weight of the L1 norm of the last layer's off-class weights", at_least=0)
-    batch_size: int = opt(80, "images of a step on all GPUs; if memory runs out halve it and rates", above=0)
+    batch_size: int = opt(80, "images in a step, all GPUs together; if memory runs out, halve it and the "
+                          "learning rates", above=0)
     passes_per_epoch: int = opt(30, "passes over the training images that make an epoch [D9]: schedule, "
                                 "temperature and early stopping count in epochs", above=0)
     pretrain_epochs: int = opt(0, "epochs as a plain classifier first [D18]", at_least=0, schedule=True)
-    warmup_epochs: int = opt(None, "epochs of the warm-up (10; official 9)", at_least=0, schedule=True)
+    warmup_epochs: int = opt(None, "epochs of warm-up (default 10; official 9)", at_least=0, schedule=True)
     joint_epochs: int = opt(60, "epochs of the joint phase at most", at_least=0, schedule=True)
     patience: int = opt(12, "joint epochs without a lower validation loss until the phase stops", above=0)
-    finetune_epochs: int = opt(None, "epochs of the last layer (15; official 25)", at_least=0, schedule=True)
+    finetune_epochs: int = opt(None, "of the last layer (default 15; official 25)", at_least=0, schedule=True)
     lr: float = opt(1.5e-3, "Adam learning rate of add-on layer and prototypes", above=0)
     slot_lr: float = opt(1.5e-3, "of q; the paper's 2,247 steps at tau = 1 move q by 3: raise it where an "
                          "epoch has few steps, or the slots freeze before they have learned", above=0)
@@ -129,12 +130,13 @@ class Config(RunConfig):
     add_on_decay: float = opt(None, "of the add-on layer (none in the warm-up [D10], then --weight-decay); "
                               "some hundred images want 0.03, or it learns them by heart", at_least=0)
     lr_step: int = opt(5, "joint epochs between two cuts of the learning rates", above=0)
-    lr_gamma: float = opt(None, "factor of a cut (0.5; official 0.1)", above=0)
-    finetune_lr: float = opt(None, "learning rate of the last layer (1e-4; official 5e-5)", above=0)
+    lr_gamma: float = opt(None, "factor of a cut (default 0.5; official 0.1)", above=0)
+    finetune_lr: float = opt(None, "learning rate of the last layer (default 1e-4; official 5e-5)", above=0)
     augment: str = opt(None, "chain = all of Table 5, single = one of its warps, flip = left-right only "
-                       "(chain; official single)", choices=("chain", "single", "flip", "none"))
+                       "(default chain; official single)", choices=("chain", "single", "flip", "none"))
     mixup: bool = opt(True, "mix-up in training (Table 5)")
-    finetune_mixup: bool = opt(None, "mix-up in fine-tuning: through the whole network (no; official yes)")
+    finetune_mixup: bool = opt(None, "mix-up in fine-tuning too: through the whole network in every step "
+                               "(default no; official yes)")
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
     explain: str = opt("", "image or folder, cut out as the training images are: explain the predictions "
                        "of the run in OUT (Fig. 6) and stop", uses_run=True)

@@ -1,6 +1,7 @@
 """Single files: images as tensors, masks of class ids, lists, the names in a folder. Errors name the file."""
 import contextlib
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -97,10 +98,10 @@ def list_images(path, distinct=False):
     images = sorted(p for p in path.glob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.name[0] != ".")
     if not images:
         raise UserError(f"{path} holds no image ({' '.join(IMAGE_ENDINGS)}): found there: {listing(path)}.")
-    for first, second in zip(images, images[1:]):
-        if distinct and first.stem == second.stem:
-            raise UserError(f"{path} holds {first.name} and {second.name}: what is written for both would "
-                            "have the same name, so rename one.")
+    stem, count = Counter(image.stem for image in images).most_common(1)[0]
+    if distinct and count > 1:
+        raise UserError(f"{path} holds {count} images called {stem}: what is written for them would have the same "
+                        "name, so rename all but one.")
     return images
 
 
