@@ -110,7 +110,7 @@ class Config(RunConfig):
     gumbel: bool = opt(True, "off = plain softmax in training (Table 4)")
     focal: bool = opt(True, "off = maximum alone, as in ProtoPNet (Table 4)")
     w_cluster: float = opt(0.8, "weight of L_clst", at_least=0)
-    w_separation: float = opt(-0.08, "weight of L_sep, negative: others' prototypes are pushed off", at_most=0)
+    w_separation: float = opt(-0.08, "weight of L_sep, negative: it drives the others away", at_most=0)
     w_orth: float = opt(1.0, "weight of L_orth", at_least=0)
     w_l1: float = opt(1e-4, "weight of the L1 norm of the last layer's off-class weights", at_least=0)
     batch_size: int = opt(80, "images in a step, all GPUs together; if memory runs out, halve it and the "
@@ -121,7 +121,7 @@ class Config(RunConfig):
     warmup_epochs: int = opt(None, "epochs of warm-up (default 10; official 9)", at_least=0, schedule=True)
     joint_epochs: int = opt(60, "epochs of the joint phase at most", at_least=0, schedule=True)
     patience: int = opt(12, "joint epochs without a lower validation loss until the phase stops", above=0)
-    finetune_epochs: int = opt(None, "of the last layer (default 15; official 25)", at_least=0, schedule=True)
+    finetune_epochs: int = opt(None, "of fine-tuning (default 15; official 25)", schedule=True, at_least=0)
     lr: float = opt(1.5e-3, "Adam learning rate of add-on layer and prototypes", above=0)
     slot_lr: float = opt(1.5e-3, "of q; the paper's 2,247 steps at tau = 1 move q by 3: raise it where an "
                          "epoch has few steps, or the slots freeze before they have learned", above=0)

@@ -100,8 +100,8 @@ def list_images(path, distinct=False):
         raise UserError(f"{path} holds no image ({' '.join(IMAGE_ENDINGS)}): found there: {listing(path)}.")
     stem, count = Counter(image.stem for image in images).most_common(1)[0]
     if distinct and count > 1:
-        raise UserError(f"{path} holds {count} images called {stem}: what is written for them would have the same "
-                        "name, so rename all but one.")
+        raise UserError(f"{path} holds {count} images called {stem}: what is written for them would have "
+                        "the same name, so rename all but one.")
     return images
 
 

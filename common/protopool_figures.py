@@ -238,7 +238,7 @@ def draw_focal(net, data, held, folder, cfg, device, most=1000):
 # ---- explanations, and what the boxes of prototypes hold ----
 
 def explain_files(paths, net, train_set, sources, explain, cfg, device):
-    """For every image file OUT/explanations/NAME.png (Fig. 6), NAME.json and a line. explain: see draw_run."""
+    """OUT/explanations/NAME.png (Fig. 6), NAME.json and a line for every file. explain: see draw_run."""
     patches = prototype_patches(net, train_set, sources, cfg, device)
     for path in paths:
         image = read_image(path)
