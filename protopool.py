@@ -37,32 +37,26 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
 [D2] Eq. (1) subtracts the mean similarity; the code the similarity of the mean distance.
 [D3] Supp. 8 prints softmax(q / tau + eta); the code has softmax(2 (q / tau + eta)), with another tau.
 [D4] Eq. (2) is about distributions; the code puts in the logits q, and the sum over all pairs i != j.
-[D5] At test time the paper takes y > 0.5 as 1, so that a slot may stay empty; the code takes y at
-     tau = 1e-4, in effect the largest q. We take the final tau of 0.001 and no noise, in validation and
-     without Gumbel-softmax too (softmax(q) itself would leave most slots empty).
+[D5] At test time the paper takes y > 0.5 as 1, and a slot may stay empty; the code takes the largest q. We
+     take tau = 0.001, no noise, also without Gumbel-softmax (softmax(q) would leave most slots empty).
 [D6] Table 6 halves the learning rates every 5 epochs; the code divides them by 10.
 [D7] Table 6 fine-tunes for 15 epochs at 1e-4; the code for 25 at 5e-5, x0.95 every 5, with decay and mix-up.
      The paper does not say on what: we take the clean images, whose similarities are computed once.
-[D8] Supp. 8 has Xavier normal for all but the last layer; the code draws the add-on layer by Kaiming and the
-     prototypes uniformly from [0, 1).
-[D9] Table 5 reads as one chain with vertical flips; ProtoPNet's data preparation, which the code uses,
-     applies one of the three warps, flips left-right only, and stores 30 augmented copies of every image,
-     hence --passes-per-epoch. Skew "< 45 degrees" is a tilt that changes a side by up to a fifth.
+[D8] Supp. 8 has Xavier normal but for the last layer; the code Kaiming (add-on), uniform (prototypes).
+[D9] Table 5 reads as one chain with vertical flips; the code has one of the three warps, left-right flips,
+     and 30 stored copies of an image, as ProtoPNet: --passes-per-epoch. Skew: up to a fifth of a side.
 [D10] Table 6 has 10 epochs of warm-up without decay; the code trains 9, and decays the add-on layer.
 [D11] Table 6 decays the "prototypical pool" too; the code leaves prototypes and q alone, and so do we in
      both readings: a q whose softmax is saturated has no other gradient, and Adam would walk it to 0.
-[D12] Early stopping looks at the cross-entropy of a validation split of the training images, as accuracy
-     moves in large steps where the split is small; the code looks at loss and accuracy of the test split.
-     Projected are the best weights; in the code the last.
+[D12] Early stopping looks at the cross-entropy of a validation split, as its accuracy moves in large steps;
+     the code at loss and accuracy of the test split. Projected are the best weights; in the code the last.
 [D13] A sigmoid follows the 1x1 convolution, as in the code and in ProtoPNet; the paper names no sigmoid.
 [D14] The text starts at tau = 1, the formula at infinity: tau = 1 in epoch 0.
-[D15] Mix-up "50% : 50%" is Beta(0.5, 0.5), as in the code. Both images enter L_clst and L_sep with their
-     shares; in the code the first only.
+[D15] Mix-up "50% : 50%" is Beta(0.5, 0.5), as in the code; there L_clst and L_sep see the first image only.
 [D16] Batch norm stays in eval mode while the backbone is frozen; the code lets its statistics drift.
 [D17] Prototypes in nobody's slot are pruned at the projection; the code overwrites them with zeros.
 [D18] Toy birds have no pretrained backbone: --pretrain-epochs trains it as a plain classifier first.
-[D19] CUB is cut to its bounding boxes, test images too, as in ProtoPNet's preparation. Cars are read whole:
-     neither paper nor code says.
+[D19] CUB is cut to its boxes, test images too, as ProtoPNet prepared it. Cars are whole: no source says.
 """
 
 import math
@@ -80,7 +74,8 @@ from tqdm import tqdm
 
 from common import images, protopool_figures, run, speed
 from common.backbones import EXTRACTORS, build_extractor
-from common.classification import clean_loader, evaluate, open_splits, training_batches
+from common.classification import (clean_loader, evaluate, open_splits, probabilities, same_images,
+                                   steps_per_epoch, training_batches, training_view)
 from common.files import list_images
 from common.loaders import BatchesFrom, to_device
 from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401: boxes for callers
@@ -100,10 +95,8 @@ class Config(RunConfig):
     backbone: str = opt("resnet34", "network before the 1x1 add-on layer", choices=EXTRACTORS)
     weights: str = opt("imagenet", "of the backbone: imagenet, a file, a URL, or none", source=True)
     size: int = opt(224, "images are resized to size x size; below 32 no feature map is left", at_least=32)
-    classifier: str = opt("protopool", "linear = a linear layer on the same backbone, same budget",
-                          choices=("protopool", "linear"))
-    reading: str = opt("paper", "official = the released code where it differs, [D*] at the top of the file",
-                       choices=("paper", "official"))
+    classifier: str = opt("protopool", "linear = a plain baseline", choices=("protopool", "linear"))
+    reading: str = opt("paper", "official = the released code, [D*] above", choices=("paper", "official"))
     prototypes: int = opt(202, "M, size of the pool; those in no slot are pruned at the projection", above=0)
     slots: int = opt(10, "K, slots of a class", above=0)
     depth: int = opt(256, "D, channels of features and prototypes", above=0)
@@ -113,10 +106,8 @@ class Config(RunConfig):
     w_separation: float = opt(-0.08, "weight of L_sep, negative: it drives the others away", at_most=0)
     w_orth: float = opt(1.0, "weight of L_orth", at_least=0)
     w_l1: float = opt(1e-4, "weight of the L1 norm of the last layer's off-class weights", at_least=0)
-    batch_size: int = opt(80, "images in a step, all GPUs together; if memory runs out, halve it and the "
-                          "learning rates", above=0)
-    passes_per_epoch: int = opt(30, "passes over the training images that make an epoch [D9]: schedule, "
-                                "temperature and early stopping count in epochs", above=0)
+    batch_size: int = opt(80, "images of a step on all GPUs; if memory runs out, halve it and lr", above=0)
+    passes_per_epoch: int = opt(30, "passes over the images per epoch, the unit of schedules [D9]", above=0)
     pretrain_epochs: int = opt(0, "epochs as a plain classifier first [D18]", at_least=0, schedule=True)
     warmup_epochs: int = opt(None, "epochs of warm-up (default 10; official 9)", at_least=0, schedule=True)
     joint_epochs: int = opt(60, "epochs of the joint phase at most", at_least=0, schedule=True)
@@ -135,15 +126,13 @@ class Config(RunConfig):
     augment: str = opt(None, "chain = all of Table 5, single = one of its warps, flip = left-right only "
                        "(default chain; official single)", choices=("chain", "single", "flip", "none"))
     mixup: bool = opt(True, "mix-up in training (Table 5)")
-    finetune_mixup: bool = opt(None, "mix-up in fine-tuning too: through the whole network in every step "
-                               "(default no; official yes)")
+    finetune_mixup: bool = opt(None, "mix-up in fine-tuning too, which is slow (default no; official yes)")
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
-    explain: str = opt("", "image or folder, cut out as the training images are: explain the predictions "
-                       "of the run in OUT (Fig. 6) and stop", uses_run=True)
+    explain: str = opt("", "image or folder, cut out like the training images: why (Fig. 6)?", uses_run=True)
     compare: list = opt((), "two class names: draw what they share in the run in OUT, Fig. 1", uses_run=True)
     ensemble: list = opt((), "run folders: accuracy of mean probabilities, in OUT/ensemble/", runtime=True)
-    table: str = opt("", "train every row of Table 3 or 4 or of Fig. 11a or 11b on the chosen preset",
-                     runtime=True, choices=("", "3", "4", "11a", "11b"))
+    table: str = opt("", "train the rows of Table 3 or 4 or of Fig. 11a or 11b on the chosen preset",
+                     choices=("", "3", "4", "11a", "11b"), runtime=True)
 
     def __post_init__(self):
         """What was not given comes from the reading."""
@@ -201,9 +190,7 @@ def temperature(epoch, reading="paper"):
         return 0.001 / math.sqrt(min(epoch, 30) / 30) if epoch else math.inf
     if epoch == 0:
         return 1.0
-    if epoch < 30:
-        return 1 / math.sqrt(3.4e4 * epoch)
-    return 0.001
+    return 1 / math.sqrt(3.4e4 * epoch) if epoch < 30 else 0.001
 
 
 def gumbel_noise(q):
@@ -263,8 +250,7 @@ def slot_similarity(d2, assignment, reading="paper", focal=True):
     y = assignment.flatten(0, 1).T                                   # (M,C*K)
     if reading == "official":
         cells = d2.flatten(2)
-        both = torch.stack([cells.amin(2), cells.mean(2)])           # (2,B,M)
-        nearest, mean = log_similarity(both @ y)                     # (B,C*K) each
+        nearest, mean = log_similarity(torch.stack([cells.amin(2), cells.mean(2)]) @ y)        # (B,C*K)
         slots = nearest - mean if focal else nearest
     else:
         slots = focal_similarity(d2, focal) @ y                      # (B,C*K)
@@ -352,8 +338,7 @@ class ProtoPool(nn.Module):
 
     def own_slots(self):
         """(C,C*K): 1 where the slot belongs to the class."""
-        num_classes, slots, _ = self.q.shape
-        return torch.eye(num_classes, device=self.q.device).repeat_interleave(slots, dim=1)
+        return torch.eye(len(self.q), device=self.q.device).repeat_interleave(self.q.shape[1], dim=1)
 
     def features(self, x):
         """(B,3,H,W) -> (B,D,h,w), in (0, 1)."""
@@ -527,8 +512,7 @@ def enter_phase(phase, parts, progress, cfg, device):
 def end_epoch(log, steps, score, lr):
     """Count an epoch; a row of log.csv and a printed line."""
     progress = log.progress
-    progress["epoch"] += 1
-    progress["iteration"] += steps
+    progress |= dict(epoch=progress["epoch"] + 1, iteration=progress["iteration"] + steps)
     log.row(f"{progress['phase']} {progress['epoch']}",
             dict(phase=progress["phase"], epoch=progress["epoch"], lr=lr),
             dict(val_accuracy=score["accuracy"], val_ce=score["ce"]),
@@ -553,7 +537,7 @@ def train_phase(net, phase, sets, progress, cfg, machine):
     enter_phase(phase, parts, progress, cfg, machine.device)
     epochs, steps, start = getattr(cfg, f"{phase}_epochs"), steps_per_epoch(sets, cfg), progress["iteration"]
     stop = start + (epochs - progress["epoch"]) * steps
-    batches = training_batches(training_view(sets, cfg), start, stop, cfg, machine)
+    batches = training_batches(training_view(sets, cfg, augment), start, stop, cfg, machine)
     val_loader = clean_loader(sets["val"], cfg, *machine)
     log = run.Log(out, progress, machine)
     while progress["epoch"] < epochs and progress["stale"] < cfg.patience:
@@ -639,15 +623,10 @@ def project(net, sets, progress, cfg, machine):
     log.save("last.pt", dict(model=net))
 
 
-# ---- fine-tuning of the last layer (Table 6), and all phases one after the other --------------------------
-
 def slot_batches(net, sets, start, stop, cfg, machine):
-    """Iterator over slots (B,C*K), labels, labels mixed in, lam: fine-tuning's iterations start..stop-1.
-
-    Without mix-up the network runs once over the clean training images; the rest is look-ups.
-    """
+    """Iterator over slots (B,C*K), labels, labels mixed in, lam. Without mix-up the network runs once."""
     if cfg.finetune_mixup:                                           # [D7]
-        for x, labels in training_batches(training_view(sets, cfg), start, stop, cfg, machine):
+        for x, labels in training_batches(training_view(sets, cfg, augment), start, stop, cfg, machine):
             x, others, lam = mix(x, labels)
             yield net.slot_scores(x), labels, others, lam
         return
@@ -664,13 +643,12 @@ def slot_batches(net, sets, start, stop, cfg, machine):
 
 def finetune(net, sets, progress, cfg, machine):
     """After the projection the last layer alone: cross-entropy + L1 of its off-class weights [D7]."""
-    official = cfg.reading == "official"
+    decay, gamma = (cfg.weight_decay, 0.95) if cfg.reading == "official" else (0.0, 1.0)
     net.eval().requires_grad_(False)
     head = net.last_layer.requires_grad_(True)
     model = run.distribute(head, machine)
-    optimizer = torch.optim.Adam(head.parameters(), lr=cfg.finetune_lr,
-                                 weight_decay=cfg.weight_decay if official else 0.0)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.95 if official else 1.0)
+    optimizer = torch.optim.Adam(head.parameters(), lr=cfg.finetune_lr, weight_decay=decay)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, gamma)
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     enter_phase("finetune", parts, progress, cfg, machine.device)
     off_class = 1 - net.own_slots()                                  # (C,C*K)
@@ -702,12 +680,11 @@ def train(cfg, machine):
     from the projection on also soft (C,K,M), pruned, prototypes_before (M,D), sources.
     """
     sets = open_splits(cfg)
-    classes = sets["train"].classes
     resumes = cfg.resume and (Path(cfg.out) / "last.pt").exists()    # killed before the first: start again
     progress = dict(phase="start", epoch=0, iteration=0, stale=0, best=math.inf, seconds=0.0, log=[],
-                    sums={}, slot=[], classes=classes, num_prototypes=cfg.prototypes)
+                    sums={}, slot=[], classes=sets["train"].classes, num_prototypes=cfg.prototypes)
     if resumes:
-        progress |= run.read_progress(cfg.out, ("phase", "num_prototypes"), classes)
+        progress |= run.read_progress(cfg.out, ("phase", "num_prototypes"), progress["classes"])
     torch.manual_seed(cfg.seed)
     plain, net = build_models(progress, cfg, machine.device, "none" if resumes else cfg.weights)
     run.start_run(cfg, machine)
@@ -723,14 +700,6 @@ def train(cfg, machine):
 
 
 # ==== from here on: data, evaluation, using a trained run, the paper's tables ==============================
-
-def steps_per_epoch(sets, cfg):
-    return max(1, cfg.passes_per_epoch * len(sets["train"]) // cfg.batch_size)
-
-
-def training_view(sets, cfg):
-    return images.TrainView(sets["train"], cfg.size, partial(augment, kind=cfg.augment))
-
 
 def build_models(progress, cfg, device, weights="none"):
     """The plain classifier, and the network that --classifier names, on the same backbone."""
@@ -753,7 +722,7 @@ def announce(net, sets, progress, cfg, machine):
     tau = temperature_of("joint", 0, cfg)
     net.train()
     speed.announce(lambda batch: train_step(net, optimizer, *to_device(batch, machine.device), tau, cfg),
-                   training_view(sets, cfg), dict(model=net, optimizer=optimizer), epochs * steps,
+                   training_view(sets, cfg, augment), dict(model=net, optimizer=optimizer), epochs * steps,
                    epochs * len(sets["val"]), cfg, machine)
 
 
@@ -771,8 +740,7 @@ def accuracies_by_stage(net, progress, loader, device):
 
 
 def report(net, sets, progress, cfg, machine):
-    """The test split, read for the first time: metrics.json and figures/ of the first process, which returns
-    the metrics; others return None."""
+    """The test split, read for the first time: metrics.json, figures/. -> metrics, in the first process."""
     device, test_set, pools = machine.device, sets["test"], isinstance(net, ProtoPool)
     loader = clean_loader(test_set, cfg, *machine)
     if pools:
@@ -795,8 +763,7 @@ def report(net, sets, progress, cfg, machine):
         facts = protopool_figures.draw_run(net, sets, progress, names, explain_one, cfg, device)
         result |= truth | dict(explanations=facts)
         line += (f" (before projection {result['accuracy_before_projection']:.1f}, right after it "
-                 f"{result['accuracy_after_projection']:.1f}), {result['prototypes_used']} prototypes for "
-                 f"{result['slots_in_all']} slots; look into {cfg.out}/figures")
+                 f"{result['accuracy_after_projection']:.1f}); look into {cfg.out}/figures")
     run.write_json(Path(cfg.out) / "metrics.json", result)
     print(f"{line}; see {cfg.out}/metrics.json")
     return result
@@ -837,52 +804,46 @@ def load_run(cfg, device):
     else:
         finished = reached(progress, "project") and epoch >= cfg.finetune_epochs
     if not finished:
-        raise UserError(f"the run in {cfg.out} stopped in epoch {epoch} of phase {phase}: finish it with "
-                        "--resume.")
+        raise UserError(f"the run in {cfg.out} stopped in epoch {epoch} of phase {phase}: --resume it.")
     _, net = build_models(progress, cfg, device)
     file = "best.pt" if linear and cfg.reading == "paper" else "last.pt"           # see train_phase [D12]
     run.load_checkpoint(Path(cfg.out) / file, dict(model=net), device)
     return net.eval().requires_grad_(False), sets, progress
 
 
-def explain(cfg, device):
-    """--explain: for every image OUT/explanations/NAME.png (Fig. 6) and NAME.json."""
-    paths = list_images(cfg.explain, distinct=True)
+def show(cfg, device):
+    """--explain: OUT/explanations/ (Fig. 6), NAME.png and NAME.json. --compare: OUT/figures/ (Fig. 1)."""
+    paths = list_images(cfg.explain, distinct=True) if cfg.explain else []
     net, sets, progress = load_run(cfg, device)
-    explain_one = partial(explanation, net, progress["classes"], cfg, device)
-    protopool_figures.explain_files(paths, net, sets["train"], progress["sources"], explain_one, cfg, device)
-
-
-def compare(cfg, device):
-    """--compare A B: OUT/figures/pair-A-B.png (Fig. 1)."""
-    net, sets, progress = load_run(cfg, device)
-    protopool_figures.compare(net, sets["train"], progress["sources"], cfg, device)
+    if cfg.compare:
+        protopool_figures.compare(net, sets["train"], progress["sources"], cfg, device)
+    if cfg.explain:
+        explain_one = partial(explanation, net, progress["classes"], cfg, device)
+        protopool_figures.explain_files(paths, net, sets, progress, explain_one, cfg, device)
 
 
 @torch.inference_mode()
 def evaluate_ensemble(cfg, device):
-    """--ensemble (Table 1, "Ex"; the paper does not say how): test accuracy of the mean of the runs'
-    probabilities, and how alike the runs share prototypes (Fig. 9, 13). Writes OUT/ensemble/."""
-    folder, chances, held_by, first = Path(cfg.out) / "ensemble", [], {}, None
+    """--ensemble (Table 1, "Ex"; the paper does not say how): accuracy of the mean of the probabilities, and
+    how alike the runs share prototypes (Fig. 9, 13). Writes OUT/ensemble/."""
+    folder, test_sets, chances, held_by = Path(cfg.out) / "ensemble", [], [], {}
     for out in cfg.ensemble:
         member = replace(run.read_config(Config, out), out=out, workers=cfg.workers, eval_only=False)
-        net, sets, progress = load_run(replace(member, data=cfg.data or member.data), device)
-        first = first or sets["test"]
-        if (sets["test"].classes, sets["test"].labels) != (first.classes, first.labels):
+        net, sets, _ = load_run(replace(member, data=cfg.data or member.data), device)
+        test_sets.append(sets["test"])
+        if not same_images(test_sets[0], sets["test"]):
             raise UserError(f"--ensemble {out}: its data differ from those of {cfg.ensemble[0]}.")
-        loader = clean_loader(sets["test"], member, device)
-        chances.append(torch.cat([net(to_device(batch, device)[0])[0].softmax(1).cpu() for batch in loader]))
+        chances.append(probabilities(net, clean_loader(sets["test"], member, device), device))   # (N,C)
         held_by[str(out)] = net.held().cpu()                         # (C,M)
-    chances.append(torch.stack(chances).mean(0))                     # (N,C), like the others
-    labels = torch.tensor(first.labels)
+    chances.append(torch.stack(chances).mean(0))
+    labels = torch.tensor(test_sets[0].labels)
     *each, ensemble = [100 * (chance.argmax(1) == labels).float().mean().item() for chance in chances]
     paper = {"CUB, 3 models": 87.5, "CUB, 5 models": 87.6, "Cars, 3 models": 91.1, "Cars, 5 models": 91.6}
     result = dict(runs=list(cfg.ensemble), accuracies=each, accuracy=ensemble, paper=paper)
-    protopool_figures.draw_counts(held_by, folder / "classes_per_prototype.png")
-    protopool_figures.draw_class_graph(held_by, first.classes, folder)
     run.write_json(folder / "metrics.json", result)
-    print(f"test accuracy of the runs {', '.join(f'{accuracy:.1f}' for accuracy in each)}; of the mean of "
-          f"their probabilities {ensemble:.1f}; see {folder}")
+    protopool_figures.draw_ensemble(held_by, test_sets[0].classes, folder)
+    text = ", ".join(f"{accuracy:.1f}" for accuracy in each)
+    print(f"test accuracy of the runs {text}; of their mean probabilities {ensemble:.1f}; see {folder}")
     return result
 
 
@@ -910,12 +871,12 @@ def table_of(cfg):
         return Table("Table 3: the projection", {"ProtoPool": {}}, COLUMNS, ("paper before", "paper after"),
                      {"ProtoPool": TABLE3.get(cfg.preset, (None, None))})
     if cfg.table == "11a":
+        title = "Fig. 11a: number of prototypes; the paper's curve is flat from about 200 on"
         sizes = {max(cfg.slots, round(k * cfg.prototypes)) for k in (0.25, 0.5, 0.75, 1, 1.5, 2, 2.5)}
-        return Table("Fig. 11a: number of prototypes; the paper's curve is flat from about 200 on",
-                     {f"{size} prototypes": dict(prototypes=size) for size in sorted(sizes)}, COLUMNS)
+        return Table(title, {f"{size} prototypes": dict(prototypes=size) for size in sorted(sizes)}, COLUMNS)
+    title = "Fig. 11b: number of slots; the paper's curve is flat from about 10 on"
     sizes = {min(cfg.prototypes, max(1, round(k * cfg.slots))) for k in (0.4, 0.6, 0.8, 1, 1.2, 1.4)}
-    return Table("Fig. 11b: number of slots; the paper's curve is flat from about 10 on",
-                 {f"{size} slots": dict(slots=size) for size in sorted(sizes)}, COLUMNS)
+    return Table(title, {f"{size} slots": dict(slots=size) for size in sorted(sizes)}, COLUMNS)
 
 
 def main(cfg):
@@ -925,12 +886,11 @@ def main(cfg):
     if cfg.table:
         table = table_of(cfg)
         results = train_rows(table.rows, cfg, train, machine)
-        about = f"reading {cfg.reading}, test accuracy in percent"
-        write_table(cfg.table, table, results, cfg, machine, about)
+        write_table(cfg.table, table, results, cfg, machine, f"reading {cfg.reading}, test accuracy in %")
         return results
-    for wanted, task in ((cfg.explain, explain), (cfg.compare, compare), (cfg.ensemble, evaluate_ensemble)):
-        if wanted:
-            return None if machine.rank else task(cfg, machine.device)
+    if cfg.explain or cfg.compare or cfg.ensemble:
+        task = evaluate_ensemble if cfg.ensemble else show
+        return None if machine.rank else task(cfg, machine.device)
     if cfg.eval_only:
         return report(*load_run(cfg, machine.device), cfg, machine)
     return train(cfg, machine)

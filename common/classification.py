@@ -1,9 +1,11 @@
 """Image classification around a method: the splits of a run, batches of them, accuracy."""
+from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common.images import CleanView, eval_loader, open_images
+from common.images import CleanView, TrainView, eval_loader, open_images
 from common.loaders import to_device, train_loader
 from common.run import UserError
 
@@ -22,6 +24,15 @@ def open_splits(cfg):
 def clean_loader(data, cfg, device, rank=0, world=1):
     """Images in order, not augmented: x (B,3,size,size), labels (B,); each process gets its share."""
     return eval_loader(CleanView(data, cfg.size), cfg.batch_size, cfg.workers, device, rank, world)
+
+
+def steps_per_epoch(sets, cfg):
+    return max(1, cfg.passes_per_epoch * len(sets["train"]) // cfg.batch_size)
+
+
+def training_view(sets, cfg, augment):
+    """Training images, changed by augment(image, kind), kind = --augment."""
+    return TrainView(sets["train"], cfg.size, partial(augment, kind=cfg.augment))
 
 
 def training_batches(view, start, stop, cfg, machine):
@@ -48,3 +59,15 @@ def evaluate(net, loader, device):
         dist.all_reduce(sums)
     hits, ce, count = sums.tolist()
     return dict(accuracy=100 * hits / count, ce=ce / count)
+
+
+@torch.inference_mode()
+def probabilities(net, loader, device):
+    """Softmax of the logits of every image, in order: (N,C) on the CPU. One process."""
+    net.eval()
+    return torch.cat([net(to_device(batch, device)[0])[0].softmax(1).cpu() for batch in loader])
+
+
+def same_images(first, second):
+    """Do two splits have the same classes, and images of the same classes in the same order?"""
+    return (first.classes, first.labels) == (second.classes, second.labels)

@@ -154,6 +154,12 @@ def draw_counts(held_by, path):
                       title="How many classes hold a prototype (Fig. 9)")
 
 
+def draw_ensemble(held_by, classes, folder):
+    """Fig. 9 and 13 of several runs. held_by: {run: held (C,M)}."""
+    draw_counts(held_by, folder / "classes_per_prototype.png")
+    draw_class_graph(held_by, classes, folder)
+
+
 def draw_pair(a, b, classes, held, patches, portraits, path):
     """Fig. 1: the prototypes of class a alone, of both, and of class b alone."""
     groups = ((portraits[a], f"only {classes[a]}", held[a] & ~held[b]), (None, "both", held[a] & held[b]),
@@ -237,9 +243,9 @@ def draw_focal(net, data, held, folder, cfg, device, most=1000):
 
 # ---- explanations, and what the boxes of prototypes hold ----
 
-def explain_files(paths, net, train_set, sources, explain, cfg, device):
+def explain_files(paths, net, sets, progress, explain, cfg, device):
     """OUT/explanations/NAME.png (Fig. 6), NAME.json and a line for every file. explain: see draw_run."""
-    patches = prototype_patches(net, train_set, sources, cfg, device)
+    patches = prototype_patches(net, sets["train"], progress["sources"], cfg, device)
     for path in paths:
         image = read_image(path)
         facts = explain(image, path.name)
