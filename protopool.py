@@ -95,7 +95,7 @@ class Config(RunConfig):
     backbone: str = opt("resnet34", "network before the 1x1 add-on layer", choices=EXTRACTORS)
     weights: str = opt("imagenet", "of the backbone: imagenet, a file, a URL, or none", source=True)
     size: int = opt(224, "images are resized to size x size; below 32 no feature map is left", at_least=32)
-    classifier: str = opt("protopool", "linear = a plain baseline", choices=("protopool", "linear"))
+    classifier: str = opt("protopool", "linear = a linear layer instead", choices=("protopool", "linear"))
     reading: str = opt("paper", "official = the released code, [D*] above", choices=("paper", "official"))
     prototypes: int = opt(202, "M, size of the pool; those in no slot are pruned at the projection", above=0)
     slots: int = opt(10, "K, slots of a class", above=0)
@@ -112,10 +112,10 @@ class Config(RunConfig):
     warmup_epochs: int = opt(None, "epochs of warm-up (default 10; official 9)", at_least=0, schedule=True)
     joint_epochs: int = opt(60, "epochs of the joint phase at most", at_least=0, schedule=True)
     patience: int = opt(12, "joint epochs without a lower validation loss until the phase stops", above=0)
-    finetune_epochs: int = opt(None, "of fine-tuning (default 15; official 25)", schedule=True, at_least=0)
+    finetune_epochs: int = opt(None, "epochs at the end (default 15; official 25)", at_least=0, schedule=True)
     lr: float = opt(1.5e-3, "Adam learning rate of add-on layer and prototypes", above=0)
-    slot_lr: float = opt(1.5e-3, "of q; the paper's 2,247 steps at tau = 1 move q by 3: raise it where an "
-                         "epoch has few steps, or the slots freeze before they have learned", above=0)
+    slot_lr: float = opt(1.5e-3, "rate of q; the paper's 2,247 steps at tau = 1 move q by 3: raise it where "
+                         "an epoch has few steps, or the slots freeze before they have learned", above=0)
     backbone_lr: float = opt(5e-5, "learning rate of the backbone in the joint phase", above=0)
     weight_decay: float = opt(1e-3, "of backbone and add-on layer in the joint phase [D11]", at_least=0)
     add_on_decay: float = opt(None, "of the add-on layer (none in the warm-up [D10], then --weight-decay); "
@@ -128,7 +128,7 @@ class Config(RunConfig):
     mixup: bool = opt(True, "mix-up in training (Table 5)")
     finetune_mixup: bool = opt(None, "mix-up in fine-tuning too, which is slow (default no; official yes)")
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
-    explain: str = opt("", "image or folder, cut out like the training images: why (Fig. 6)?", uses_run=True)
+    explain: str = opt("", "an image or folder to explain, cut as the training images, Fig. 6", uses_run=True)
     compare: list = opt((), "two class names: draw what they share in the run in OUT, Fig. 1", uses_run=True)
     ensemble: list = opt((), "run folders: accuracy of mean probabilities, in OUT/ensemble/", runtime=True)
     table: str = opt("", "train the rows of Table 3 or 4 or of Fig. 11a or 11b on the chosen preset",
@@ -563,7 +563,7 @@ def train_phase(net, phase, sets, progress, cfg, machine):
         run.load_checkpoint(out / "best.pt", dict(model=net), machine.device)
 
 
-# ---- projection (Eq. 3) -----------------------------------------------------------------------------------
+# ---- projection (Eq. 3), the last layer, all phases in order ----------------------------------------------
 
 class Source(NamedTuple):
     """Where a projected prototype comes from: cell (row, column) of the feature map of a training image."""
