@@ -5,9 +5,9 @@ Paper  J. Chen, D. Deguchi, C. Zhang, X. Zheng, H. Murase, "Frozen is better tha
        The authors released no code; networks and recipes follow mmsegmentation, as Sec. 4.1 says.
 Idea   A learned 1x1 classifier gives similar classes similar rows (correlation ambiguity) and frequent ones
        long rows (prior ambiguity). So draw the rows once, make them orthogonal and equally long, and never
-       train them. In training, a contrastive loss on class centroids (OCCL) shapes the features around them.
+       train them. In training the Online Centroid Contrastive Loss (OCCL) gathers each class at its row.
 
-Try    python cbp_occl.py                                             # toy scenes, about a minute on a CPU
+Try    python cbp_occl.py                                             # toy scenes, a minute on a CPU: 53 mIoU
 Train  python cbp_occl.py --preset ade20k-segformer-b0 --data ADEChallengeData2016 --weights mit_b0.pth
        torchrun --nproc-per-node 4 cbp_occl.py --preset ade20k-swin_b --data ADEChallengeData2016
 Look   python cbp_occl.py --predict photo.jpg --out runs/cbp_occl-toy  # index PNG and overlay
@@ -19,15 +19,17 @@ T        length               scalar   their common l2 norm                     
 F, f_i   features             B,C,h,w  decode-head output before its last 1x1 convolution   Eq. (1)
 y_1,y_2  views                B,h,w    the two halves of the labels                         Sec. 3.3
 v_lx     centroids[x-1, l]    2,N,C    View Centroid (VC) of class l in view x              Eq. (3)
-s_l      category             N,C      Category Centroid (CC): mean of the two VCs          Sec. 3.3
+s_l      category_centroids   N,C      Category Centroid (CC): mean of the two VCs          Sec. 3.3
 L_v      centroid_loss        2        the VCs of a class attract, other CCs repel          Eq. (4)
 L_c      category_loss        2        a VC is drawn to its own prototype                   Eq. (5)
 lambda   w_centroid           scalar   weight of L_v                                        Eq. (6)
 phi      w_category           scalar   weight of L_c                                        Eq. (6)
 tau      tau                  scalar   temperature, 0.07                                    Sec. 4.1
+L_p      pixel_loss           scalar   cross-entropy of the pixels                          Eq. (7)
+B images, N classes, C channels; h,w: sides of the features, H,W: of the labels; P = B h w pixels.
 
 Where we read or do something else than is printed ([D*] marks the line):
-[D1] Alg. 1 line 12 lost its root and its "per row": w = T b / sqrt(b.b), row by row.
+[D1] Alg. 1 line 12 is written for the whole list; we divide row by row: w = T b / sqrt(b.b).
 [D2] Eq. (4) and (5) print a sum of ratios. Minimising a ratio would push the two views apart, and the text
      says InfoNCE, so it is -log(ratio). A test shows both directions.
 [D3] Eq. (4) prints v_j.SG_j in the denominator: a class against its own centroid. Sec. 1 wants a VC apart
@@ -40,13 +42,15 @@ Where we read or do something else than is printed ([D*] marks the line):
      Cuts mostly between images and objects, the paper's idea of a view. A class of one pixel is left out.
      --views random halves at random. Labels are shrunk to the features' size by nearest.
 [D8] The features of Eq. (1) are not normalised, though Sec. 3.2 says that only the cosine counts, which is
-     true of the argmax: with unit features and T = 2 the cross-entropy of 150 classes stays above 3.05.
-[D9] g of Eq. (1) is the decode head itself: no extra projection, nor a bias, which would be a prior again.
+     true of the argmax: with unit features and T = 2 the cross-entropy of 150 classes stays above 3.04.
+[D9] g of Eq. (1) is left out, as in Eq. (7): F is the decode head's output. No projection, and no bias,
+     which would be a prior again. OCCL sees F before dropout; auxiliary heads keep a learned classifier.
 [D10] Cross-entropy averages over labelled pixels (PyTorch); mmsegmentation divides by all, 255 included.
 [D11] "For convolution models the optimizer is SGD" holds for FCN; ConvNeXt takes mmsegmentation's AdamW.
-[D12] OCCL sees the classes of one GPU's images: 8 GPUs with 2 images each contrast fewer than one with 16.
-[D13] ResNet has torchvision's 7x7 stem, not three 3x3 convolutions; ConvNeXt sees whole images, no windows.
-[D14] The paper prints neither the momentum of "EMA" (0.999, as in ProtoSeg, GMMSeg) nor the "Penalty".
+[D12] OCCL sees the images of one GPU: 8 GPUs with 2 images each contrast fewer classes than one with 16.
+[D13] ResNet has torchvision's 7x7 stem, not three 3x3 convolutions. ConvNeXt is evaluated without a window.
+[D14] The paper prints neither the momentum of "EMA" (0.999 as in ProtoSeg) nor the formula of "Penalty"
+     (penalty_loss). Where the rows learn, the gradient of L_c reaches them too.
 """
 
 import math
@@ -71,32 +75,32 @@ from common.transforms import normalise, resize_to_short_side
 
 @dataclass
 class Config(RunConfig):
-    dataset: str = opt("toy_scenes", "reader of --data", choices=datasets.DATASETS)
-    train_split: str = opt("train", "trained on; voc also has trainaug")
-    val_split: str = opt("val", "evaluated while training")
-    test_split: str = opt("val", "evaluated at the end and by --eval-only", evaluation=True)
+    dataset: str = opt("toy_scenes", "which data set the folder --data holds", choices=datasets.DATASETS)
+    train_split: str = opt("train", "split to train on; voc also has trainaug")
+    val_split: str = opt("val", "split that is evaluated during training")
+    test_split: str = opt("val", "split that is evaluated at the end and by --eval-only", evaluation=True)
     backbone: str = opt("mit_b0", "network before the head; common/backbones.py tells which go together")
     head: str = opt("segformer", "segformer = all-MLP head", choices=("segformer", "fcn", "upernet"))
     head_channels: int = opt(0, "C, width of the features, at least N; 0 = the head's own", at_least=0)
-    weights: str = opt("imagenet", "of the backbone: imagenet (torchvision's), file, URL, none", source=True)
-    size: int = opt(512, "short side of the image, in training times 0.5 to 2; 0 = its own", at_least=0)
+    weights: str = opt("imagenet", "backbone: imagenet (torchvision's), none, a file or a URL", source=True)
+    size: int = opt(512, "short side after resizing, in training x 0.5 to 2; 0 = as it is", at_least=0)
     crop: int = opt(512, "training crop in pixels; lower it if memory runs out", above=0)
     batch_size: int = opt(16, "images over all GPUs; halve it if memory runs out, and --lr too", above=0)
     iterations: int = opt(160000, "training steps", above=0, schedule=True)
     warmup: int = opt(1500, "iterations of linear learning-rate warm-up", at_least=0, schedule=True)
     eval_every: int = opt(16000, "iterations between two rows of log.csv", above=0, schedule=True)
-    save_every: int = opt(1000, "iterations that --resume can lose", above=0, runtime=True)
-    optimizer: str = opt("adamw", "sgd has momentum 0.9", choices=("adamw", "sgd"))
+    save_every: int = opt(1000, "iterations between two checkpoints", above=0, runtime=True)
+    optimizer: str = opt("adamw", "adamw, or sgd with momentum 0.9", choices=("adamw", "sgd"))
     lr: float = opt(6e-5, "learning rate of the backbone", above=0)
     head_lr: float = opt(10.0, "learning rate of the head as a multiple of --lr", above=0)
-    weight_decay: float = opt(0.01, "never applied to frozen prototypes", at_least=0)
-    power: float = opt(1.0, "of the polynomial learning-rate decay", at_least=0)
+    weight_decay: float = opt(0.01, "of the optimizer; frozen prototypes have none", at_least=0)
+    power: float = opt(1.0, "exponent of the polynomial learning-rate decay", at_least=0)
     floor: float = opt(0.0, "learning rate where the decay ends", at_least=0)
-    stage_decay: float = opt(1.0, "ConvNeXt: factor of the rate for each group to the stem", above=0)
+    stage_decay: float = opt(1.0, "ConvNeXt: rate of a group of layers / rate of the next", above=0)
     classifier: str = opt("cbp", "cbp = frozen prototypes, learnable = ordinary 1x1 convolution; the others "
                           "are Table 4", choices=("cbp", "learnable", "ema", "gradient", "penalty"))
-    init: str = opt("random", "first rows; masked = class means (Table 5)", choices=("random", "masked"))
-    prototypes: str = opt("", "N x C .npy file of rows instead, e.g. CLIP text embeddings (Table 5)")
+    init: str = opt("random", "initial rows; masked = class means (Table 5)", choices=("random", "masked"))
+    prototypes: str = opt("", "N x C .npy file of initial rows, e.g. CLIP text embeddings (Table 5)")
     orthogonal: bool = opt(True, "Gram-Schmidt (Alg. 1 lines 3-11)")
     equal: bool = opt(True, "rescale every prototype to --length (Alg. 1 line 12)")
     length: float = opt(2.0, "T, l2 norm of the prototypes; scales the pixel logits", above=0)
@@ -105,18 +109,18 @@ class Config(RunConfig):
     tau: float = opt(0.07, "temperature of OCCL", above=0)
     views: str = opt("ordered", "how a class is cut into two views [D7]", choices=("ordered", "random"))
     eval_only: bool = opt(False, "evaluate OUT/last.pt on --test-split", uses_run=True)
-    predict: str = opt("", "image or folder: index PNGs and overlays into OUT/predictions", uses_run=True)
+    predict: str = opt("", "image or folder to label: files go into OUT/predictions", uses_run=True)
     profile: bool = opt(False, "parameters, GFLOPs, memory and speed of this model (Table 2)", runtime=True)
-    table: int = opt(0, "train the rows of this table", choices=(0, 3, 4, 5, 6, 7, 8, 9, 10), runtime=True)
+    table: int = opt(0, "train and print this table", choices=(0, 3, 4, 5, 6, 7, 8, 9, 10), runtime=True)
 
 
-# Optimizer and schedule are mmsegmentation's for each model (Sec. 4.1); batch 16 and crop 512 throughout.
+# Optimizer and schedule are mmsegmentation's for each model (Sec. 4.1), batch 16 and crop 512 the paper's.
 ADE20K = dict(dataset="ade20k")                                        # 160K iterations, 150 classes
 COCO = dict(dataset="cocostuff10k", val_split="test", test_split="test", iterations=80000, eval_every=8000)
 FCN = dict(backbone="resnet101", head="fcn", optimizer="sgd", lr=0.01, head_lr=1.0, weight_decay=5e-4,
            power=0.9, floor=1e-4, warmup=0)                            # [D13]
 CONVNEXT = dict(backbone="convnext_base", head="upernet", lr=1e-4, head_lr=1.0, weight_decay=0.05,
-                stage_decay=0.9)                                       # [D11]; the paper names no size
+                stage_decay=0.9)                                       # [D11][D13]; the paper names no size
 SWIN = dict(backbone="swin_b", head="upernet", head_lr=1.0)
 SEGFORMER = dict(head="segformer", w_category=0.1, length=1.0)         # on both data sets (Sec. 4.2)
 
@@ -142,9 +146,10 @@ def check_config(cfg):
     """UserError for a setting that cannot work, before anything is read or written."""
     run.check_options(cfg)
     run.check_batch_size(cfg.batch_size, least=2)
-    if cfg.prototypes and not cfg.table and (cfg.init == "masked" or cfg.classifier == "learnable"):
-        other = "--init masked" if cfg.init == "masked" else "--classifier learnable"
-        raise UserError(f"--prototypes and {other} exclude each other: give one of them.")
+    if cfg.classifier == "learnable" and (cfg.prototypes or cfg.init == "masked") and not cfg.table:
+        raise UserError("--classifier learnable draws its own rows: drop --prototypes and --init masked.")
+    if cfg.prototypes and cfg.init == "masked" and not cfg.table:
+        raise UserError("--prototypes and --init masked exclude each other: give one of them.")
     if cfg.stage_decay != 1 and cfg.backbone not in ("convnext_small", "convnext_base"):
         raise UserError(f"--stage-decay is for convnext_small and _base, not for {cfg.backbone}: drop it.")
 
@@ -162,10 +167,10 @@ def gram_schmidt(rows):
         raise ValueError(f"{num_classes} classes cannot have mutually orthogonal prototypes in {channels} "
                          f"channels: make the decode head wider (--head-channels {num_classes} or more).")
     rows = rows.double()
-    basis = rows.clone()                                               # beta, filled from the top
+    basis = rows.clone()                                               # beta; row i is a_i until its turn
     for i in range(num_classes):
         earlier = basis[:i]                                            # (i,C)
-        v = earlier @ rows[i] / (earlier * earlier).sum(1)             # (i,) line 7, of the original row a_i
+        v = earlier @ rows[i] / (earlier * earlier).sum(1)             # (i,) line 7; a_i, not what is left
         basis[i] = rows[i] - v @ earlier                               # lines 8 and 10
         if basis[i].norm() <= 1e-9 * rows[i].norm():
             raise ValueError(f"row {i} of the prototypes is zero or a linear combination of the rows before "
@@ -178,9 +183,9 @@ def category_basis_prototypes(num_classes, channels, length=2.0, rows=None, orth
     """Category-Basis Prototypes W (N,C) float32: Kaiming draw, Gram-Schmidt, equal l2 norm `length` (= T).
 
     rows (N,C) replaces the random draw (Table 5: CLIP, masked); the draw depends on `seed` alone.
-    orthogonal=False skips Gram-Schmidt, equal=False the rescaling, so it ignores `length` (Table 5). For
-    N < C the same as nn.init.orthogonal_ with gain T on the same Gaussian. ValueError: as gram_schmidt, and
-    for a zero row.
+    orthogonal=False skips Gram-Schmidt; equal=False skips the rescaling, and then length has no effect
+    (Table 5). For N < C the same as nn.init.orthogonal_ with gain T on the same Gaussian. ValueError: as
+    gram_schmidt, and for a zero row.
     """
     if rows is None:
         generator = torch.Generator().manual_seed(seed)                # W must not depend on other draws
@@ -218,16 +223,16 @@ def mean_abs_cosine(prototypes):
 def split_views(labels, num_classes, mode="ordered"):
     """Cut the pixels of every class into two views (Sec. 3.3) [D7]: floor(n/2) to view 1, the rest to 2.
 
-    labels (B,H,W) int64 -> (B,H,W) int64: 1 or 2, and 0 where ignored. mode "ordered": the first half in
+    labels (B,h,w) int64 -> (B,h,w) int64: 1 or 2, and 0 where ignored. mode "ordered": the first half in
     batch, row, column order; "random": a random half (torch's RNG). No loop over classes, and no waiting for
     the GPU: pixels are sorted by class, and a pixel's place in its class says which half it is in. Six
     pixels, two classes:
 
-        label     1 0 1 1 255 0
-        order     1 5 0 2 3 4         pixels sorted by class; the ignored pixel 4 counts as a last class
-        first     0 2 5               where each class begins in `order`
-        place     0 0 1 2 0 1         of each pixel inside its class
-        views     1 1 2 2 0 2         class 0 has 2 pixels, 2 // 2 = 1 in view 1; class 1 has 3, 3 // 2 = 1
+        label     1 0 1 1 255 0       by pixel
+        order     1 5 0 2 3 4         the pixels sorted by class, ignored ones (here pixel 4) at the end
+        first     0 2 5               by class: where it begins in `order`
+        place     0 0 1 2 0 1         by pixel: how many of its class stand before it in `order`
+        views     1 1 2 2 0 2         by pixel: class 0 has 2, 2 // 2 = 1 in view 1; class 1 has 3, 3 // 2 = 1
     """
     if mode not in ("ordered", "random"):
         raise ValueError(f"views can be cut 'ordered' or 'random', not {mode!r}")
@@ -235,33 +240,34 @@ def split_views(labels, num_classes, mode="ordered"):
     label = torch.where((label >= 0) & (label < num_classes), label, num_classes)
     pixels = torch.arange(len(label), device=label.device)
     shuffled = torch.randperm(len(label), device=label.device) if mode == "random" else pixels
-    order = shuffled[label[shuffled].argsort(stable=True)]             # inside a class as they came
-    count = torch.zeros(num_classes + 1, dtype=torch.int64, device=label.device)
-    count.scatter_add_(0, label, torch.ones_like(label))               # (N+1,)
-    first = count.cumsum(0) - count
-    place = torch.empty_like(pixels).scatter_(0, order, pixels) - first[label]
-    views = torch.where(place < count[label] // 2, 1, 2)
+    order = shuffled[label[shuffled].argsort(stable=True)]             # stable: classes keep their order
+    class_sizes = torch.zeros(num_classes + 1, dtype=torch.int64, device=label.device)
+    class_sizes.scatter_add_(0, label, torch.ones_like(label))         # (N+1,)
+    first = class_sizes.cumsum(0) - class_sizes
+    position = torch.empty_like(pixels).scatter_(0, order, pixels)     # (P,) of each pixel in `order`
+    place = position - first[label]
+    views = torch.where(place < class_sizes[label] // 2, 1, 2)
     return torch.where(label < num_classes, views, 0).view(labels.shape)
 
 
 def view_centroids(features, labels, views, num_classes):
     """Eq. (3): mean feature of every class in either view.
 
-    features (B,C,H,W), labels and views (B,H,W) -> centroids (2,N,C), zero where a view is empty, and counts
+    features (B,C,h,w), labels and views (B,h,w) -> centroids (2,N,C), zero where a view is empty, and counts
     (2,N), the pixels behind each, both in the features' dtype.
     """
     N = num_classes
-    pixels = features.permute(0, 2, 3, 1).flatten(0, 2)                # (P,C)
+    vectors = features.permute(0, 2, 3, 1).flatten(0, 2)               # (P,C)
     bin_of = torch.where(views == 2, N + labels, labels)               # bin l: view 1, bin N + l: view 2
     bin_of = torch.where(views == 0, 2 * N, bin_of).flatten()          # bin 2N: the ignored pixels
-    sums = pixels.new_zeros(2 * N + 1, pixels.shape[1]).index_add(0, bin_of, pixels)
-    counts = pixels.new_zeros(2 * N + 1).index_add(0, bin_of, pixels.new_ones(len(bin_of)))
+    sums = vectors.new_zeros(2 * N + 1, vectors.shape[1]).index_add(0, bin_of, vectors)
+    counts = vectors.new_zeros(2 * N + 1).index_add(0, bin_of, vectors.new_ones(len(bin_of)))
     centroids = sums[:-1] / counts[:-1, None].clamp(min=1)             # without the last bin
     return centroids.view(2, N, -1), counts[:-1].view(2, N)
 
 
 def mean_over_valid(loss, counts):
-    """loss (2,N) -> (2,): mean over classes with pixels in both views [D6]; 0, no gradient, without any."""
+    """loss (2,N) -> (2,): mean over classes that have both views [D6]; 0 with zero gradient if none has."""
     valid = (counts > 0).all(0)                                        # (N,)
     return torch.where(valid, loss, 0.0).sum(1) / valid.sum().clamp(min=1)
 
@@ -269,17 +275,17 @@ def mean_over_valid(loss, counts):
 def centroid_loss(centroids, counts, tau=0.07):
     """L_v of Eq. (4) [D2][D3][D5][D6]; centroids (2,N,C), counts (2,N) -> (2,), one value for each view x.
 
-    L_v(x) = mean_i -log e^p_i / (e^p_i + sum_{j != i} e^{cos(v_xi, SG(s_j)) / tau})
-    with p_i = cos(v_1i, v_2i) / tau
+    L_v(x) = mean_i -log( e^p_i / (e^p_i + sum_{j != i} e^{cos(v_ix, SG(s_j)) / tau}) )
+    with p_i = cos(v_i1, v_i2) / tau; SG: no gradient flows into s_j.
     """
     v = F.normalize(centroids, dim=2)                                  # (2,N,C)
-    category = F.normalize(centroids.mean(0), dim=1).detach()          # (N,C) s: mean of the two VCs; SG
+    category_centroids = F.normalize(centroids.mean(0), dim=1).detach()                   # (N,C) SG(s_j)
     positive = (v[0] * v[1]).sum(1) / tau                              # (N,) p_i: gradient into both views
     # scores[x, i, j]: row i is the anchor class in view x, column j the class that it is compared with.
-    scores = v @ category.T / tau                                      # (2,N,N)
-    absent = ~(counts > 0).all(0)                                      # (N,)
-    scores = scores.masked_fill(absent, -torch.inf)                    # a column without centroid
-    diagonal = torch.eye(len(absent), dtype=torch.bool, device=absent.device)
+    scores = v @ category_centroids.T / tau                            # (2,N,N)
+    valid = (counts > 0).all(0)                                        # (N,) [D6]
+    scores = scores.masked_fill(~valid, -torch.inf)                    # class j has no centroid: no negative
+    diagonal = torch.eye(len(valid), dtype=torch.bool, device=valid.device)
     scores = torch.where(diagonal, positive[:, None], scores)          # j = i: the other view, not s_i
     return mean_over_valid(scores.logsumexp(2) - positive, counts)
 
@@ -287,7 +293,7 @@ def centroid_loss(centroids, counts, tau=0.07):
 def category_loss(centroids, counts, prototypes, tau=0.07):
     """L_c of Eq. (5) [D2][D4][D5][D6]; centroids (2,N,C), counts (2,N), prototypes (N,C) -> (2,).
 
-    L_c(x) = mean_i -log softmax_j( cos(v_xi, w_j) / tau ) at j = i; the keys are all N prototypes.
+    L_c(x) = mean_i -log softmax_j( cos(v_ix, w_j) / tau ) at j = i; the keys are all N prototypes.
     """
     scores = F.normalize(centroids, dim=2) @ F.normalize(prototypes, dim=1).T / tau       # (2,N,N)
     return mean_over_valid(-scores.log_softmax(2).diagonal(dim1=1, dim2=2), counts)
@@ -340,11 +346,12 @@ class PrototypeClassifier(nn.Module):
         return F.conv2d(features, self.class_vectors()[:, :, None, None])        # (B,C,h,w) -> (B,N,h,w)
 
     @torch.no_grad()
-    def ema_step(self, category, present, momentum=0.999):
-        """Table 4 "EMA" [D14]: w_i <- m w_i + (1 - m) T s_i/|s_i|, then length T; if present (N,) bool."""
-        moved = momentum * self.prototypes + (1 - momentum) * self.length * F.normalize(category, dim=1)
+    def ema_step(self, category_centroids, valid, momentum=0.999):
+        """Table 4 "EMA" [D14]: w_i <- m w_i + (1 - m) T s_i/|s_i|, then length T, where valid (N,) bool."""
+        target = self.length * F.normalize(category_centroids, dim=1)
+        moved = momentum * self.prototypes + (1 - momentum) * target
         moved = self.length * F.normalize(moved, dim=1)
-        self.prototypes.copy_(torch.where(present[:, None], moved, self.prototypes))
+        self.prototypes.copy_(torch.where(valid[:, None], moved, self.prototypes))
 
 
 class LearnableClassifier(nn.Conv2d):
@@ -365,7 +372,7 @@ class Segmenter(nn.Module):
     def __init__(self, network, classifier):
         super().__init__()
         self.network, self.classifier = network, classifier
-        self.dropout = nn.Dropout2d(0.1)                               # of channels; pixel path only
+        self.dropout = nn.Dropout2d(0.1)                               # whole channels; not for OCCL [D9]
 
     def forward(self, x):
         features, aux_logits = self.network(x)
@@ -373,10 +380,7 @@ class Segmenter(nn.Module):
 
 
 def build_model(cfg, num_classes, weights="none", rows=None):
-    """The preset's network with prototypes in place of its last 1x1 convolution. UserError as its parts.
-
-    rows (N,C): in place of the random draw (Table 5).
-    """
+    """The preset's network, prototypes for its last 1x1 convolution; rows (N,C): in place of the draw."""
     network = build_network(cfg.backbone, cfg.head, num_classes, cfg.head_channels, weights)
     if cfg.classifier == "learnable":
         return Segmenter(network, LearnableClassifier(network.channels, num_classes))
@@ -408,41 +412,38 @@ def penalty_loss(rows):
     return (cosine.square().sum() - len(rows)) / (len(rows) * (len(rows) - 1))
 
 
-def losses_of(model, x, labels, cfg):
-    """The terms of Eq. (7) for x (B,3,H,W), labels (B,H,W): scalars to be summed; and features (B,C,h,w).
-
-    model: the Segmenter, or DistributedDataParallel around it.
-    """
-    W = getattr(model, "module", model).classifier.class_vectors()
+def losses_of(model, net, x, labels, cfg):
+    """The terms of Eq. (7), scalars to be summed, and features (B,C,h,w); x (B,3,H,W), labels (B,H,W)."""
+    prototypes = net.classifier.class_vectors()                        # (N,C)
     with run.autocast(x.device, cfg.amp):
         logits, features, aux_logits = model(x)
     losses = dict(ce=pixel_loss(logits, labels))
     if aux_logits is not None:
         losses["aux"] = 0.4 * pixel_loss(aux_logits, labels)           # mmsegmentation's auxiliary head
     if cfg.w_centroid or cfg.w_category:
-        losses["occl"] = occl_loss(features, labels, W, cfg.w_centroid, cfg.w_category, cfg.tau, cfg.views)
+        losses["occl"] = occl_loss(features, labels, prototypes, cfg.w_centroid, cfg.w_category, cfg.tau,
+                                   cfg.views)
     if cfg.classifier == "penalty":
-        losses["penalty"] = 0.01 * penalty_loss(W)
+        losses["penalty"] = 0.01 * penalty_loss(prototypes)            # 0.01: Sec. 4.3
     return losses, features.detach()
 
 
-@torch.no_grad()
 def update_by_ema(classifier, features, labels, cfg):
     """Table 4 "EMA": the prototypes step towards this batch's Category Centroids, over all processes."""
     num_classes = len(classifier.prototypes)
     labels = shrink_labels(labels, features.shape[2:])
     views = split_views(labels, num_classes, cfg.views)
     centroids, counts = view_centroids(features.float(), labels, views, num_classes)
-    present = (counts > 0).all(0).float()[:, None]                     # (N,1)
-    total = torch.cat([centroids.mean(0) * present, present], dim=1)   # (N,C+1)
+    valid = (counts > 0).all(0).float()[:, None]                       # (N,1), 1 or 0
+    total = torch.cat([centroids.mean(0) * valid, valid], dim=1)       # (N,C+1); last: in how many processes
     if dist.is_initialized():
         dist.all_reduce(total)
     classifier.ema_step(total[:, :-1] / total[:, -1:].clamp(min=1), total[:, -1] > 0)
 
 
 def train_step(model, net, optimizer, scheduler, x, labels, cfg):
-    """One iteration; returns the terms of Eq. (7), detached, on the device. net: the Segmenter in model."""
-    losses, features = losses_of(model, x, labels, cfg)
+    """One iteration -> the terms of Eq. (7), detached, on the device. model: net, or DDP around net."""
+    losses, features = losses_of(model, net, x, labels, cfg)
     optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()                                    # Eq. (7)
     optimizer.step()
@@ -469,15 +470,15 @@ def prepare(cfg, train_set, machine):
 
     Makes the run folder once the network stands, so that a mistake in the options leaves nothing behind.
     """
-    last = Path(cfg.out) / "last.pt"
-    resumes = cfg.resume and last.exists()                             # killed before the first: start again
+    checkpoint = Path(cfg.out) / "last.pt"
+    resuming = cfg.resume and checkpoint.exists()                      # if none was saved yet, begin anew
     torch.manual_seed(cfg.seed)
-    if resumes:
+    if resuming:
         run.read_progress(cfg.out, classes=train_set.classes)          # the data must still have its classes
         net = build_model(cfg, train_set.num_classes)
     else:
         rows = initial_rows(cfg, train_set, machine.device)
-        torch.manual_seed(cfg.seed)                                    # the network that the rows came from
+        torch.manual_seed(cfg.seed)                                    # the random layers that the rows saw
         net = build_model(cfg, train_set.num_classes, cfg.weights, rows)
     run.start_run(cfg, machine)
     net = net.to(machine.device, memory_format=torch.channels_last)
@@ -485,21 +486,21 @@ def prepare(cfg, train_set, machine):
     scheduler = run.poly_schedule(optimizer, cfg.iterations, cfg.power, cfg.floor, cfg.warmup)
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     torch.manual_seed(cfg.seed + 1 + machine.rank)                     # dropout differs between processes
-    if resumes:
-        return parts, run.load_checkpoint(last, parts, machine.device)
+    if resuming:
+        return parts, run.load_checkpoint(checkpoint, parts, machine.device)
     return parts, dict(iteration=0, seconds=0.0, classes=train_set.classes, log=[], sums={})
 
 
 def train(cfg, machine):
-    """Train, evaluate, analyse, draw. Returns what metrics.json holds (None but on the first process)."""
+    """Train, evaluate, draw. The first process returns what metrics.json holds, the others None."""
     splits = (cfg.train_split, cfg.val_split, cfg.test_split)
     train_set, val_set, test_set = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in splits)
     parts, progress = prepare(cfg, train_set, machine)
-    net, optimizer, scheduler = parts.values()
-    model = run.distribute(net, machine).train()                       # one process: net itself
+    net, optimizer, scheduler = parts["model"], parts["optimizer"], parts["scheduler"]
+    model = run.distribute(net, machine).train()                       # with one process: net itself
     start = progress["iteration"]
-    view = TrainView(train_set, cfg.size, cfg.crop)
-    loader = train_loader(view, cfg.batch_size, cfg.seed, start, cfg.iterations, cfg.workers, *machine)
+    samples = TrainView(train_set, cfg.size, cfg.crop)                 # random scale, crop, flip, colours
+    loader = train_loader(samples, cfg.batch_size, cfg.seed, start, cfg.iterations, cfg.workers, *machine)
 
     def step(batch):
         x, labels = to_device(batch, machine.device, "image", "mask")
@@ -509,18 +510,18 @@ def train(cfg, machine):
         print(f"note: --warmup {cfg.warmup} lasts as long as the training; --schedule shortens both")
     if start < cfg.iterations:
         images = math.ceil((cfg.iterations - start) / cfg.eval_every) * len(val_set) + len(test_set)
-        speed.announce(step, view, parts, cfg.iterations - start, images, cfg, machine)
+        speed.announce(step, samples, parts, cfg.iterations - start, images, cfg, machine)
     log = run.Log(cfg.out, progress, machine)
     bar = tqdm(loader, desc="train", total=cfg.iterations, initial=start, leave=False, disable=machine.quiet)
     for iteration, batch in enumerate(bar, start + 1):
         log.add(step(batch))
         if run.due(iteration, cfg.eval_every, cfg.iterations):
-            score = evaluate(net, val_set, cfg, machine)
-            log.row(f"iteration {iteration}", dict(iteration=iteration, lr=scheduler.get_last_lr()[0]),
-                    {name: score[name] for name in ("miou", "macc", "pixel_acc")},
-                    f"{cfg.val_split} mIoU {score['miou']:.1f}")
+            rates = evaluate(net, val_set, cfg, machine)
+            log.row(f"iteration {iteration}", before=dict(iteration=iteration, lr=scheduler.get_last_lr()[0]),
+                    after={name: rates[name] for name in ("miou", "macc", "pixel_acc")},
+                    text=f"{cfg.val_split} mIoU {rates['miou']:.1f}")
         if run.due(iteration, cfg.save_every, cfg.iterations):
-            log.save("last.pt", parts, iteration=iteration)
+            log.save("last.pt", parts, iteration=iteration)            # and progress["iteration"]
     return report(net, cfg, train_set, test_set, progress, machine)
 
 
@@ -541,34 +542,34 @@ def predict_labels(net, x, size, cfg):
 
 
 def evaluate(net, data, cfg, machine):
-    """Rates of a split in percent (common/metrics.py), over all processes. One scale, no flip (Sec. 4.1)."""
+    """Rates of a split in percent (common/metrics.py), over all processes. No flip, one scale (Sec. 4.1)."""
     loader = eval_loader(TestView(data, cfg.size), cfg.workers, *machine)
 
-    def predict(batch):
-        x, labels = to_device(batch, machine.device, "image", "mask")
-        return {"ids": predict_labels(net, x, labels.shape[1:], cfg)}
-    return segmentation.evaluate(net, loader, data.num_classes, ["ids"], predict, machine)["ids"]
+    def predict_batch(batch):
+        [x] = to_device(batch, machine.device, "image")
+        return {"ids": predict_labels(net, x, batch["mask"].shape[1:], cfg)}
+    return segmentation.evaluate(net, loader, data.num_classes, ["ids"], predict_batch, machine)["ids"]
 
 
-def analyse(net, cfg, score, pixels, classes):
+def analyse(net, cfg, rates, class_pixels, classes):
     """The paper's measures of both ambiguities, as entries of metrics.json.
 
-    pixels (N,) int64: labelled training pixels of a class. Table 8: class_separability. Fig. 5: F1 as means
+    class_pixels (N,) int64: labelled training pixels. Table 8: class_separability. Fig. 5: F1 as means
     over up to 15 groups of classes, rarest first. Sec. 4.3: correlation of pixels and row norms. Table 6:
     IoU sums of look-alikes. Table 7: IoU of rare classes and of the most frequent one.
     """
     W = net.classifier.class_vectors().detach().float().cpu()
-    iou, f1 = score["iou"], score["f1"]
+    iou, f1 = rates["iou"], rates["f1"]
     norms = W.norm(dim=1)
-    correlation = float(torch.corrcoef(torch.stack([norms, pixels.float()]))[0, 1])
-    by_pixels = [c for c in pixels.argsort(stable=True).tolist() if f1[c] is not None]    # rarest first
-    groups = [group.tolist() for group in np.array_split(by_pixels, min(15, len(by_pixels)))]
-    pairs = [(a, b) for a, b in datasets.LOOKALIKES.get(cfg.dataset, []) if None not in (iou[a], iou[b])]
-    extremes = datasets.RARE_AND_FREQUENT.get(cfg.dataset, (*by_pixels[:2], by_pixels[-1]))
+    correlation = float(torch.corrcoef(torch.stack([norms, class_pixels.float()]))[0, 1])
+    scored = [c for c in class_pixels.argsort(stable=True).tolist() if f1[c] is not None]    # rarest first
+    groups = np.array_split(scored, min(15, len(scored)))
+    pairs = [pair for pair in datasets.LOOKALIKES.get(cfg.dataset, []) if None not in (iou[c] for c in pair)]
+    extremes = datasets.RARE_AND_FREQUENT.get(cfg.dataset, (*scored[:2], scored[-1]))
     return dict(
         class_separability=class_separability(W), mean_abs_cosine=mean_abs_cosine(W),
         norm_pixel_correlation=correlation if norms.std() > 1e-5 * norms.mean() else None,
-        training_pixels=dict(zip(classes, pixels.tolist())),
+        training_pixels=dict(zip(classes, class_pixels.tolist())),
         f1_rarest_first=[dict(classes=[classes[c] for c in group], f1=float(np.mean([f1[c] for c in group])))
                          for group in groups],
         lookalike_iou_sums={f"{classes[a]} + {classes[b]}": iou[a] + iou[b] for a, b in pairs},
@@ -577,37 +578,36 @@ def analyse(net, cfg, score, pixels, classes):
 
 def report(net, cfg, train_set, test_set, progress, machine):
     """Final evaluation on the test split: metrics.json and figures/, by the first process. -> metrics."""
-    score = evaluate(net, test_set, cfg, machine)
+    rates = evaluate(net, test_set, cfg, machine)
     if machine.rank:
         return None
-    out = Path(cfg.out)
-    metrics = segmentation.named_rates(score, test_set.classes, cfg.test_split)
-    metrics |= analyse(net, cfg, score, pixel_counts(train_set, cfg.workers), test_set.classes)
+    metrics = segmentation.named_rates(rates, test_set.classes, cfg.test_split)
+    metrics |= analyse(net, cfg, rates, pixel_counts(train_set, cfg.workers), test_set.classes)
     metrics |= run.facts(cfg, net, progress, machine, "classifier", "w_centroid", "w_category")
+    frozen = sum(buffer.numel() for buffer in net.classifier.buffers())
     metrics |= dict(split=cfg.test_split, iterations=progress["iteration"],
                     finished=progress["iteration"] >= cfg.iterations,
-                    trainable_parameters=metrics["parameters"])
-    metrics["parameters"] += sum(frozen.numel() for frozen in net.classifier.buffers())
-    run.write_json(out / "metrics.json", metrics)
+                    trainable_parameters=metrics["parameters"], parameters=metrics["parameters"] + frozen)
+    run.write_json(Path(cfg.out) / "metrics.json", metrics)
     net.eval()
     cbp_occl_figures.draw_figures(
-        out / "figures", test_set, lambda image: predict_image(net, image, cfg, machine.device),
+        cfg.out, test_set, lambda image: predict_image(net, image, cfg, machine.device),
         net.classifier.class_vectors(), metrics["f1_rarest_first"])
-    absent = f"; no {', '.join(metrics['absent'])}" if metrics["absent"] else ""
-    print(f"{cfg.test_split} mIoU {score['miou']:.1f}, mAcc {score['macc']:.1f}, pixel accuracy "
-          f"{score['pixel_acc']:.1f}{absent}; see {out}/metrics.json and {out}/figures")
+    absent = f"; classes without a pixel there: {', '.join(metrics['absent'])}" if metrics["absent"] else ""
+    print(f"{cfg.test_split} mIoU {rates['miou']:.1f}, mAcc {rates['macc']:.1f}, pixel accuracy "
+          f"{rates['pixel_acc']:.1f}{absent}; see {cfg.out}/metrics.json and {cfg.out}/figures")
     return metrics
 
 
 def initial_rows(cfg, train_set, device):
-    """Rows (N,C) in place of the random draw (Table 5): --prototypes, --init masked, or None. UserError."""
+    """Rows (N,C) from --prototypes or --init masked (Table 5), or None: a random draw. Raises UserError."""
     if cfg.prototypes:
         return files.read_numbers(cfg.prototypes, "--prototypes")
     if cfg.init == "random":
         return None
     network = build_network(cfg.backbone, cfg.head, train_set.num_classes, cfg.head_channels, cfg.weights)
     loader = eval_loader(TestView(train_set, cfg.size), cfg.workers, device)
-    rows = class_means_of_backbone(network.to(device), loader, train_set.num_classes, device)
+    rows = class_means_of_backbone(network.to(device), loader, train_set.num_classes, device)    # "Masked"
     absent = [name for name, row in zip(train_set.classes, rows) if not row.any()]
     if absent:
         raise UserError(f"--init masked: no training pixel of {absent[0]} is left at the backbone's stride, "
@@ -662,7 +662,7 @@ def profile(cfg, device):
             dict(model=net, optimizer=optimizer, scheduler=scheduler),
             lambda x, labels: train_step(net, net, optimizer, scheduler, x, labels, row_cfg),
             lambda x: predict_labels(net, x, x.shape[2:], row_cfg), num_classes, cfg, device)
-        costs[name]["parameters"] += sum(frozen.numel() for frozen in net.classifier.buffers())
+        costs[name]["parameters"] += sum(buffer.numel() for buffer in net.classifier.buffers())
     speed.report_costs(costs, cfg, device)
     print("\nPaper, SegFormer-B5 on an A6000: 82.1 M, 75.6 GFLOPs, 7 GB in training, 19.5 images/s.")
     return costs
@@ -673,7 +673,7 @@ def profile(cfg, device):
 ROWS = {                                                               # what a row changes in a preset
     "baseline": dict(classifier="learnable", w_centroid=0.0, w_category=0.0),
     "CBP": dict(w_centroid=0.0, w_category=0.0),
-    "OCCL": dict(classifier="learnable"),                              # L_c draws to the learned rows
+    "OCCL": dict(classifier="learnable"),                              # L_c moves the learned rows too [D14]
     "CBP + OCCL": dict(classifier="cbp"),
     **{name: dict(classifier=name.lower()) for name in ("EMA", "gradient", "penalty")},
     "not equal": dict(equal=False), "not orthogonal": dict(orthogonal=False),
@@ -689,7 +689,7 @@ PAPER = {                                                              # mIoU, m
 TABLES = {                                                             # title, rows
     3: ("effect of the two modules", ("baseline", "CBP", "OCCL", "CBP + OCCL")),
     4: ("how the prototypes are updated", ("CBP + OCCL", "EMA", "gradient", "penalty")),
-    5: ("first rows; masked = class means of the backbone, which --weights none leaves untrained",
+    5: ("initial rows; masked = class means of the backbone, which --weights none leaves untrained",
         ("CBP + OCCL", "not equal", "not orthogonal", "CLIP", "masked", "masked, orthogonal")),
     6: ("IoU sums of look-alikes; paper, not orthogonal: bike + minibike -0.3, stairs + stairway -1.0",
         ("CBP + OCCL", "not orthogonal")),
@@ -699,30 +699,32 @@ TABLES = {                                                             # title, 
         ("CBP + OCCL", "not orthogonal", "gradient", "penalty")),
     9: ("length T; the paper's rows are lost: mIoU 34.6 to 35.3, mAcc 47.6 to 48.2 over T = 1 to 5",
         tuple(f"T = {T}" for T in range(1, 6))),
-    10: ("four seeds; paper: mIoU 35.0 +- 0.2, mAcc 48.0 +- 0.3", ("CBP + OCCL",)),
+    10: ("stability over four seeds", ("CBP + OCCL",)),
 }
 
 
 def run_table(cfg, machine):
     """--table: every row as a run in OUT/rows/, then OUT/tableN.md and .json. Tables share rows."""
+    title, names = TABLES[cfg.table]
     if cfg.table == 10 and cfg.seeds == 1:
         cfg = replace(cfg, seeds=4)                                    # as in the paper
-    title, names = TABLES[cfg.table]
-    network = build_network(cfg.backbone, cfg.head, 2, cfg.head_channels)
-    rows = {name: ROWS[name] | dict(prototypes=cfg.prototypes if name == "CLIP" else "") for name in names}
-    if "CLIP" in rows and not cfg.prototypes:
-        rows["CLIP"] = "needs --prototypes FILE.npy"
-    if "masked" in rows and network.channels != network.backbone.dims[3]:
-        rows["masked"] = rows["masked, orthogonal"] = f"needs --head-channels {network.backbone.dims[3]}"
+    rows = {name: dict(classifier="cbp", prototypes="") | ROWS[name] for name in names}
+    if cfg.table == 5:
+        network = build_network(cfg.backbone, cfg.head, 2, cfg.head_channels)    # 2: no class matters here
+        width = network.backbone.dims[3]
+        if network.channels != width:                                  # class means are as wide as level 4
+            rows["masked"] = rows["masked, orthogonal"] = f"needs --head-channels {width}"
+        file = dict(prototypes=cfg.prototypes)
+        rows["CLIP"] = rows["CLIP"] | file if cfg.prototypes else "needs --prototypes FILE.npy"
     results = tables.train_rows(rows, cfg, train, machine)
     columns = {"mIoU": "miou", "mAcc": "macc"}
     if cfg.table == 8:
         columns |= {"CS": "class_separability", "mean abs cos": "mean_abs_cosine"}
     if cfg.table in (6, 7):                                            # a column for each pair or class
         key = {6: "lookalike_iou_sums", 7: "rare_and_frequent_iou"}[cfg.table]
-        pairs_or_classes = results["CBP + OCCL"][0][key]
-        columns |= {name: lambda metrics, name=name: metrics[key].get(name) for name in pairs_or_classes}
-    table = tables.Table(f"Table {cfg.table}: {title}", rows, columns, ("paper mIoU", "paper mAcc"), PAPER,
+        columns |= {name: (key, name) for name in results["CBP + OCCL"][0][key]}
+    paper = {"CBP + OCCL": ("35.0 +- 0.2", "48.0 +- 0.3")} if cfg.table == 10 else PAPER
+    table = tables.Table(f"Table {cfg.table}: {title}", rows, columns, ("paper mIoU", "paper mAcc"), paper,
                          digits={"CS": 2, "mean abs cos": 3})
     tables.write_table(cfg.table, table, results, cfg, machine,
                        about=f"{cfg.iterations} iterations, {cfg.test_split} split",
@@ -738,9 +740,9 @@ def main(cfg):
         return run_table(cfg, machine)
     if cfg.eval_only:
         return evaluate_run(cfg, machine)
-    if cfg.profile or cfg.predict:
-        task = profile if cfg.profile else predict
-        return None if machine.rank else task(cfg, machine.device)
+    for task, asked in ((profile, cfg.profile), (predict, cfg.predict)):
+        if asked:                                                      # the first process does it alone
+            return None if machine.rank else task(cfg, machine.device)
     return train(cfg, machine)
 
 

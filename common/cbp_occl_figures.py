@@ -1,15 +1,19 @@
 """Pictures of cbp_occl.py: F1 by frequency (Fig. 5), cosines of the rows (Fig. 6), examples (Fig. 7)."""
+from pathlib import Path
+
 import torch.nn.functional as F
 
 from common import datasets, figures, segmentation
 
 
-def draw_figures(folder, data, predict, class_vectors, f1_groups):
-    """examples.png, similarity_map.png and f1_by_frequency.png in the folder.
+def draw_figures(out, data, predict, class_vectors, f1_groups):
+    """examples.png, similarity_map.png and f1_by_frequency.png in OUT/figures.
 
     data: the test split. predict(image uint8 (3,H,W)) -> class ids (H,W) uint8. class_vectors (N,C): rows of
     the classifier; look-alikes are shown first. f1_groups: [{classes: names, f1: percent}], rarest first.
     """
+    folder = Path(out) / "figures"
+
     def cells_of(i, image, label):
         return {"label": label, "prediction": predict(image)}
     segmentation.save_examples(folder / "examples.png", data, cells_of, f"{data.split} images")

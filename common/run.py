@@ -9,7 +9,7 @@ Nothing here belongs to one of the papers. A script uses it in this order:
     for each iteration:
         log.add(losses)                                # sums on the device: a step never waits for it
         if due(iteration, cfg.eval_every, total):
-            log.row("iteration 200", {"iteration": 200}, rates, "val mIoU 31.3")
+            log.row("iteration 200", before={"iteration": 200}, after=rates, text="val mIoU 31.3")
         if due(iteration, cfg.save_every, total):
             log.save("last.pt", parts, iteration=iteration)
     write_json(out / "metrics.json", rates | facts(cfg, net, progress, machine))
@@ -558,23 +558,23 @@ class Log:
             sums[name] = [total + value, steps + 1]
 
     def means(self, when):
-        """{name: mean since the last row}. UserError if one is not finite, which says when: "iteration 200"."""
+        """{name: mean since the last row}; when: such as "iteration 200". UserError if one is not finite."""
         means = {name: float(total) / steps for name, (total, steps) in self.progress["sums"].items()}
         if not all(map(math.isfinite, means.values())):
             raise UserError(f"the loss is not finite ({means}) by {when}: lower --lr, or use --amp off; "
                             "--resume goes back to the last good checkpoint.")
         return means
 
-    def row(self, when, start, rates, text, losses=None):
+    def row(self, when, before, after, text, losses=None):
         """One more row of log.csv, and a line that says "when: losses, text, time"; the sums begin anew.
 
-        start, rates: {column: value} before and after the losses. losses: columns of the losses, if not just
-        those that were added; one that was not added is left empty.
+        before, after: {column: value} to the left and to the right of the losses. losses: their columns, if
+        not just those that were added; one that was not added is left empty.
         """
         means = self.means(when)
         columns = means if losses is None else {name: means.get(name, "") for name in losses}
         seconds = self.seconds()
-        self.progress["log"].append({**start, **columns, **rates, "seconds": seconds})
+        self.progress["log"].append({**before, **columns, **after, "seconds": seconds})
         self.progress["sums"].clear()
         if self.machine.rank == 0:
             write_csv(self.out / "log.csv", self.progress["log"])

@@ -16,7 +16,8 @@ def evaluate(net, loader, num_classes, names, predict, machine):
     loader: eval_loader of a TestView, one whole image a batch. predict(batch) -> {name: class ids (1,H,W)} at
     the size of the labels, for all `names`. The network is in eval mode meanwhile, afterwards as before.
     """
-    training, tuned = net.training, torch.backends.cudnn.benchmark
+    was_training = net.training
+    benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False                             # every image may have another size
     run.share_buffers(net)
     net.eval()
@@ -27,8 +28,8 @@ def evaluate(net, loader, num_classes, names, predict, machine):
             matrices[name].update(labels, ids)
     for matrix in matrices.values():
         matrix.all_reduce()
-    net.train(training)
-    torch.backends.cudnn.benchmark = tuned
+    net.train(was_training)
+    torch.backends.cudnn.benchmark = benchmark
     return {name: matrix.summary() for name, matrix in matrices.items()}
 
 

@@ -43,6 +43,7 @@ def measured_speed(step, parts, device, repeats=3):
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
     cpu_rng = torch.get_rng_state()
     cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
+    mps_rng = torch.mps.get_rng_state() if device.type == "mps" else None
     times = []
     for _ in range(repeats + 1):
         synchronize(device)
@@ -55,6 +56,8 @@ def measured_speed(step, parts, device, repeats=3):
     torch.set_rng_state(cpu_rng)
     if cuda_rng is not None:
         torch.cuda.set_rng_state(cuda_rng)
+    if mps_rng is not None:
+        torch.mps.set_rng_state(mps_rng)
     return sorted(times[1:])[repeats // 2]
 
 
@@ -84,10 +87,11 @@ def announce(step, view, parts, steps, test_images, cfg, machine):
 def cost_of_model(parts, train_step, predict, num_classes, cfg, device):
     """What a segmentation network costs on random images of --crop pixels: a dict of numbers.
 
-    parts: model, optimizer, scheduler; left as they were. train_step(x, labels): one step on --batch-size
-    images; predict(x): from one image to labels. Returns parameters (those that learn), gflops (1e9
-    multiply-adds of the model for one image, as mmsegmentation counts), training_gib (memory of one training
-    step on CUDA, None elsewhere), training_images_per_second and inference_images_per_second.
+    parts: model, optimizer, scheduler, made for this measurement, which leaves the model in eval mode.
+    train_step(x, labels): one step on --batch-size images; predict(x): from one image to labels. Returns
+    parameters (those that learn), gflops (1e9 multiply-adds of the model for one image, as mmsegmentation
+    counts), training_gib (memory of one training step on CUDA, None elsewhere), training_images_per_second
+    and inference_images_per_second.
     """
     net = parts["model"]
     x = torch.randn(cfg.batch_size, 3, cfg.crop, cfg.crop).to(device, memory_format=torch.channels_last)

@@ -23,8 +23,9 @@ class Table(NamedTuple):
     """One table of a paper.
 
     rows: {name: options that the row changes, or in place of them a sentence why it cannot be run}.
-    columns: {heading: key of metrics.json, or a function of the metrics}. paper: {row: what is printed, a
-    value for each heading of paper_columns; None = not printed}. digits: {heading: decimals} where not 1.
+    columns: {heading: key of metrics.json, (key, name) of a dict in it, or a function of all of it}. paper:
+    {row: what is printed, a value for each heading of paper_columns; None = not printed}. digits: {heading:
+    decimals} where not 1.
     """
     title: str
     rows: dict
@@ -71,6 +72,7 @@ def finished_row(train, cfg, machine):
     evaluated otherwise is evaluated again.
     """
     out = Path(cfg.out)
+    trained = False
     if (out / "config.json").exists():
         saved = read_json(out / "config.json", "")
         now = json.loads(json.dumps(asdict(cfg)))       # tuples become lists, as in the file
@@ -84,13 +86,12 @@ def finished_row(train, cfg, machine):
             alike = all(now[name] == value for name, value in metrics.get("evaluated", {}).items())
             if alike and metrics.get("finished", True):
                 return metrics
-        cfg = replace(cfg, resume=trained)
-        if trained and machine.rank == 0:
-            (out / "metrics.json").unlink(missing_ok=True)
-            write_json(out / "config.json", asdict(replace(cfg, resume=False)))
     if dist.is_initialized():
-        dist.barrier()                                  # all have read what the first may now move aside
-    train(cfg, machine)
+        dist.barrier()                                  # all have read what the first now changes
+    if trained and machine.rank == 0:
+        (out / "metrics.json").unlink(missing_ok=True)
+        write_json(out / "config.json", asdict(replace(cfg, resume=False)))
+    train(replace(cfg, resume=trained), machine)
     if dist.is_initialized():
         dist.barrier()
     return read_json(out / "metrics.json", f"{out}/metrics.json is missing: run the table again.")
@@ -98,7 +99,11 @@ def finished_row(train, cfg, machine):
 
 def values_of(column, results):
     """[value of a column, one a seed] for the metrics of a row; None where a run has no such value."""
-    return [column(metrics) if callable(column) else metrics.get(column) for metrics in results]
+    if callable(column):
+        return [column(metrics) for metrics in results]
+    if isinstance(column, tuple):
+        return [metrics[column[0]].get(column[1]) for metrics in results]
+    return [metrics.get(column) for metrics in results]
 
 
 def cell_text(values, digits=1):
