@@ -112,7 +112,7 @@ class Config(RunConfig):
     warmup_epochs: int = opt(None, "epochs of warm-up (default 10; official 9)", at_least=0, schedule=True)
     joint_epochs: int = opt(60, "epochs of the joint phase at most", at_least=0, schedule=True)
     patience: int = opt(12, "joint epochs without a lower validation loss until the phase stops", above=0)
-    finetune_epochs: int = opt(None, "epochs at the end (default 15; official 25)", at_least=0, schedule=True)
+    finetune_epochs: int = opt(None, "last epochs (default 15; official 25)", at_least=0, schedule=True)
     lr: float = opt(1.5e-3, "Adam learning rate of add-on layer and prototypes", above=0)
     slot_lr: float = opt(1.5e-3, "rate of q; the paper's 2,247 steps at tau = 1 move q by 3: raise it where "
                          "an epoch has few steps, or the slots freeze before they have learned", above=0)
@@ -128,7 +128,7 @@ class Config(RunConfig):
     mixup: bool = opt(True, "mix-up in training (Table 5)")
     finetune_mixup: bool = opt(None, "mix-up in fine-tuning too, which is slow (default no; official yes)")
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
-    explain: str = opt("", "an image or folder to explain, cut as the training images, Fig. 6", uses_run=True)
+    explain: str = opt("", "image or folder to explain, cut as the training images, Fig. 6", uses_run=True)
     compare: list = opt((), "two class names: draw what they share in the run in OUT, Fig. 1", uses_run=True)
     ensemble: list = opt((), "run folders: accuracy of mean probabilities, in OUT/ensemble/", runtime=True)
     table: str = opt("", "train the rows of Table 3 or 4 or of Fig. 11a or 11b on the chosen preset",
