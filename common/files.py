@@ -1,6 +1,7 @@
 """Single files: images as tensors, masks of class ids, lists, the names in a folder. Errors name the file."""
 import contextlib
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -94,14 +95,22 @@ def read_list(path):
     return [line.strip() for line in path.read_text("utf-8-sig", "replace").splitlines() if line.strip()]
 
 
-def list_images(path):
-    """An image file, or a folder of them (not its sub-folders) -> sorted paths; UserError if none."""
+def list_images(path, distinct=False):
+    """An image file, or a folder of them (not its sub-folders) -> sorted paths; UserError if none.
+
+    distinct: UserError also for two files whose names differ in the ending alone: what is written for them
+    would have one name.
+    """
     path = Path(path)
     if path.is_file():
         return [path]
     images = sorted(p for p in path.glob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.name[0] != ".")
     if not images:
         raise UserError(f"{path} holds no image ({' '.join(IMAGE_ENDINGS)}): found there: {listing(path)}.")
+    stem, count = Counter(image.stem for image in images).most_common(1)[0]
+    if distinct and count > 1:
+        raise UserError(f"{path} holds {count} images called {stem}: what is written for them would have "
+                        "the same name, so rename all but one.")
     return images
 
 

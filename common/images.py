@@ -324,6 +324,11 @@ class TrainView(CleanView):
         return normalise(image), label
 
 
+def network_input(image, size, device):
+    """uint8 (3,H,W) -> float32 (1,3,size,size) on the device: what a CleanView shows of it, as a batch."""
+    return normalise(F.resize(image, [size, size], antialias=True))[None].to(device)
+
+
 def eval_loader(view, batch_size, workers, device, rank=0, world=1):
     """DataLoader over a CleanView, images in order: x (B,3,size,size), label int64 (B,).
 

@@ -16,6 +16,7 @@ The counts are summed before any ratio is taken: a mean of the mIoU of single im
 """
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 
 class ConfusionMatrix:
@@ -127,6 +128,28 @@ def row_quantile(values, q):
 # ---- parts: does a prototype's region hold the same part of the object? --------------------------------
 # N images, M prototypes, P annotated parts. inside bool (N,M,P): the part is visible in a prototype's region.
 
+def activation_boxes(maps, size, percentile=95):
+    """Smallest boxes around the pixels at or above the percentile of each map. (n,h,w) -> int64 (n,4).
+
+    Boxes are y0, y1, x0, x1, ends exclusive. Maps are upsampled bicubically to size = (height, width), as in
+    ProtoPNet.
+    """
+    maps = maps.float() - maps.float().amin((1, 2), keepdim=True)    # a flat map stays exactly flat
+    large = F.interpolate(maps[None], size, mode="bicubic", align_corners=False)[0]              # (n,H,W)
+    threshold = row_quantile(large.flatten(1), percentile / 100)
+    inside = large >= threshold[:, None, None]
+    edges = []
+    for lines in (inside.any(2).int(), inside.any(1).int()):         # rows (n,H), columns (n,W)
+        edges += [lines.argmax(1), lines.shape[1] - lines.flip(1).argmax(1)]
+    return torch.stack(edges, 1)
+
+
+def activation_box(similarity, size, percentile=95):
+    """activation_boxes of one map (h,w); size: an int or (height, width). Returns ints y0, y1, x0, x1."""
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return tuple(activation_boxes(similarity[None], size, percentile)[0].tolist())
+
+
 def points_in_boxes(boxes, points):
     """boxes (N,M,4) y0 y1 x0 x1, ends exclusive; points (N,P,3) x, y, visible -> bool (N,M,P)."""
     y0, y1, x0, x1 = boxes[..., None].unbind(2)                      # (N,M,1)
@@ -155,3 +178,52 @@ def part_consistency(inside, visible, own, share=0.8):
 def part_stability(inside, noisy, own):
     """Percent of the pairs own (N,M) whose region holds the same parts in the noisy image (same source)."""
     return 100 * (inside == noisy).all(2)[own].float().mean().item()
+
+
+def part_truth(boxes, noisy, points, similarity, own, size):
+    """Purity, consistency and stability of prototypes in percent, and what makes them easy.
+
+    boxes, noisy (N,M,4): of the images and of the same images with noise, in pixels of size x size; points
+    (N,P,3); similarity (N,M); own (N,M) bool: the prototypes of an image's class. -> inside (N,M,P), a dict;
+    purity_by_chance in it: the same boxes laid on other images.
+    """
+    inside = points_in_boxes(boxes, points)
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
+    elsewhere = points_in_boxes(boxes, points[order])
+    area = (boxes[..., 1] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 2]) / size ** 2         # (N,M)
+    return inside, dict(
+        purity=100 * part_shares(inside, similarity).amax(1).mean().item(),
+        purity_by_chance=100 * part_shares(elsewhere, similarity).amax(1).mean().item(),
+        consistency=part_consistency(inside, points[..., 2] > 0, own),
+        stability=part_stability(inside, points_in_boxes(noisy, points), own),
+        box_area=100 * area.mean().item(), parts_per_box=inside.sum(2).float().mean().item())
+
+
+def variant_truth(inside, similarity, labels, held, variants):
+    """Does a prototype show the same part in the same variant? A dict of three numbers.
+
+    inside (N,M,P); similarity (N,M); labels (N,); held (C,M) bool: the prototypes of a class; variants (C,P):
+    the variant of part p in class c. variants_found_shared: how many variants a prototype shows, with purity
+    of at least one half, that two of the classes that hold it have.
+    """
+    count = int(variants.max()) + 1
+    looks = F.one_hot(variants[labels], count).bool()                # (N,P,V)
+    shows = (inside[..., None] & looks[:, None]).flatten(2)          # (N,M,P*V)
+    best, look = part_shares(shows, similarity).max(1)               # (M,)
+    part, variant = look // count, look % count
+    holders = (held & (variants[:, part] == variant)).sum(0)         # (M,) classes with m and its variant
+    shared = look[(best >= 0.5) & (holders >= 2)]
+    return dict(variant_purity=100 * best.mean().item(), variants=int(looks.any(0).sum()),
+                variants_found_shared=len(set(shared.tolist())))
+
+
+def sharing(slots):
+    """How classes share prototypes, as a dict. slots (C,K,M) of 0 and 1: the prototype in a slot, if any."""
+    held = slots.amax(1) > 0.5                                       # (C,M)
+    graph = held.float() @ held.float().T                            # (C,C) prototypes in common
+    pairs = graph[torch.ones_like(graph).triu(1) > 0]
+    count, filled = slots.shape[0] * slots.shape[1], int(slots.sum())
+    return dict(
+        prototypes_used=int(held.any(0).sum()), slots_in_all=count, empty_slots=count - filled,
+        repeated_slots=filled - int(held.sum()), classes_per_prototype=held.sum(0).float().mean().item(),
+        classes_of_each_prototype=held.sum(0).tolist(), shared_per_class_pair=pairs.mean().item())

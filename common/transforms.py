@@ -65,6 +65,21 @@ def resize_to_square(image, size):
     return F.resize(image, [size, size], antialias=False)
 
 
+def warp(image, matrix, mirrored=False, upside_down=False):
+    """Projective warp, enlarged until no border shows, and flips: uint8 (3,S,S) -> uint8 (3,S,S).
+
+    matrix (3,3): coordinates x, y, 1 of the output -> of the input, both from -1 to 1.
+    """
+    line = torch.linspace(-1, 1, image.shape[-1])
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    grid = torch.stack([x, y, torch.ones_like(x)], -1) @ matrix.T    # (S,S,3)
+    grid = grid[..., :2] / grid[..., 2:]
+    corners = grid[[0, 0, -1, -1], [0, -1, 0, -1]].abs().max()
+    flips = torch.tensor([1 - 2 * mirrored, 1 - 2 * upside_down])    # of x and y: 1 or -1
+    grid = flips * grid / corners.clamp(min=1)
+    return grid_sample(image[None].float(), grid[None], align_corners=True)[0].round().to(torch.uint8)
+
+
 def crop_corner(mask, crop, max_share=0.75, retries=10):
     """Corner (y, x) of a random crop x crop window of the mask uint8 (H,W): mmsegmentation's RandomCrop.
 

@@ -56,10 +56,9 @@ def protopool_steps(device, batch_size):
     labels = torch.randint(num_classes, (batch_size,)).to(device)
     steps = []
     for plain in (True, False):
-        backbone = protopool.build_extractor(cfg.backbone)
-        net = (protopool.PlainClassifier(backbone, num_classes) if plain else protopool.build_pool(
-            backbone, dict(classes=range(num_classes), num_prototypes=cfg.prototypes), cfg))
-        net = net.to(device, memory_format=torch.channels_last).train()
+        progress = dict(classes=range(num_classes), num_prototypes=cfg.prototypes)
+        ordinary, pool = protopool.build_models(progress, cfg, device)
+        net = (ordinary if plain else pool).train()
         net.last_layer.requires_grad_(plain)                           # as in the joint phase
         optimizer, _ = protopool.build_optimizer(net, "joint", cfg, device)
         tau = protopool.temperature(10)

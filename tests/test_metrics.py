@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from common.metrics import (ConfusionMatrix, part_consistency, part_shares, part_stability,
-                            points_in_boxes)
+from common.metrics import (ConfusionMatrix, activation_box, activation_boxes, part_consistency, part_shares,
+                            part_stability, points_in_boxes)
 
 
 def random_maps(seed, num_classes, shape=(2, 6, 7), classes_used=None, ignored=0.2):
@@ -270,3 +270,65 @@ def test_part_stability_by_loops(seed):
     assert 0 < kept < len(pairs)
     assert part_stability(inside, noisy, own) == pytest.approx(100 * kept / len(pairs))
     assert part_stability(inside, inside, own) == 100
+
+
+# ---- the box of a prototypical part: 95th percentile of the upsampled map ------------------------
+
+def bicubic_weights(size, out):
+    """(out,size): Keys' cubic kernel, a = -0.75, pixel centres aligned, the border cell repeated outside."""
+    weights = np.zeros((out, size))
+    for i in range(out):
+        position = (i + 0.5) * size / out - 0.5
+        for cell in range(math.floor(position) - 1, math.floor(position) + 3):
+            t = abs(position - cell)
+            near, far = 1.25 * t ** 3 - 2.25 * t ** 2 + 1, -0.75 * (t ** 3 - 5 * t ** 2 + 8 * t - 4)
+            weights[i, min(max(cell, 0), size - 1)] += near if t <= 1 else far
+    return weights
+
+
+def slow_box(values, height, width, percentile):
+    values = values.double().numpy()
+    up = bicubic_weights(values.shape[0], height) @ values @ bicubic_weights(values.shape[1], width).T
+    y, x = np.nonzero(up >= np.percentile(up, percentile))
+    return y.min(), y.max() + 1, x.min(), x.max() + 1
+
+
+@pytest.mark.parametrize("shape, size", [((7, 7), 224), ((3, 3), 96), ((7, 7), (50, 9)), ((5, 8), (64, 33))])
+@pytest.mark.parametrize("percentile", [95, 80, 99.5])
+def test_activation_box_by_brute_force(shape, size, percentile):
+    """ProtoPNet's crop: upsample bicubically, smallest box around all pixels >= the percentile."""
+    height, width = (size, size) if isinstance(size, int) else size
+    values = torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) ** 3
+    box = activation_box(values, size, percentile)
+    assert all(type(edge) is int for edge in box)
+    assert tuple(box) == slow_box(values, height, width, percentile)
+
+
+def test_activation_box_by_hand():
+    """A map at its own size is not interpolated. The 95th percentile of 0..99 is 94.05, below 95 to 99."""
+    count = torch.arange(100.0).reshape(10, 10)
+    assert tuple(activation_box(count, 10)) == (9, 10, 5, 10)           # 95 is the default
+    peaks = torch.zeros(6, 20)
+    peaks[2, 3] = peaks[4, 15] = 1
+    assert tuple(activation_box(peaks, (6, 20), percentile=99)) == (2, 5, 3, 16)    # one box around both
+    assert tuple(activation_box(peaks, (6, 20))) == (0, 6, 0, 20)       # the percentile is 0
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 9.2103, -2.7])
+@pytest.mark.parametrize("shape, size", [((7, 7), 224), ((5, 8), (40, 96)), ((3, 3), (30, 50)), ((1, 1), 9)])
+def test_activation_box_of_a_constant_map_is_the_whole_picture(value, shape, size):
+    """No pixel stands out: all tie with the percentile. Rounding in the upsampling must not choose some."""
+    height, width = (size, size) if isinstance(size, int) else size
+    assert tuple(activation_box(torch.full(shape, value), size)) == (0, height, 0, width)
+
+
+def test_activation_boxes_are_those_of_activation_box():
+    maps = torch.rand(9, 4, 5, generator=torch.Generator().manual_seed(0))
+    maps[3], maps[4, 2, 2] = 0.5, 9.0
+    for size in ((32, 32), (20, 41)):
+        for percentile in (95, 60):
+            boxes = activation_boxes(maps, size, percentile)
+            assert boxes.shape == (9, 4) and boxes.dtype == torch.int64
+            single = [activation_box(one, size, percentile) for one in maps]
+            assert [tuple(box) for box in boxes.tolist()] == single
+    assert boxes[3].tolist() == [0, 20, 0, 41]

@@ -25,7 +25,7 @@ from PIL import Image
 
 import protopool
 from commands import call, flags_of
-from common import images, run, toy_birds
+from common import images, protopool_figures, run, tables, toy_birds
 from common.run import UserError
 from protopool import ProtoPool, Source, project_prototypes
 
@@ -415,17 +415,6 @@ def test_nothing_held_at_all_is_said():
         net.fix_slots()
 
 
-def test_frozen_means_eval_mode_for_the_backbone_alone():
-    net = small_net()
-    net.frozen = True
-    net.train()
-    assert not any(m.training for m in net.backbone.modules())
-    assert net.training and net.add_on_layers.training
-    net.frozen = False
-    assert all(m.training for m in net.train().modules())
-    assert not any(m.training for m in net.eval().modules())
-
-
 # ---- loss of a step, optimizers ----
 
 def slow_losses(logits, min_d2, y, q, labels, others, lam, cfg):
@@ -743,12 +732,12 @@ def test_fine_tuning_follows_the_reading(paper, official):
 def test_fine_tuning_without_mix_up_works_on_the_slots_of_the_clean_images(data, tmp_path):
     """The cached slots, batch by batch, are those of a pass over the clean images."""
     cfg = config(tmp_path, data)
-    sets, net = protopool.open_sets(cfg), small_net().eval()
+    sets, net = protopool.open_splits(cfg), small_net().eval()
     view = images.CleanView(sets["train"], 32)
-    batches = list(protopool.slot_batches(net, sets["train"], 0, 4, cfg, CPU, 0, 1))
+    batches = list(protopool.slot_batches(net, sets, 0, 4, cfg, run.Machine(CPU)))
     assert [len(b[1]) for b in batches] == [6] * 4 and all(lam == 1 for *_, lam in batches)
     with torch.no_grad():
-        every = {tuple(protopool.fixed_slots(net, view[i][0][None])[0].tolist()): view[i][1]
+        every = {tuple(net.slot_scores(view[i][0][None])[0].tolist()): view[i][1]
                  for i in range(12)}
     for slots, labels, others, _ in batches:
         assert slots.shape == (6, 6) and torch.equal(labels, others)
@@ -768,7 +757,7 @@ def test_validation_is_apart_and_the_test_split_is_read_for_the_report_alone(pap
 
 
 def test_choosing_on_the_test_split_is_said_in_the_metrics(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     with recording() as found:
         metrics = protopool.main(config(tmp_path, data, select_on_test=True, **QUICK))
     assert "test" in metrics["chosen_on"] and "optimistic" in metrics["chosen_on"]
@@ -811,13 +800,13 @@ def test_same_seed_same_numbers(paper, data, tmp_path, monkeypatch):
     assert numbers(again) == numbers(read(paper.out / "metrics.json"))
     a, b = (run.read_checkpoint(out / "last.pt") for out in (paper.out, tmp_path / "again"))
     assert same(a, b)
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     protopool.main(config(tmp_path / "other", data, seed=1))
     assert not same(a["model"], run.read_checkpoint(tmp_path / "other" / "last.pt")["model"])
 
 
 def test_batches_of_one_image_go_through_every_phase(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     for reading in ("paper", "official"):
         metrics = protopool.main(config(tmp_path / reading, data, batch_size=1, reading=reading, mixup=True,
                                         **QUICK | dict(pretrain_epochs=1)))
@@ -840,7 +829,7 @@ def test_early_stopping_ends_the_joint_phase_with_its_best_weights(data, tmp_pat
         return dict(accuracy=accuracy, ce=ce) if len(calls) <= len(SCRIPTED) else evaluate(*args)
 
     monkeypatch.setattr(protopool, "evaluate", scripted)
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     with recording() as found:
         metrics = protopool.main(config(tmp_path, data, reading=reading, patience=2,
                                         **QUICK | dict(joint_epochs=20)))
@@ -917,7 +906,7 @@ def whole(request, data, tmp_path_factory):
     """An uninterrupted run with mix-up, which `official` has in fine-tuning too."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(protopool, "draw_figures", lambda *args: [])
+        patch.setattr(protopool_figures, "draw_run", lambda *args: [])
         metrics = protopool.main(config(out, data, reading=request.param, **RESUMED))
     log, saved = list(csv.DictReader(open(out / "log.csv"))), run.read_checkpoint(out / "last.pt")
     return SimpleNamespace(metrics=metrics, saved=saved, reading=request.param, log=log)
@@ -925,7 +914,7 @@ def whole(request, data, tmp_path_factory):
 
 @pytest.mark.parametrize("name, at", DEATHS)
 def test_resume_ends_bit_for_bit_like_an_uninterrupted_run(whole, data, tmp_path, monkeypatch, name, at):
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     cfg = config(tmp_path, data, reading=whole.reading, **RESUMED)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(protopool, name, killing(getattr(protopool, name), at))
@@ -942,7 +931,7 @@ def test_resume_ends_bit_for_bit_like_an_uninterrupted_run(whole, data, tmp_path
 
 def test_resume_remembers_how_long_the_joint_phase_has_waited(data, tmp_path, monkeypatch):
     """Killed after one epoch of two without a better validation: the count goes on."""
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     found, evaluate = {}, protopool.evaluate
     for name, death in (("whole", None), ("killed", 3)):
         calls = []
@@ -995,7 +984,7 @@ def assert_explains(facts, net, x, classes):
     logits, _, y = net(x)
     c = int(logits[0].argmax())
     with torch.no_grad():
-        slots = net.slots(protopool.squared_distances(net.features(x), net.prototypes))[0][0]
+        slots = net.slot_scores(x)[0]
     assert facts["prediction"] == classes[c]
     assert facts["logit"] == pytest.approx(logits[0, c].item(), abs=1e-4)
     assert facts["own"] + facts["rest"] == pytest.approx(facts["logit"], abs=1e-9)
@@ -1022,7 +1011,7 @@ def assert_explains(facts, net, x, classes):
 def test_an_explanation_adds_up_to_the_logit(run_of, request, tmp_path):
     found = request.getfixturevalue(run_of)
     net, sets, progress = protopool.load_run(found.cfg, CPU)
-    patches = protopool.prototype_patches(net, sets["train"], progress, found.cfg, CPU)
+    patches = protopool_figures.prototype_patches(net, sets["train"], progress["sources"], found.cfg, CPU)
     assert len(patches) == len(net.prototypes) and all(p.dtype == torch.uint8 and p.numel() for p in patches)
     torch.manual_seed(0)
     for trial in range(3):
@@ -1032,7 +1021,9 @@ def test_an_explanation_adds_up_to_the_logit(run_of, request, tmp_path):
             net.reading = "paper"
         image = sets["test"].read(trial)[0]
         path = tmp_path / "why.png"
-        facts = protopool.explain_image(net, image, "title", CLASSES, patches, path, found.cfg, CPU)
+        facts = protopool.explanation(net, CLASSES, found.cfg, CPU, image, "title")
+        maps = protopool_figures.maps_of(net, image, found.cfg, CPU)
+        protopool_figures.draw_explanation(facts, image, maps, patches, path)
         x = images.CleanView(sets["test"], 32)[trial][0][None]
         assert_explains(facts, net, x, CLASSES)
         assert trial < 2 or len(facts["slots"]) == 1
@@ -1052,7 +1043,7 @@ def test_explain_takes_grey_and_transparent_pictures(paper, pictures):
             assert drawn.mode == "RGB"
         facts = read(folder / f"{name}.json")
         assert facts["image"] == f"{name}.png" and f"= {facts['logit']:.2f}" in done.stdout
-        assert_explains(facts, net, protopool.network_input(pixels, paper.cfg, CPU), CLASSES)
+        assert_explains(facts, net, images.network_input(pixels, 32, CPU), CLASSES)
     assert script("--out", paper.out, "--explain", pictures / "grey.png").returncode == 0
 
 
@@ -1109,7 +1100,7 @@ def test_an_ensemble_averages_probabilities(paper, official, data, tmp_path):
 # ---- tables ----
 
 def test_table_4_keeps_the_rows_that_were_trained(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     cfg = config(tmp_path, data, table="4", slot_lr=0.5, **QUICK)
     protopool.main(cfg)
     table = (tmp_path / "table4.md").read_text()
@@ -1137,11 +1128,11 @@ def test_table_4_keeps_the_rows_that_were_trained(data, tmp_path, monkeypatch):
 
 
 def test_table_11b_trains_other_numbers_of_slots(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     cfg = config(tmp_path, data, table="11b", **QUICK)
     found = protopool.main(cfg)
     assert list(found) == ["1 slots", "2 slots", "3 slots"]             # 0.4 to 1.4 times 2
-    assert [m["slots_in_all"] for m in found.values()] == [3, 6, 9]
+    assert [metrics["slots_in_all"] for metrics, in found.values()] == [3, 6, 9]
     text = (tmp_path / "table11b.md").read_text()
     assert "11b" in text and "| 3 slots |" in text
     with monkeypatch.context() as patch:
@@ -1151,14 +1142,14 @@ def test_table_11b_trains_other_numbers_of_slots(data, tmp_path, monkeypatch):
 
 def test_rows_of_the_tables_for_cub():
     def rows(table):
-        return list(protopool.rows_of_table(preset("cub-r34", table=table)).values())
+        return list(protopool.table_of(preset("cub-r34", table=table)).rows.values())
     assert [r["slots"] for r in rows("11b")] == [4, 6, 8, 10, 12, 14]   # the ticks of Fig. 11b
     sizes = [r["prototypes"] for r in rows("11a")]
     assert sizes[0] == 50 and sizes[-1] == 505 and 202 in sizes
-    cfg = preset("cub-r34", table="3")
+    table = protopool.table_of(preset("cub-r34", table="3"))
     metrics = dict(accuracy_before_projection=1.0, accuracy_after_projection=2.0, accuracy=3.0,
                    prototypes_used=4, empty_slots=5, repeated_slots=6)
-    assert protopool.table_lines(cfg, {"ProtoPool": metrics}, CPU)[-1] == (
+    assert tables.table_text(table, {"ProtoPool": [metrics]}).splitlines()[-1] == (
         "| ProtoPool | 1.0 | 2.0 | 3.0 | 4 | 5 | 6 | 80.8 | 80.3 |")    # the paper's Table 3, ResNet-34
 
 
@@ -1194,18 +1185,6 @@ def test_birds_get_the_truth_metrics(tmp_path, monkeypatch):
     assert metrics["parts_per_box"] == pytest.approx(inside.sum(2).mean(), abs=0.02)
 
 
-def test_activation_boxes_are_those_of_activation_box():
-    maps = torch.rand(9, 4, 5, generator=torch.Generator().manual_seed(0))
-    maps[3], maps[4, 2, 2] = 0.5, 9.0
-    for size in ((32, 32), (20, 41)):
-        for percentile in (95, 60):
-            boxes = protopool.activation_boxes(maps, size, percentile)
-            assert boxes.shape == (9, 4) and boxes.dtype == torch.int64
-            single = [protopool.activation_box(map, size, percentile) for map in maps]
-            assert [tuple(box) for box in boxes.tolist()] == single
-    assert boxes[3].tolist() == [0, 20, 0, 41]
-
-
 # ---- mistakes ----
 
 @pytest.mark.parametrize("argv, words", [
@@ -1214,7 +1193,7 @@ def test_activation_boxes_are_those_of_activation_box():
     (["--preset", "cub-r34", "--weights", "none", "--data", "nowhere"], ["nowhere"]),
     (["--data", "nowhere"], ["toy_birds", "nowhere"]),
     (["--slots", "9", "--prototypes", "8"], ["--slots 9", "--prototypes 8"]),
-    (["--w-separation", "1"], ["--w-separation 1.0", "must not be positive"]), (["--lr", "0"], ["--lr 0.0"]),
+    (["--w-separation", "1"], ["--w-separation 1.0", "must be at most 0"]), (["--lr", "0"], ["--lr 0.0"]),
     (["--batch-size", "0"], ["--batch-size 0"]), (["--weight-decay", "-1"], ["--weight-decay -1.0"]),
     (["--val-fraction", "0.9"], ["val_fraction", "0.9"]), (["--patience", "0"], ["--patience 0"]),
     (["--reading", "own"], ["--reading"]), (["--backbone", "vgg"], ["vgg"]), (["--table", "5"], ["--table"]),
@@ -1287,7 +1266,7 @@ def test_checkpoints_of_other_runs_are_refused(paper, linear, data, pictures, tm
         assert str(other) in text, text
         return text
 
-    monkeypatch.setattr(protopool, "draw_figures", lambda *args: [])
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
     protopool.main(config(tmp_path / "deep", data, depth=5))
     for argv in (["--resume"], ["--eval-only"], ["--explain", pictures]):
         assert "does not fit" in with_checkpoint(tmp_path / "deep" / "last.pt", *argv)

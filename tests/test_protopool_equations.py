@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from protopool import (activation_box, assign, cluster_cost, focal_similarity, harden, log_similarity,
-                       orthogonality_loss, separation_cost, slot_similarity, squared_distances, temperature)
+from protopool import (assign, cluster_cost, focal_similarity, harden, log_similarity, orthogonality_loss,
+                       separation_cost, slot_similarity, squared_distances, temperature)
 
 B, M, D, C, K, H, W = 3, 6, 8, 4, 2, 4, 5
 both_readings = pytest.mark.parametrize("reading", ["paper", "official"])
@@ -394,53 +394,3 @@ def test_costs_when_every_prototype_is_the_classes_own():
     assert_near(cluster, min_d2.min(1).values.mean(), 1e-6)
     slope, = torch.autograd.grad(cluster - separation, min_d2)
     assert_near(slope, (min_d2 == min_d2.min(1, keepdim=True).values) / B, 1e-6)
-
-
-# ---- the box of a prototypical part: 95th percentile of the upsampled map ------------------------
-
-def bicubic_weights(size, out):
-    """(out,size): Keys' cubic kernel, a = -0.75, pixel centres aligned, the border cell repeated outside."""
-    weights = np.zeros((out, size))
-    for i in range(out):
-        position = (i + 0.5) * size / out - 0.5
-        for cell in range(math.floor(position) - 1, math.floor(position) + 3):
-            t = abs(position - cell)
-            near, far = 1.25 * t ** 3 - 2.25 * t ** 2 + 1, -0.75 * (t ** 3 - 5 * t ** 2 + 8 * t - 4)
-            weights[i, min(max(cell, 0), size - 1)] += near if t <= 1 else far
-    return weights
-
-
-def slow_box(values, height, width, percentile):
-    values = values.double().numpy()
-    up = bicubic_weights(values.shape[0], height) @ values @ bicubic_weights(values.shape[1], width).T
-    y, x = np.nonzero(up >= np.percentile(up, percentile))
-    return y.min(), y.max() + 1, x.min(), x.max() + 1
-
-
-@pytest.mark.parametrize("shape, size", [((7, 7), 224), ((3, 3), 96), ((7, 7), (50, 9)), ((5, 8), (64, 33))])
-@pytest.mark.parametrize("percentile", [95, 80, 99.5])
-def test_activation_box_by_brute_force(shape, size, percentile):
-    """ProtoPNet's crop: upsample bicubically, smallest box around all pixels >= the percentile."""
-    height, width = (size, size) if isinstance(size, int) else size
-    values = log_similarity(8 * uniform(*shape, seed=sum(shape)) ** 3).float()
-    box = activation_box(values, size, percentile)
-    assert all(type(edge) is int for edge in box)
-    assert tuple(box) == slow_box(values, height, width, percentile)
-
-
-def test_activation_box_by_hand():
-    """A map at its own size is not interpolated. The 95th percentile of 0..99 is 94.05, below 95 to 99."""
-    count = torch.arange(100.0).reshape(10, 10)
-    assert tuple(activation_box(count, 10)) == (9, 10, 5, 10)           # 95 is the default
-    peaks = torch.zeros(6, 20)
-    peaks[2, 3] = peaks[4, 15] = 1
-    assert tuple(activation_box(peaks, (6, 20), percentile=99)) == (2, 5, 3, 16)    # one box around both
-    assert tuple(activation_box(peaks, (6, 20))) == (0, 6, 0, 20)       # the percentile is 0
-
-
-@pytest.mark.parametrize("value", [0.0, 0.3, 9.2103, -2.7])
-@pytest.mark.parametrize("shape, size", [((7, 7), 224), ((5, 8), (40, 96)), ((3, 3), (30, 50)), ((1, 1), 9)])
-def test_activation_box_of_a_constant_map_is_the_whole_picture(value, shape, size):
-    """No pixel stands out: all tie with the percentile. Rounding in the upsampling must not choose some."""
-    height, width = (size, size) if isinstance(size, int) else size
-    assert tuple(activation_box(torch.full(shape, value), size)) == (0, height, 0, width)

@@ -1,0 +1,73 @@
+"""Image classification around a method: the splits of a run, batches of them, accuracy."""
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from common.images import CleanView, TrainView, eval_loader, open_images
+from common.loaders import to_device, train_loader
+from common.run import UserError
+
+
+def open_splits(cfg):
+    """{"train", "val", "test"}. Val is taken from the training images unless --select-on-test."""
+    splits = ("train", "test") if cfg.select_on_test else ("train", "val", "test")
+    fraction = 0.0 if cfg.select_on_test else cfg.val_fraction
+    sets = {split: open_images(cfg.dataset, cfg.data, split, cfg.seed, fraction, cfg.full_images)
+            for split in splits}
+    if sets["train"].num_classes < 2:
+        raise UserError(f"{cfg.dataset} in {cfg.data} has a single class: a classifier needs two or more.")
+    return {"val": sets["test"]} | sets
+
+
+def clean_loader(data, cfg, device, rank=0, world=1):
+    """Images in order, not augmented: x (B,3,size,size), labels (B,); each process gets its share."""
+    return eval_loader(CleanView(data, cfg.size), cfg.batch_size, cfg.workers, device, rank, world)
+
+
+def steps_per_epoch(sets, cfg):
+    return max(1, cfg.passes_per_epoch * len(sets["train"]) // cfg.batch_size)
+
+
+def training_view(sets, cfg, augment):
+    """Training images, changed by augment(image, kind), kind = --augment."""
+    return TrainView(sets["train"], cfg.size, partial(augment, kind=cfg.augment))
+
+
+def training_batches(view, start, stop, cfg, machine):
+    """Iterator over the augmented batches x, labels of the iterations start..stop-1, on the device."""
+    loader = train_loader(view, cfg.batch_size, cfg.seed, start, stop, cfg.workers, *machine)
+    return (to_device(batch, machine.device) for batch in loader)
+
+
+@torch.inference_mode()
+def evaluate(net, loader, device):
+    """Top-1 accuracy in percent and mean cross-entropy over the split, all processes together.
+
+    net(x) returns the logits (B,C) first; net is left in eval mode.
+    """
+    net.eval()
+    sums = torch.zeros(3, device=device)                             # hits, cross-entropy, images
+    for batch in loader:
+        x, labels = to_device(batch, device)
+        logits = net(x)[0]                                           # float32: autocast is for training
+        hits = (logits.argmax(1) == labels).sum()
+        ce = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([hits, ce, torch.ones_like(labels).sum()])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    hits, ce, count = sums.tolist()
+    return dict(accuracy=100 * hits / count, ce=ce / count)
+
+
+@torch.inference_mode()
+def probabilities(net, loader, device):
+    """Softmax of the logits of every image, in order: (N,C) on the CPU. One process."""
+    net.eval()
+    return torch.cat([net(to_device(batch, device)[0])[0].softmax(1).cpu() for batch in loader])
+
+
+def same_images(first, second):
+    """Do two splits have the same classes, and images of the same classes in the same order?"""
+    return (first.classes, first.labels) == (second.classes, second.labels)
