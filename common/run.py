@@ -17,7 +17,6 @@ Nothing here belongs to one of the papers. A script uses it in this order:
 
 import argparse
 import contextlib
-import copy
 import csv
 import difflib
 import json
@@ -250,8 +249,8 @@ def run_script(main, Config, presets, description=""):
               "(a lower batch size wants a lower --lr in proportion).", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command with --resume (a --table: the same command) goes on from "
-              "the last checkpoint.", file=sys.stderr)
+        print(f"{name}: interrupted; the same command with --resume (a --table: the same command) goes on "
+              "from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -304,19 +303,17 @@ def autocast(device, amp="auto"):
                           enabled=amp == "bf16" or amp == "auto" and device.type == "cuda")
 
 
-def distribute(model, machine, world=None):
+def distribute(model, machine):
     """DistributedDataParallel around the model; on CUDA batch norm is synchronised.
 
     One process: the model itself.
     """
-    if world is not None:                                              # (model, device, world): to be removed
-        machine = Machine(machine, 0, world)
     if machine.world == 1:
         return model
     cuda = machine.device.type == "cuda"
     if cuda:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(                  # share_buffers takes care of the buffers
+    return torch.nn.parallel.DistributedDataParallel(                  # buffers: see share_buffers
         model, device_ids=[machine.device.index] if cuda else None, broadcast_buffers=False)
 
 
@@ -345,18 +342,17 @@ def replacing(path, mode="w"):
 KEPT = re.compile(r"rows|previous-\d+")                                 # what a new run does not move aside
 
 
-def start_run(cfg, machine=None):
+def start_run(cfg, machine):
     """Make the run folder and write config.json; returns the folder.
 
     What an earlier run left there is moved to OUT/previous-1, -2, ..., all but rows/ and earlier previous-N.
     UserError: the folder cannot be made, or it is the one that is worked in.
     """
     out = Path(cfg.out)
-    rank = machine.rank if isinstance(machine, Machine) else machine or 0        # a number: to be removed
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"--out {out} is the folder that you work in, and a later run would move all of it "
                         "aside: give the run a folder of its own.")
-    if rank == 0 and not cfg.resume:
+    if machine.rank == 0 and not cfg.resume:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -401,42 +397,6 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-
-
-EVALUATION = ("test_split", "test_size", "threshold", "quantiles", "filter", "class_scores", "score_threshold",
-              "train_classifier")                       # options that change metrics.json, not the training
-
-
-def finished_row(train, cfg, device, rank, world):
-    """Metrics of one row of a table, whose run is in cfg.out: read if finished, else trained or resumed.
-
-    train(cfg, device, rank, world) leaves metrics.json in cfg.out. A run that was made with other settings, data or
-    weights does not count and is made again; one that was evaluated otherwise is evaluated again.
-    """
-    out = Path(cfg.out)
-    if (out / "config.json").exists():
-        saved = read_json(out / "config.json", "")
-        now = json.loads(json.dumps(asdict(cfg)))       # tuples become lists, as in the file
-
-        def same(names):
-            return all(saved.get(name) == now[name] for name in names if name in now)
-        trained = same([f.name for f in fields(cfg) if not f.metadata["runtime"]]
-                       + ["data", "weights", "classifier_weights"])
-        if trained and same(EVALUATION) and (out / "metrics.json").exists():
-            metrics = read_json(out / "metrics.json", "")              # what --eval-only left may tell otherwise
-            alike = all(now[name] == value for name, value in metrics.get("evaluated", {}).items())
-            if alike and metrics.get("finished", True):
-                return metrics
-        cfg = replace(cfg, resume=trained)
-        if trained and rank == 0:
-            (out / "metrics.json").unlink(missing_ok=True)
-            write_json(out / "config.json", asdict(replace(cfg, resume=False)))
-    if dist.is_initialized():
-        dist.barrier()                                 # every rank has read what rank 0 may now move aside
-    train(cfg, device, rank, world)
-    if dist.is_initialized():
-        dist.barrier()
-    return read_json(out / "metrics.json", f"{out}/metrics.json is missing: run the table again.")
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -525,8 +485,8 @@ def check_classes(known, classes, out):
     differing = [c for c in range(both) if known[c] != classes[c]]
     c = differing[0] if differing else both
     theirs, ours = (names[c] if c < len(names) else "none" for names in (known, classes))
-    raise UserError(f"the run in {out} knows {len(known)} classes, but the data have {len(classes)}; class {c} "
-                    f"is {theirs} there and {ours} here: pass the --data of that run, or another run.")
+    raise UserError(f"the run in {out} knows {len(known)} classes, but the data have {len(classes)}; class "
+                    f"{c} is {theirs} there and {ours} here: pass the --data of that run, or another run.")
 
 
 # ---- log ---------------------------------------------------------------------------------------------------
@@ -602,7 +562,7 @@ def facts(cfg, net, progress, machine, *options):
                        processes=machine.world, parameters=parameters)
 
 
-# ---- learning rate, speed ----------------------------------------------------------------------------------
+# ---- learning rate, time -----------------------------------------------------------------------------------
 
 def poly_lr(iteration, base, total, power=1.0, floor=0.0, warmup=0, warmup_ratio=1e-6):
     """mmcv 1.x "poly" policy: (base - floor) (1 - it/total)^power + floor; linear warm-up multiplies it."""
@@ -619,71 +579,6 @@ def poly_schedule(optimizer, total, power=1.0, floor=0.0, warmup=0):
         return lambda iteration: poly_lr(iteration, base, total, power, floor, warmup) / base
     return torch.optim.lr_scheduler.LambdaLR(optimizer,
                                              [factor(group["lr"]) for group in optimizer.param_groups])
-
-
-def peak_memory(device):
-    """Highest memory use so far in GiB: of the GPU's allocator on CUDA, else of this process.
-
-    None where unknown.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    try:
-        import resource                                 # not on Windows
-    except ImportError:
-        return None
-    kilobyte = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2 ** 30
-
-
-def synchronize(device):
-    """Wait until the device has done its work: before every reading of the clock."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def measured_speed(step, parts, device, repeats=3):
-    """Seconds of one call of step(): median of `repeats` after one warm-up.
-
-    Leaves `parts` and the RNG as they were.
-    """
-    before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
-    rng = torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None
-    times = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    for name, part in parts.items():
-        part.load_state_dict(before[name])
-    torch.set_rng_state(rng[0])
-    if rng[1] is not None:
-        torch.cuda.set_rng_state(rng[1])
-    return sorted(times[1:])[repeats // 2]
-
-
-def announce(step, read_batch, parts, steps, test_images, cfg, device, rank=0, world=1):
-    """Before training one line: steps, expected time at the speed measured now, peak memory. Changes nothing.
-
-    step(batch) is one training iteration on `parts`; read_batch() loads this rank's batch as one loader
-    process would; test_images are evaluated on the way, each counted as 0.4 of its share of a step (forward
-    without backward).
-    """
-    read_batch()                                        # the second time the files are in the system's cache
-    start = time.perf_counter()
-    batch = read_batch()
-    loading = time.perf_counter() - start
-    one = measured_speed(lambda: step(batch), parts, device)
-    one = max(one, loading / cfg.workers) if cfg.workers else one + loading
-    seconds, memory = steps * one + 0.4 * one * test_images / cfg.batch_size, peak_memory(device)
-    if rank == 0:
-        print(f"{steps} steps of {cfg.batch_size} images on {device.type} x {world}: "
-              f"about {duration(seconds)} at {one:.2g} s a step, "
-              f"peak memory {f'{memory:.1f} GiB' if memory else 'unknown'}", flush=True)
 
 
 def duration(seconds):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import run  # noqa: E402
+from common import run, speed  # noqa: E402
 
 
 def cbp_occl_steps(device, batch_size):
@@ -205,10 +205,10 @@ def benchmark_functions(device, repeats):
 
 
 def seconds(step, device):
-    run.synchronize(device)
+    speed.synchronize(device)
     start = time.perf_counter()
     step()
-    run.synchronize(device)
+    speed.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -216,7 +216,7 @@ def memory_of(step, device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     step()
-    return run.peak_memory(device)
+    return speed.peak_memory(device)
 
 
 def main():

@@ -227,7 +227,7 @@ def test_resume_after_kill_9_ends_with_the_numbers_of_an_uninterrupted_run(tmp_p
 def test_resume_of_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
     cfg = config(tmp_path / "a")
     expected = cbp_occl.train(cfg, run.Machine(CPU))
-    run.start_run(replace(cfg, out=str(tmp_path / "b")))
+    run.start_run(replace(cfg, out=str(tmp_path / "b")), run.Machine(CPU))
     resumed = cbp_occl.train(replace(cfg, out=str(tmp_path / "b"), resume=True), run.Machine(CPU))
     assert numbers(resumed) == numbers(expected)
 

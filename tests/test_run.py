@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import run
+from common import run, speed, tables
 from common.run import RunConfig, UserError, opt
+
+CPU = run.Machine(torch.device("cpu"))
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,7 +75,7 @@ def test_help_explains_every_option(capsys):
 
 def test_resume_takes_the_runs_settings_and_refuses_contradictions(tmp_path):
     cfg = parse("--preset", "big", "--out", str(tmp_path), "--lr", "0.3", "--schedule", "0.1")
-    run.start_run(cfg)
+    run.start_run(cfg, CPU)
     again = parse("--out", str(tmp_path), "--resume", "--workers", "1")
     assert (again.preset, again.lr, again.iterations, again.workers, again.resume) == (
         "big", 0.3, 800, 1, True)
@@ -153,7 +155,7 @@ def test_help_shows_lists_and_no_default_of_none(capsys, monkeypatch):
 
 def test_a_list_option_survives_the_run_folder_and_can_work_on_a_run(tmp_path):
     out = str(tmp_path)
-    run.start_run(parse_lists("--out", out, "--parts", "tail", "beak"))
+    run.start_run(parse_lists("--out", out, "--parts", "tail", "beak"), CPU)
     assert json.loads((tmp_path / "config.json").read_text())["parts"] == ["tail", "beak"]
     cfg = parse_lists("--out", out, "--explain", "a.png", "b.png")
     assert cfg.explain == ["a.png", "b.png"] and cfg.parts == ["tail", "beak"]             # from the run
@@ -172,7 +174,7 @@ def test_a_default_of_none_is_filled_once_then_scaled(tmp_path):
     assert (cfg.epochs, cfg.finetune, cfg.extra) == (20, 5, None)
     again = replace(cfg, seed=1)                                       # runs __post_init__ again
     assert (again.epochs, again.finetune) == (20, 5)
-    run.start_run(cfg)
+    run.start_run(cfg, CPU)
     resumed = parse_lists("--out", str(tmp_path), "--resume")
     assert asdict(resumed) == {**asdict(cfg), "resume": True}          # not scaled a second time
 
@@ -210,20 +212,20 @@ def test_a_sentence_from_a_loader_worker_arrives_as_it_was():
 
 def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path):
     cfg = parse("--out", str(tmp_path / "a"))
-    run.start_run(cfg)
+    run.start_run(cfg, CPU)
     (tmp_path / "a" / "last.pt").write_text("weights")
     (tmp_path / "a" / "notes.txt").write_text("mine")
-    run.start_run(cfg)
+    run.start_run(cfg, CPU)
     assert (tmp_path / "a" / "previous-1" / "last.pt").read_text() == "weights"
     assert (tmp_path / "a" / "previous-1" / "notes.txt").exists() and not (tmp_path / "a" / "last.pt").exists()
-    run.start_run(cfg)
+    run.start_run(cfg, CPU)
     assert (tmp_path / "a" / "previous-2" / "config.json").exists()
 
 
 def test_an_impossible_run_folder_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out .*file"):
-        run.start_run(parse("--out", str(tmp_path / "file")))
+        run.start_run(parse("--out", str(tmp_path / "file")), CPU)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -238,7 +240,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 @dataclass
 class RowConfig(RunConfig):
-    weights: str = opt("none", "start", runtime=True)
+    weights: str = opt("none", "start", source=True)
     lr: float = opt(0.1, "learning rate")
     parts: list = opt((), "parts")
 
@@ -246,15 +248,15 @@ class RowConfig(RunConfig):
 def test_a_row_is_read_if_finished_resumed_if_interrupted_else_trained(tmp_path):
     calls = []
 
-    def train(cfg, device, rank, world):
-        assert (device, rank, world) == ("cpu", 0, 1)
+    def train(cfg, machine):
+        assert machine == CPU
         calls.append((cfg.lr, cfg.resume))
-        run.start_run(cfg)
+        run.start_run(cfg, CPU)
         run.write_json(tmp_path / "row" / "metrics.json", dict(lr=cfg.lr, run=len(calls)))
 
     def row(**flags):
         cfg = run.make_config(RowConfig, {"toy": {}}, "toy", out=str(tmp_path / "row"), **flags)
-        return run.finished_row(train, cfg, "cpu", 0, 1)["run"]
+        return tables.finished_row(train, cfg, CPU)["run"]
 
     assert row() == 1 and calls == [(0.1, False)]
     assert row() == 1 and row(workers=9, device="cpu") == 1 and len(calls) == 1           # nothing trained
@@ -268,15 +270,15 @@ def test_a_row_is_read_if_finished_resumed_if_interrupted_else_trained(tmp_path)
 
 @dataclass
 class ScoredRowConfig(RowConfig):
-    test_split: str = opt("val", "evaluated at the end", runtime=True)
-    test_size: int = opt(0, "short side of test images", runtime=True)
-    threshold: float = opt(0.5, "of the report", runtime=True)
-    quantiles: list = opt(("0.1",), "of the report", runtime=True)
-    filter: int = opt(500, "pixels", runtime=True)
-    class_scores: str = opt("", "file", runtime=True)
-    score_threshold: float = opt(0.5, "of the scores", runtime=True)
-    train_classifier: bool = opt(False, "at the end", runtime=True)
-    classifier_weights: str = opt("imagenet", "start of the classifier", runtime=True)
+    test_split: str = opt("val", "evaluated at the end", evaluation=True)
+    test_size: int = opt(0, "short side of test images", evaluation=True)
+    threshold: float = opt(0.5, "of the report", evaluation=True)
+    quantiles: list = opt(("0.1",), "of the report", evaluation=True)
+    filter: int = opt(500, "pixels", evaluation=True)
+    class_scores: str = opt("", "file", evaluation=True)
+    score_threshold: float = opt(0.5, "of the scores", evaluation=True)
+    train_classifier: bool = opt(False, "at the end", evaluation=True)
+    classifier_weights: str = opt("imagenet", "start of the classifier", source=True)
     save_every: int = opt(100, "steps", runtime=True)
 
 
@@ -286,17 +288,17 @@ class ScoredRowConfig(RowConfig):
 def test_a_row_that_was_evaluated_otherwise_is_evaluated_again_and_not_trained(tmp_path, name, value):
     calls, out = [], tmp_path / "row"
 
-    def train(cfg, device, rank, world):
+    def train(cfg, machine):
         assert not (cfg.resume and (out / "metrics.json").exists())    # old ones cannot pass for the new ones
         calls.append((getattr(cfg, name), cfg.resume))
-        run.start_run(cfg)
+        run.start_run(cfg, CPU)
         if cfg.save_every == 1:
             raise KeyboardInterrupt
         run.write_json(out / "metrics.json", dict(run=len(calls)))
 
     def row(**flags):
         cfg = run.make_config(ScoredRowConfig, {"toy": {}}, "toy", out=str(out), **flags)
-        found = run.finished_row(train, cfg, "cpu", 0, 1)["run"]
+        found = tables.finished_row(train, cfg, CPU)["run"]
         saved = json.loads((out / "config.json").read_text())
         assert saved == json.loads(json.dumps(asdict(cfg))) | dict(save_every=saved["save_every"])
         return found
@@ -318,14 +320,14 @@ def test_a_row_whose_metrics_say_another_evaluation_or_an_unfinished_run_is_eval
     """--eval-only on a row's folder rewrites its metrics.json, not its config.json."""
     calls, out = [], tmp_path / "row"
 
-    def train(cfg, device, rank, world):
+    def train(cfg, machine):
         calls.append(cfg.resume)
-        run.start_run(cfg)
+        run.start_run(cfg, CPU)
         run.write_json(out / "metrics.json", dict(evaluated=dict(test_split=cfg.test_split), finished=True))
 
     def row():
         cfg = run.make_config(ScoredRowConfig, {"toy": {}}, "toy", out=str(out))
-        return run.finished_row(train, cfg, "cpu", 0, 1)
+        return tables.finished_row(train, cfg, CPU)
 
     right = row()
     assert row() == right and calls == [False]
@@ -338,7 +340,7 @@ def test_a_row_whose_metrics_say_another_evaluation_or_an_unfinished_run_is_eval
 def test_a_row_that_leaves_no_metrics_is_named(tmp_path):
     cfg = run.make_config(RowConfig, {"toy": {}}, "toy", out=str(tmp_path))
     with pytest.raises(UserError, match="metrics.json is missing"):
-        run.finished_row(lambda *_: None, cfg, "cpu", 0, 1)
+        tables.finished_row(lambda *_: None, cfg, CPU)
 
 
 # ---- checkpoints ----
@@ -454,7 +456,7 @@ def test_poly_schedule_gives_every_group_its_own_rate_and_the_same_floor():
 def test_measuring_the_speed_changes_nothing():
     parts, other = training_parts(), training_parts()
     torch.manual_seed(3)
-    run.measured_speed(lambda: step(parts), parts, torch.device("cpu"))
+    speed.measured_speed(lambda: step(parts), parts, torch.device("cpu"))
     mine = [step(parts) for _ in range(3)]
     torch.manual_seed(3)
     assert mine == [step(other) for _ in range(3)]
@@ -469,4 +471,4 @@ def test_duration_is_readable(seconds, text):
 
 def test_peak_memory_is_in_gib():
     block = torch.ones(2 ** 27)                                        # half a GiB
-    assert block[-1] == 1 and 0.5 < run.peak_memory(torch.device("cpu")) < 64
+    assert block[-1] == 1 and 0.5 < speed.peak_memory(torch.device("cpu")) < 64
