@@ -1,12 +1,15 @@
-"""Image classification around a method: the splits of a run, batches of them, accuracy."""
+"""Image classification around a method: the splits of a run, batches of them, accuracy.
+
+cfg: the options of the run. A view is a data set as a network sees it, see common/images.py.
+"""
 from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common.images import CleanView, TrainView, eval_loader, open_images
-from common.loaders import to_device, train_loader
+from common.images import CleanView, TrainView, open_images
+from common.loaders import make_loader, to_device, train_loader
 from common.run import UserError
 
 
@@ -22,11 +25,18 @@ def open_splits(cfg):
 
 
 def clean_loader(data, cfg, device, rank=0, world=1):
-    """Images in order, not augmented: x (B,3,size,size), labels (B,); each process gets its share."""
-    return eval_loader(CleanView(data, cfg.size), cfg.batch_size, cfg.workers, device, rank, world)
+    """Loader of the images in order, not augmented: x (B,3,size,size), labels int64 (B,).
+
+    Every batch has cfg.batch_size images, but the last may be smaller; rank r of w gets the images r::w.
+    """
+    indices = range(rank, len(data), world)
+    starts = range(0, len(indices), cfg.batch_size)
+    batches = [list(indices[start:start + cfg.batch_size]) for start in starts]
+    return make_loader(CleanView(data, cfg.size), batches, cfg.workers, device)
 
 
 def steps_per_epoch(sets, cfg):
+    """An epoch is cfg.passes_per_epoch passes over the training images."""
     return max(1, cfg.passes_per_epoch * len(sets["train"]) // cfg.batch_size)
 
 
@@ -66,8 +76,3 @@ def probabilities(net, loader, device):
     """Softmax of the logits of every image, in order: (N,C) on the CPU. One process."""
     net.eval()
     return torch.cat([net(to_device(batch, device)[0])[0].softmax(1).cpu() for batch in loader])
-
-
-def same_images(first, second):
-    """Do two splits have the same classes, and images of the same classes in the same order?"""
-    return (first.classes, first.labels) == (second.classes, second.labels)

@@ -1,15 +1,12 @@
-"""Data for image classification: readers for four data sets, the views a network gets, an evaluation loader.
+"""Data for image classification: readers for four data sets, and the views that a network gets of them.
 
     data = open_images("cub", "/path/to/CUB_200_2011", "train")    # checks the layout, see data/README.md
     image, label = data.read(0)                                    # uint8 (3,H,W) RGB, cut to its box; int
-    view = TrainView(data, size=224, augment=flip_and_turn)        # augment: uint8 (3,224,224) -> the same
-    loader = train_loader(view, batch_size=80, seed=0, start=0, stop=1000, workers=4, device="cuda")
+    view = TrainView(data, size=224, augment=flip_and_turn)        # for train_loader of common/loaders.py
 
-train_loader is that of common/loaders.py. As there, all randomness of a training sample comes from torch's
-CPU generator, seeded for this sample alone. CUB and Stanford Cars have no validation images: split "val" is
-a share of every class's training images, and split "train" is the others.
+CUB and Stanford Cars have no validation images: split "val" is a share of every class's training images, and
+split "train" is the others.
 """
-import os
 import re
 from pathlib import Path
 
@@ -21,9 +18,9 @@ from torchvision.transforms.v2 import functional as F
 from common import toy_birds
 from common.datasets import layout_error
 from common.files import list_images, read_image, read_list
-from common.loaders import make_loader, mixed_seed
+from common.loaders import mixed_seed
 from common.run import UserError
-from common.transforms import normalise
+from common.transforms import normalise, seeded
 
 DATASETS = ("toy_birds", "cub", "cars", "imagefolder")
 SPLITS = ("train", "val", "test")
@@ -56,7 +53,7 @@ class ImageSet:
         return len(self.items)
 
     def name_of(self, i):
-        """Class folder and file name without ending; has no slash, so it can name an output file."""
+        """Class folder and file name without ending, and no slash: a name for an output file."""
         return f"{self.paths[i].parent.name}_{self.paths[i].stem}"
 
     def read(self, i):
@@ -87,21 +84,22 @@ class ImageSet:
 
 
 class ToyBirds(ImageSet):
-    """Birds of common/toy_birds.py, drawn when first read and kept in memory; paths is None, an item has the
-    bird's number within `part` (train or test) instead."""
+    """Birds of common/toy_birds.py, each drawn once. paths is None; an item begins with the bird's number
+    within `part`, which is train or test."""
 
     def __init__(self, split, items, part):
         super().__init__("toy_birds", split, toy_birds.SPECIES, items, toy_birds.PARTS,
                          toy_birds.SPECIES_VARIANTS)
-        self.part, self.paths, self.birds = part, None, [None] * len(items)
+        self.part = part
+        self.paths = None
+        self.birds = [None] * len(items)                 # those drawn so far
 
     def name_of(self, i):
         return f"{self.classes[self.labels[i]]}_{self.items[i][0]:04d}"     # as python -m data.toy_birds
 
     def bird(self, i):
         if self.birds[i] is None:
-            index = toy_birds.bird_index(self.part, self.items[i][0])
-            self.birds[i] = toy_birds.make_bird(0, index)
+            self.birds[i] = toy_birds.make_bird(0, toy_birds.bird_index(self.part, self.items[i][0]))
         return self.birds[i]
 
     def read(self, i):
@@ -138,63 +136,61 @@ def read_names(path):
 
 
 def read_numbers(path, columns):
-    """Lines of `columns` numbers -> float64 (lines, columns)."""
+    """Lines of `columns` numbers -> list of lists of floats."""
     pattern = r"\s+".join([r"[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?"] * columns)
-    text = " ".join(lines_like(path, pattern, f"{columns} numbers"))
-    return np.fromstring(text, sep=" ").reshape(-1, columns)
+    return [list(map(float, line.split())) for line in lines_like(path, pattern, f"{columns} numbers")]
 
 
 def numbers_of(path, columns, ids):
-    """The lines of these ids, without the id: float64 (len(ids), columns - 1)."""
-    table = read_numbers(path, columns)
-    row_of = dict(zip(table[:, 0].tolist(), range(len(table))))
-    missing = [i for i in ids if i not in row_of]
+    """The lines of these ids, which come first in a line: {id: the other numbers}."""
+    numbers = {int(key): others for key, *others in read_numbers(path, columns)}
+    missing = [key for key in ids if key not in numbers]
     if missing:
         raise UserError(f"{path} has no line for {len(missing)} of {len(ids)} images of images.txt, such as "
                         f"{missing[0]}: unpack the download again.")
-    return table[[row_of[i] for i in ids], 1:]
+    return numbers
 
 
-def cub_parts(root, image_ids):
-    """parts/ -> names, float64 (images,P,3): x, y, visible. Without this folder: (), () for each image."""
+def cub_parts(root, images):
+    """The folder parts/ -> names of the P parts, {image id: P of (x, y, visible)}; without it (), {}."""
     if not (root / "parts").is_dir():
-        return (), [()] * len(image_ids)
+        return (), {}
     names = read_names(root / "parts" / "parts.txt")
-    table = read_numbers(root / "parts" / "part_locs.txt", 5)          # columns image, part, x, y, visible
-    row_of, column_of = ({key: k for k, key in enumerate(ids)} for ids in (image_ids, names))
-    rows = np.array([row_of.get(key, -1) for key in table[:, 0].tolist()])
-    columns = np.array([column_of.get(key, -1) for key in table[:, 1].tolist()])
-    known = (rows >= 0) & (columns >= 0)
-    located = np.zeros((len(image_ids), len(names), 3))
-    located[rows[known], columns[known]] = table[known, 2:]
-    return tuple(names.values()), located
+    lines = read_numbers(root / "parts" / "part_locs.txt", 5)
+    places = {(image, part): place for image, part, *place in lines}
+    return tuple(names.values()), {i: [places.get((i, part), (0, 0, 0)) for part in names] for i in images}
 
 
 def cub_items(root, full_images):
     """-> class names, part names, {"train": items, "test": items} in the order of images.txt."""
     root = root / "CUB_200_2011" if (root / "CUB_200_2011").is_dir() else root
-    tables = {"image_class_labels.txt": 2, "train_test_split.txt": 2}                      # file: columns
-    tables |= {} if full_images else {"bounding_boxes.txt": 5}
-    located = ["parts/parts.txt", "parts/part_locs.txt"] if (root / "parts").is_dir() else []
-    for file in ["images.txt", "classes.txt", *tables, *located]:
+    lists = ["images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt"]
+    lists += [] if full_images else ["bounding_boxes.txt"]
+    lists += ["parts/parts.txt", "parts/part_locs.txt"] if (root / "parts").is_dir() else []
+    for file in lists:
         if not (root / file).is_file():
             raise layout_error("cub", root, f"the list {file} is missing", TREES)
-    files, classes = read_names(root / "images.txt"), read_names(root / "classes.txt")
-    images, folders = root / "images", {file.rpartition("/")[0] for file in files.values()}
-    existing = {f"{f}/{file}" for f in folders if (images / f).is_dir() for file in os.listdir(images / f)}
+    files = read_names(root / "images.txt")              # {image id: CLASS/NAME.jpg}
+    classes = read_names(root / "classes.txt")           # {class id: name}
+    images = root / "images"
+    existing = {path.relative_to(images).as_posix() for path in images.glob("*/*")}
     missing = [file for file in files.values() if file not in existing]
     if missing:
-        raise layout_error("cub", root, f"images/ lacks {len(missing)} of {len(files)} images of images.txt, "
-                           f"such as {missing[0]}", TREES)
-    table = np.hstack([numbers_of(root / file, n, files) for file, n in tables.items()])   # (images, 2 or 6)
-    part_names, located = cub_parts(root, files)
+        raise layout_error("cub", root, f"images/ lacks {len(missing)} of {len(files)} images of "
+                           f"images.txt, such as {missing[0]}", TREES)
+    class_of = numbers_of(root / "image_class_labels.txt", 2, files)
+    mark_of = numbers_of(root / "train_test_split.txt", 2, files)
+    box_of = {} if full_images else numbers_of(root / "bounding_boxes.txt", 5, files)
+    part_names, parts_of = cub_parts(root, files)
     label_of = {key: label for label, key in enumerate(classes)}
     items = {"train": [], "test": []}
-    for (image, file), (label, train, *box), parts in zip(files.items(), table.tolist(), located):
-        if label not in label_of or train not in (0, 1):
-            raise UserError(f"image {image} of {root} has class {label:g} and split mark {train:g}: the "
-                            "class must stand in classes.txt, the mark must be 1 (train) or 0 (test).")
-        items["train" if train else "test"].append((images / file, label_of[label], box or None, parts))
+    for i, file in files.items():
+        [key], [mark] = class_of[i], mark_of[i]
+        if key not in label_of or mark not in (0, 1):
+            raise UserError(f"image {i} of {root} has class {key:g} and split mark {mark:g}: the class must "
+                            "stand in classes.txt, the mark must be 1 (train) or 0 (test).")
+        items["train" if mark else "test"].append((images / file, label_of[key], box_of.get(i),
+                                                   parts_of.get(i, ())))
     names = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in classes.values()]
     for part in items:
         empty = sorted(set(range(len(names))) - {item[1] for item in items[part]})
@@ -210,8 +206,7 @@ def folder_items(name, root, parts):
     for part in parts:
         if not (root / part).is_dir():
             raise layout_error(name, root, f"the folder {part}/ is missing", TREES)
-        classes[part] = sorted(entry.name for entry in os.scandir(root / part)
-                               if entry.is_dir() and not entry.name.startswith("."))
+        classes[part] = sorted(folder.name for folder in (root / part).glob("[!.]*") if folder.is_dir())
         if not classes[part]:
             raise layout_error(name, root, f"{part}/ must hold a folder for each class, but has none", TREES)
         odd = sorted(set(classes[part]) ^ set(classes[parts[0]]))
@@ -231,17 +226,17 @@ def share_of_training(items, classes, split, seed, val_fraction):
         if split == "val":
             raise UserError("the split val is empty with val_fraction 0: choose a fraction up to 0.5.")
         return items
-    labels = np.array([item[1] for item in items])
-    is_val = np.zeros(len(items), dtype=bool)
+    val = set()                                          # places in items
     for label, name in enumerate(classes):
-        members = np.flatnonzero(labels == label)
+        members = [i for i, item in enumerate(items) if item[1] == label]
         if len(members) < 2:
             raise UserError(f"the class {name} has a single training image, so none can be set apart for "
                             "val: add images, take the class out, or set val_fraction to 0.")
         generator = torch.Generator().manual_seed(mixed_seed(seed, "val", label))
-        order = torch.randperm(len(members), generator=generator).numpy()
-        is_val[members[order[:max(1, int(val_fraction * len(members) + 0.5))]]] = True
-    return [items[i] for i in np.flatnonzero(is_val == (split == "val"))]
+        order = torch.randperm(len(members), generator=generator).tolist()
+        count = max(1, int(val_fraction * len(members) + 0.5))
+        val.update(members[k] for k in order[:count])
+    return [item for i, item in enumerate(items) if (i in val) == (split == "val")]
 
 
 def open_images(name, root, split, seed=0, val_fraction=0.1, full_images=False):
@@ -307,33 +302,20 @@ class CleanView(Dataset):
 class TrainView(CleanView):
     """Augmented samples: view[(index, sample_seed)] -> x, label as in CleanView; same key, same sample.
 
-    augment: None, or a function uint8 (3,size,size) -> the same, random through torch's CPU generator only.
+    augment: uint8 (3,size,size) -> the same, random through torch's CPU generator only.
     """
 
-    def __init__(self, data, size, augment=None):
+    def __init__(self, data, size, augment):
         super().__init__(data, size)
         self.augment = augment
 
     def __getitem__(self, key):
         index, sample_seed = key
         image, label = self.square(index)
-        if self.augment is not None:
-            with torch.random.fork_rng(devices=[]):              # puts the CPU generator back at the end
-                torch.default_generator.manual_seed(sample_seed)     # leaves the GPUs' generators alone
-                image = self.augment(image)
-        return normalise(image), label
+        with seeded(sample_seed):
+            return normalise(self.augment(image)), label
 
 
 def network_input(image, size, device):
     """uint8 (3,H,W) -> float32 (1,3,size,size) on the device: what a CleanView shows of it, as a batch."""
     return normalise(F.resize(image, [size, size], antialias=True))[None].to(device)
-
-
-def eval_loader(view, batch_size, workers, device, rank=0, world=1):
-    """DataLoader over a CleanView, images in order: x (B,3,size,size), label int64 (B,).
-
-    Of batch_size images each, the last may be smaller; rank r of w gets the images r::w.
-    """
-    indices = range(rank, len(view), world)
-    batches = [list(indices[start:start + batch_size]) for start in range(0, len(indices), batch_size)]
-    return make_loader(view, batches, workers, device)

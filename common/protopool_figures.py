@@ -1,9 +1,8 @@
 """Pictures of protopool.py: its prototypes, what classes share, the slots, focal similarity, an explanation.
 
-The network comes in as `net`, the script's ProtoPool, and is asked by its methods: similarity_maps(x) gives
-the similarity of every cell to every prototype, held() which class holds which prototype. The numbers of an
-explanation come from the script. At the end of the file: what the prototypes see of every test image.
-An image is a uint8 tensor (3,H,W); M prototypes, C classes with K slots each.
+`net` is the script's ProtoPool and is asked by its methods: similarity_maps(x) gives the similarity of every
+cell to every prototype, held() which class holds which prototype. An image is uint8 (3,H,W); there are M
+prototypes and C classes with K slots each. At the end of the file: what the prototypes see of each test image.
 """
 from pathlib import Path
 
@@ -18,37 +17,35 @@ from common.metrics import activation_box, activation_boxes
 from common.run import UserError
 
 
-def draw_run(net, sets, progress, names, explain, cfg, device):
-    """OUT/figures/ of a run; returns what explain(image, name) says of three test images.
+def draw_run(net, sets, progress, names, explain, cfg):
+    """OUT/figures/ of a run. names: {prototype: the part that it shows}, may be empty.
 
-    explain: the script's explanation(). names: {prototype: part}, may be empty.
+    explain(image, name) is the script's explanation(). Returns what it tells of three test images.
     """
     net.eval()
     folder = Path(cfg.out) / "figures"
-    train_set, test_set, sources = sets["train"], sets["test"], progress["sources"]
+    test_set = sets["test"]
     held = net.held().cpu()                                          # (C,M)
-    portraits = [portrait(train_set, c) for c in range(train_set.num_classes)]
-    patches = prototype_patches(net, train_set, sources, cfg, device)
-    draw_prototypes(net, train_set, sources, held, names, patches, folder, cfg, device)
-    draw_sharing(train_set.classes, held, patches, portraits, folder)
+    patches = prototype_patches(net, sets["train"], progress["sources"], cfg.size)
+    draw_prototypes(net, sets["train"], progress["sources"], held, names, patches, folder, cfg)
+    draw_sharing(sets["train"], held, patches, folder)
     draw_assignment(progress["soft"], progress["slot"], progress["classes"], folder)
-    draw_focal(net, test_set, held, folder, cfg, device)
+    draw_focal(net, test_set, held, folder, cfg.size)
     explanations = []
-    for k in range(3):
-        i = (2 * k + 1) * len(test_set) // 6                         # spread over the split
+    for k in (1, 2, 3):
+        i = (2 * k - 1) * len(test_set) // 6                         # spread over the split
         image, label = test_set.read(i)
         facts = explain(image, f"{test_set.name_of(i)}; label: {test_set.classes[label]}")
-        maps = maps_of(net, image, cfg, device)
-        draw_explanation(facts, image, maps, patches, folder / f"explanation-{k + 1}.png")
+        draw_explanation(facts, image, maps_of(net, image, cfg.size), patches, folder / f"explanation-{k}.png")
         explanations.append(facts)
     return explanations
 
 
 # ---- prototypes as patches of training images ----
 
-def maps_of(net, image, cfg, device):
-    """Similarity of the cells of an image to all prototypes: (M,h,w) on the CPU."""
-    return net.similarity_maps(network_input(image, cfg.size, device))[0].cpu()
+def maps_of(net, image, size):
+    """Similarity of the cells of an image, resized to size x size, to all prototypes: (M,h,w) on the CPU."""
+    return net.similarity_maps(network_input(image, size, net.prototypes.device))[0].cpu()
 
 
 def patch_of(image, similarity):
@@ -62,30 +59,28 @@ def portrait(data, c):
     return data.read(data.labels.index(c))[0]
 
 
-def prototype_patches(net, train_set, sources, cfg, device):
+def prototype_patches(net, train_set, sources, size):
     """The patch that every prototype was projected onto: M images of any size. sources: M of Source."""
-    patches = []
-    for m, source in enumerate(sources):
-        image, _ = train_set.read(source[0])
-        patches.append(patch_of(image, maps_of(net, image, cfg, device)[m]))
-    return patches
+    images = [train_set.read(source[0])[0] for source in sources]
+    return [patch_of(image, maps_of(net, image, size)[m]) for m, image in enumerate(images)]
 
 
 @torch.inference_mode()
-def draw_prototypes(net, train_set, sources, held, names, patches, folder, cfg, device, page=20):
-    """prototypes-NN.png: patch; box, heat map on its source; patches of the five nearest images, Supp. 9."""
+def draw_prototypes(net, train_set, sources, held, names, patches, folder, cfg, page=20):
+    """prototypes-NN.png: patch; box and heat map on its source; patches of the five nearest images, Supp. 9."""
+    device = net.prototypes.device
     loader = clean_loader(train_set, cfg, device)
-    nearest = torch.cat([net(x.to(device))[1].cpu() for x, _ in loader])           # (N,M) squared distances
+    d2 = torch.cat([net(x.to(device))[1].cpu() for x, _ in loader])  # (N,M)
     images = [source[0] for source in sources]
-    nearest[images, list(range(len(images)))] = torch.inf            # the source has columns of its own
-    near = nearest.topk(min(5, len(nearest) - 1), dim=0, largest=False).indices                  # (5,M)
-    maps = {i: maps_of(net, train_set.read(i)[0], cfg, device) for i in {*images, *near.flatten().tolist()}}
+    d2[images, list(range(len(images)))] = torch.inf                 # the source has columns of its own
+    near = d2.topk(min(5, len(d2) - 1), dim=0, largest=False).indices              # (5,M)
+    maps = {i: maps_of(net, train_set.read(i)[0], cfg.size) for i in {*images, *near.flatten().tolist()}}
     rows = []
     for m, i in enumerate(images):
         image, label = train_set.read(i)
         name = f"p{m}, {names[m]}" if names else f"p{m}"
         box = activation_box(maps[i][m], image.shape[1:])
-        row = [(patches[m], f"{name}, in {int(held[:, m].sum())} classes"),
+        row = [(patches[m], f"{name}, in {held[:, m].sum()} classes"),
                (figures.draw_box(image, box), train_set.classes[label]),
                (figures.heatmap(image, maps[i][m]), f"similarity up to {maps[i][m].max():.2f}")]
         for j in near[:, m].tolist():
@@ -93,28 +88,28 @@ def draw_prototypes(net, train_set, sources, held, names, patches, folder, cfg, 
             row.append((patch_of(other, maps[j][m]), train_set.classes[label]))
         rows.append(row)
     for start in range(0, len(rows), page):
-        title = "Prototypes: patch, box and activation; patches of the nearest training images"
-        path = folder / f"prototypes-{start // page + 1:02d}.png"
-        figures.save_grid(path, rows[start:start + page], cell=140, title=title)
+        figures.save_grid(folder / f"prototypes-{start // page + 1:02d}.png", rows[start:start + page], cell=140,
+                          title="Prototypes: patch, box and activation; patches of the nearest training images")
 
 
 # ---- what classes share ----
 
-def draw_sharing(classes, held, patches, portraits, folder, page=12):
-    """Fig. 7, 1, 8, 9, 13: which classes hold which prototypes. held bool (C,M); portraits: C images."""
+def draw_sharing(train_set, held, patches, folder, page=12):
+    """Fig. 7, 1, 8, 9, 13: which classes hold which prototypes. held bool (C,M)."""
+    classes = train_set.classes
+    portraits = [portrait(train_set, c) for c in range(len(classes))]
     captions = [f"p{m}, in {count} classes" for m, count in enumerate(held.sum(0).tolist())]
     rows = []
     for c, name in enumerate(classes):
         members = held[c].nonzero().flatten().tolist()
         rows.append([(portraits[c], name)] + [(patches[m], captions[m]) for m in members])
     for start in range(0, len(rows), page):
-        path = folder / f"classes-{start // page + 1:02d}.png"
-        figures.save_grid(path, rows[start:start + page], cell=120,
+        figures.save_grid(folder / f"classes-{start // page + 1:02d}.png", rows[start:start + page], cell=120,
                           title="Characteristics of the classes (Fig. 7)")
     graph = draw_class_graph({"": held}, classes, folder)
     if graph.any():
         a, b = divmod(int(graph.argmax()), len(classes))
-        draw_pair(a, b, classes, held, patches, portraits, folder / "shared_pair.png")
+        draw_pair(a, b, train_set, held, patches, folder / "shared_pair.png")
     m = int(held.sum(0).argmax())
     holders = held[:, m].nonzero().flatten().tolist()
     cells = [(patches[m], f"p{m}")] + [(portraits[c], classes[c]) for c in holders]
@@ -145,28 +140,22 @@ def draw_class_graph(held_by, classes, folder):
 
 def draw_counts(held_by, path):
     """Fig. 9: how many prototypes are held by 1, 2, ... classes. held_by: {run: held (C,M)}."""
-    counts = {}
-    for name, held in held_by.items():
-        counts[name] = torch.bincount(held.sum(0), minlength=len(held) + 1)[1:]
-    most = 1 + max(int(count.nonzero().max()) for count in counts.values())
-    figures.save_bars(path, {name: count[:most].tolist() for name, count in counts.items()},
-                      [str(n + 1) for n in range(most)], unit="prototypes",
+    holders = {name: held.sum(0) for name, held in held_by.items()}                # (M,) classes a prototype
+    most = max(int(counts.max()) for counts in holders.values())
+    bars = {name: counts.bincount(minlength=most + 1)[1:].tolist() for name, counts in holders.items()}
+    figures.save_bars(path, bars, [str(n) for n in range(1, most + 1)], unit="prototypes",
                       title="How many classes hold a prototype (Fig. 9)")
 
 
-def draw_ensemble(held_by, classes, folder):
-    """Fig. 9 and 13 of several runs. held_by: {run: held (C,M)}."""
-    draw_counts(held_by, folder / "classes_per_prototype.png")
-    draw_class_graph(held_by, classes, folder)
-
-
-def draw_pair(a, b, classes, held, patches, portraits, path):
+def draw_pair(a, b, train_set, held, patches, path):
     """Fig. 1: the prototypes of class a alone, of both, and of class b alone."""
-    groups = ((portraits[a], f"only {classes[a]}", held[a] & ~held[b]), (None, "both", held[a] & held[b]),
-              (portraits[b], f"only {classes[b]}", held[b] & ~held[a]))
+    classes = train_set.classes
+    shared = held[a] & held[b]                                       # (M,)
+    groups = (((portrait(train_set, a), f"only {classes[a]}"), f"only {classes[a]}", held[a] & ~shared),
+              (None, "both", shared),
+              ((portrait(train_set, b), f"only {classes[b]}"), f"only {classes[b]}", held[b] & ~shared))
     rows = []
-    for image, caption, members in groups:
-        first = None if image is None else (image, caption)
+    for first, caption, members in groups:
         row = [first] + [(patches[m], f"p{m}, {caption}") for m in members.nonzero().flatten().tolist()]
         if any(row):
             rows.append(row)
@@ -174,19 +163,18 @@ def draw_pair(a, b, classes, held, patches, portraits, path):
                       title=f"{classes[a]} and {classes[b]}: own and shared prototypes (Fig. 1)")
 
 
-def compare(net, train_set, sources, cfg, device):
+def compare(net, train_set, sources, cfg):
     """draw_pair for the two classes that --compare names: OUT/figures/pair-A-B.png; UserError for others."""
     classes = train_set.classes
     if len(cfg.compare) != 2 or len({*cfg.compare} & {*classes}) != 2:
-        given, known = " ".join(map(repr, cfg.compare)), ", ".join(classes[:20])
-        raise UserError(f"--compare {given}: give two class names of the run, quoted if they hold blanks: "
-                        f"{known}{' ...' if len(classes) > 20 else ''}.")
-    a, b = (classes.index(name) for name in cfg.compare)
-    name = f"pair-{classes[a]}-{classes[b]}.png".replace(" ", "_").replace("/", "_")
+        known = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
+        raise UserError(f"--compare {' '.join(map(repr, cfg.compare))}: give two class names of the run, quoted "
+                        f"if they hold blanks: {known}.")
+    name = f"pair-{'-'.join(cfg.compare)}.png".replace(" ", "_").replace("/", "_")
     path = Path(cfg.out) / "figures" / name
-    patches = prototype_patches(net, train_set, sources, cfg, device)
-    portraits = {c: portrait(train_set, c) for c in (a, b)}
-    draw_pair(a, b, classes, net.held().cpu(), patches, portraits, path)
+    a, b = map(classes.index, cfg.compare)
+    patches = prototype_patches(net, train_set, sources, cfg.size)
+    draw_pair(a, b, train_set, net.held().cpu(), patches, path)
     print(f"drawn to {path}")
 
 
@@ -216,41 +204,42 @@ def draw_assignment(soft, slot, classes, folder):
 
 
 @torch.inference_mode()
-def draw_focal(net, data, held, folder, cfg, device, most=1000):
+def draw_focal(net, data, held, folder, size, most=1000):
     """Fig. 2, 4: maximum and mean of a map on five images; Fig. 17: similarities minus the mean and not."""
     count = min(most, len(data))
     chosen = [k * len(data) // count for k in range(count)]          # spread over the split
     shown = [chosen[k * count // 5] for k in range(5)]
-    rows, focal, maximum = [], [], []
+    rows = []
+    similarities = {"focal": [], "max only": []}
     for i in tqdm(chosen, desc="focal", leave=False, disable=None):
         image, label = data.read(i)
-        maps = maps_of(net, image, cfg, device)                      # (M,h,w)
-        highest = maps.flatten(1).amax(1)                            # (M,)
-        maximum.append(highest)
-        focal.append(highest - maps.flatten(1).mean(1))              # Eq. (1)
+        maps = maps_of(net, image, size)                             # (M,h,w)
+        peak = maps.flatten(1).amax(1)                               # (M,)
+        mean = maps.flatten(1).mean(1)                               # (M,)
+        focal = peak - mean                                          # Eq. (1)
+        similarities["focal"].append(focal)
+        similarities["max only"].append(peak)
         if i in shown and held[label].any():
-            m = int(focal[-1].masked_fill(~held[label], -1).argmax())              # strongest of its class
-            best, mean = maps[m].max(), maps[m].mean()
-            rows.append([(image, data.classes[label]),
-                         (figures.heatmap(image, maps[m], opacity=1.0), f"p{m}"),
-                         (figures.heatmap(image, maps[m]),
-                          f"max {best:.2f} - mean {mean:.2f} = {best - mean:.2f}")])
+            m = int(focal.masked_fill(~held[label], -1).argmax())    # the strongest of its class
+            sums = f"max {peak[m]:.2f} - mean {mean[m]:.2f} = {focal[m]:.2f}"
+            rows.append([(image, data.classes[label]), (figures.heatmap(image, maps[m], opacity=1.0), f"p{m}"),
+                         (figures.heatmap(image, maps[m]), sums)])
     figures.save_grid(folder / "focal.png", rows, cell=200, title="The strongest own prototype (Fig. 2, 4)")
     figures.save_histogram(folder / "focal_histogram.png",
-                           {"focal": torch.cat(focal), "max only": torch.cat(maximum)},
+                           {name: torch.cat(values) for name, values in similarities.items()},
                            title=f"Similarity of {count} test images to all prototypes (Fig. 17)")
 
 
 # ---- explanations, and what the boxes of prototypes hold ----
 
-def explain_files(paths, net, sets, progress, explain, cfg, device):
+def explain_files(paths, net, train_set, sources, explain, cfg):
     """OUT/explanations/NAME.png (Fig. 6), NAME.json and a line for every file. explain: see draw_run."""
-    patches = prototype_patches(net, sets["train"], progress["sources"], cfg, device)
+    patches = prototype_patches(net, train_set, sources, cfg.size)
     for path in paths:
         image = read_image(path)
         facts = explain(image, path.name)
         stem = Path(cfg.out) / "explanations" / path.stem
-        draw_explanation(facts, image, maps_of(net, image, cfg, device), patches, f"{stem}.png")
+        draw_explanation(facts, image, maps_of(net, image, cfg.size), patches, f"{stem}.png")
         run.write_json(f"{stem}.json", facts)
         terms = " + ".join(f"{term['product']:.2f} (p{term['prototype']})" for term in facts["slots"])
         print(f"{path}: {facts['prediction']} ({100 * facts['probability']:.0f} %) because {terms} + rest "
@@ -275,43 +264,44 @@ def draw_explanation(facts, image, maps, patches, path):
 
 
 @torch.inference_mode()
-def observe(net, data, own, size, device, noise=0.2):
+def observe(net, data, held, size, noise=0.2):
     """Every image of a split as the prototypes see it, in pixels of the network's input, on the CPU.
 
-    own (N,M) bool: prototypes of the image's class. Returns similarities g_p (N,M), activation boxes
-    (N,M,4), the boxes of the own prototypes on the noisy image (N,M,4), parts (N,P,3): x, y, visible.
+    held (C,M) bool. Returns similarities g_p (N,M), activation boxes (N,M,4), those on the image with noise,
+    of the prototypes of its class alone (N,M,4), and parts (N,P,3): x, y, visible.
     """
+    device = net.prototypes.device
     generator = torch.Generator().manual_seed(0)
-    similarity, boxes, noisy, points = [], [], [], []
+    rows = []
     for i in tqdm(range(len(data)), desc="parts", leave=False, disable=None):
-        image, _ = data.read(i)
+        image, label = data.read(i)
         x = network_input(image, size, device)
         x = torch.cat([x, x + noise * torch.randn(x.shape, generator=generator).to(device)])
-        clean, disturbed = net.similarity_maps(x)                    # (M,h,w) each
-        peaks, means = clean.flatten(1).amax(1), clean.flatten(1).mean(1)
-        similarity.append((peaks - means if net.focal else peaks).cpu())
-        boxes.append(activation_boxes(clean, (size, size)).cpu())
-        noisy.append(torch.zeros_like(boxes[-1]))
-        if own[i].any():
-            noisy[-1][own[i]] = activation_boxes(disturbed[own[i].to(device)], (size, size)).cpu()
+        clean, noisy = net.similarity_maps(x)                        # (M,h,w) each
+        peak, mean = clean.flatten(1).amax(1), clean.flatten(1).mean(1)
+        boxes = torch.zeros(len(clean), 4, dtype=torch.int64)
+        if held[label].any():
+            boxes[held[label]] = activation_boxes(noisy[held[label].to(device)], (size, size)).cpu()
         scale = torch.tensor([size / image.shape[2], size / image.shape[1], 1])
-        points.append(data.part_locations(i) * scale)
-    return [torch.stack(part) for part in (similarity, boxes, noisy, points)]
+        rows.append(((peak - mean if net.focal else peak).cpu(), activation_boxes(clean, (size, size)).cpu(),
+                     boxes, data.part_locations(i) * scale))
+    return [torch.stack(column) for column in zip(*rows)]
 
 
-def truth_metrics(net, data, size, device):
+def truth_metrics(net, data, size):
     """Is the explanation true? Does a prototype's box hold the same part again, where parts are annotated?
 
     -> numbers of common/metrics.py, and {prototype: "part share"}; two empty dicts without parts.
     """
     if not data.part_names:
         return {}, {}
-    labels, held = torch.tensor(data.labels), net.held().cpu()       # (N,), (C,M)
-    similarity, boxes, noisy, points = observe(net, data, held[labels], size, device)
+    labels = torch.tensor(data.labels)                               # (N,)
+    held = net.held().cpu()                                          # (C,M)
+    similarity, boxes, noisy, points = observe(net, data, held, size)
     inside, result = metrics.part_truth(boxes, noisy, points, similarity, held[labels], size)      # (N,M,P)
     if data.variants is not None:
         variants = torch.as_tensor(data.variants)                    # (C,P)
         result |= metrics.variant_truth(inside, similarity, labels, held, variants)
-    best, part = metrics.part_shares(inside, similarity).max(1)      # (M,)
-    names = [f"{data.part_names[p]} {100 * share:.0f} %" for p, share in zip(part.tolist(), best.tolist())]
-    return result, dict(enumerate(names))
+    shares, parts = metrics.part_shares(inside, similarity).max(1)   # (M,)
+    best = enumerate(zip(parts.tolist(), shares.tolist()))
+    return result, {m: f"{data.part_names[p]} {100 * share:.0f} %" for m, (p, share) in best}

@@ -2,6 +2,7 @@
 import collections
 import functools
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from common import images as im
 from common import toy_birds
+from common.classification import clean_loader
 from common.loaders import train_loader
 from common.run import UserError
 
@@ -390,7 +392,7 @@ def test_train_view_augments_before_normalising(folders):
     clean, view = im.CleanView(data, 16), im.TrainView(data, 16, flip)
     assert len(view) == 9 and view[(5, 1)][1] == 1
     assert torch.equal(view[(5, 1)][0], clean[5][0].flip(2))
-    assert torch.equal(im.TrainView(data, 16)[(5, 1)][0], clean[5][0])
+    assert torch.equal(im.TrainView(data, 16, lambda image: image)[(5, 1)][0], clean[5][0])
     seen = []
     im.TrainView(data, 16, lambda image: seen.append(image) or image)[(0, 1)]
     assert seen[0].dtype == torch.uint8 and seen[0].shape == (3, 16, 16)
@@ -423,17 +425,19 @@ def test_loaders_give_the_same_batches_with_workers(folders):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_eval_loader_keeps_the_order(folders, workers):
-    view = im.CleanView(im.open_images("imagefolder", folders, "test"), 16)
-    batches = list(im.eval_loader(view, 4, workers, "cpu"))
+def test_clean_loader_keeps_the_order(folders, workers):
+    data = im.open_images("imagefolder", folders, "test")
+    cfg, view = SimpleNamespace(size=16, batch_size=4, workers=workers), im.CleanView(data, 16)
+    batches = list(clean_loader(data, cfg, "cpu"))
     assert [len(x) for x, _ in batches] == [4, 4, 1] and batches[0][1].dtype == torch.int64
     assert torch.equal(torch.cat([x for x, _ in batches]), torch.stack([view[i][0] for i in range(9)]))
-    assert torch.cat([label for _, label in batches]).tolist() == view.data.labels
+    assert torch.cat([label for _, label in batches]).tolist() == data.labels
 
 
 def test_ranks_partition_the_images(folders):
-    view = im.CleanView(im.open_images("imagefolder", folders, "test"), 16)
+    data = im.open_images("imagefolder", folders, "test")
+    cfg, view = SimpleNamespace(size=16, batch_size=3, workers=0), im.CleanView(data, 16)
     for rank, own in ((0, [0, 2, 4, 6, 8]), (1, [1, 3, 5, 7])):
-        batches = list(im.eval_loader(view, 3, 0, "cpu", rank, 2))
+        batches = list(clean_loader(data, cfg, "cpu", rank, 2))
         assert torch.equal(torch.cat([x for x, _ in batches]), torch.stack([view[i][0] for i in own]))
-    assert list(im.eval_loader(view, 3, 0, "cpu", 10, 11)) == []        # more ranks than images
+    assert list(clean_loader(data, cfg, "cpu", 10, 11)) == []           # more ranks than images
