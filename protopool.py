@@ -23,7 +23,7 @@ eta      noise               C,K,M      standard Gumbel samples, the same for a 
 g_p(z)   log_similarity()    B,M,h,w    log((d2 + 1) / (d2 + eps)), d2 = |z - p|^2             footnote 5
 g_p      focal_similarity()  B,M        maximum over cells - mean over cells                   Eq. (1)
 g_k      slot_similarity()   B,C,K      sum_i y_k^i g_pi                                       Sec. 3
-w_h      last_layer.weight   C,C*K      1 from own slots, else 0, until it is fine-tuned       Supp. 8
+w_h      last_layer.weight   C,C*K      1 from a class's own slots, else 0, until fine-tuning  Supp. 8
 p <- z   project_prototypes  M,D        the nearest patch of the classes that hold it          Eq. (3)
 L_orth   orthogonality_loss  scalar     slots of a class take different prototypes             Eq. (2)
 L_clst   cluster_cost        scalar     an own prototype is near                               Supp. 8
@@ -37,20 +37,24 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
 [D2] Eq. (1) subtracts the mean similarity; the code the similarity of the mean distance.
 [D3] Supp. 8 prints softmax(q / tau + eta); the code has softmax(2 (q / tau + eta)), with another tau.
 [D4] Eq. (2) is about distributions; the code puts in the logits q, and the sum over all pairs i != j.
-[D5] At test time the paper takes y > 0.5 as 1, and a slot may stay empty; the code takes the largest q. We
-     take tau = 0.001, no noise, also without Gumbel-softmax (softmax(q) would leave most slots empty).
+[D5] At test time the paper takes y > 0.5 as 1, and a slot may stay empty; the code in effect the largest q.
+     Our y has tau = 0.001 and no noise, also where training has no Gumbel-softmax: y = softmax(q) would
+     leave most slots empty.
 [D6] Table 6 halves the learning rates every 5 epochs; the code divides them by 10.
 [D7] Table 6 fine-tunes for 15 epochs at 1e-4; the code for 25 at 5e-5, x0.95 every 5, with decay and mix-up.
      The paper does not say on what: we take the clean images, whose similarities are computed once.
-[D8] Supp. 8 has Xavier normal but for the last layer; the code Kaiming (add-on), uniform (prototypes).
-[D9] Table 5 reads as one chain with vertical flips; the code has one of the three warps, left-right flips,
-     and 30 stored copies of an image, as ProtoPNet: --passes-per-epoch. Skew: up to a fifth of a side.
+[D8] Supp. 8 draws all but the last layer by Xavier normal; the code the add-on layer by Kaiming normal and
+     the prototypes uniformly from [0, 1).
+[D9] Table 5 reads as one chain with vertical flips. The code has one of the three warps and left-right flips
+     only, and stores 30 changed copies of every image, as ProtoPNet does: hence --passes-per-epoch. We take
+     the skew of "< 45 degrees" as a tilt that changes a side by up to a fifth.
 [D10] Table 6 has 10 epochs of warm-up without decay; the code trains 9, and decays the add-on layer.
 [D11] Table 6 decays the "prototypical pool" too; the code leaves prototypes and q alone, and so do we in
      both readings: a q whose softmax is saturated has no other gradient, and Adam would walk it to 0.
-[D12] Early stopping looks at the cross-entropy of a validation split, as its accuracy moves in large steps;
-     the code at loss and accuracy of the test split. Projected are the best weights; in the code the last.
-[D13] A sigmoid follows the 1x1 convolution, as in the code and in ProtoPNet; the paper names no sigmoid.
+[D12] Early stopping looks at the cross-entropy of a validation split (the accuracy of a few images moves in
+     large steps); the code at loss and accuracy of the test split. We project the best weights, the code the
+     last.
+[D13] A sigmoid follows the 1x1 convolution, as in the code and in ProtoPNet; the paper does not mention it.
 [D14] The text starts at tau = 1, the formula at infinity: tau = 1 in epoch 0.
 [D15] Mix-up "50% : 50%" is Beta(0.5, 0.5), as in the code; there L_clst and L_sep see the first image only.
 [D16] Batch norm stays in eval mode while the backbone is frozen; the code lets its statistics drift.
@@ -74,8 +78,8 @@ from tqdm import tqdm
 
 from common import images, protopool_figures, run, speed
 from common.backbones import EXTRACTORS, build_extractor
-from common.classification import (clean_loader, evaluate, open_splits, probabilities, same_images,
-                                   steps_per_epoch, training_batches, training_view)
+from common.classification import (clean_loader, evaluate, open_splits, steps_per_epoch, training_batches,
+                                   training_view)
 from common.files import list_images
 from common.loaders import BatchesFrom, to_device
 from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401: boxes for callers
@@ -89,14 +93,17 @@ from common.transforms import coin, uniform, warp
 @dataclass
 class Config(RunConfig):
     dataset: str = opt("toy_birds", "reader of --data", choices=images.DATASETS)
-    full_images: bool = opt(False, "cub: whole pictures, not cut to their bounding boxes [D19]")
+    full_images: bool = opt(False, "cub: take whole pictures, not cut to their bounding boxes [D19]")
     val_fraction: float = opt(0.1, "share of every class's training images kept for early stopping")
     select_on_test: bool = opt(False, "stop and choose on the test split, as the authors did; optimistic")
     backbone: str = opt("resnet34", "network before the 1x1 add-on layer", choices=EXTRACTORS)
-    weights: str = opt("imagenet", "of the backbone: imagenet, a file, a URL, or none", source=True)
+    weights: str = opt("imagenet", "of the backbone: imagenet (a download), a file, a URL, or none",
+                       source=True)
     size: int = opt(224, "images are resized to size x size; below 32 no feature map is left", at_least=32)
-    classifier: str = opt("protopool", "linear = a linear layer instead", choices=("protopool", "linear"))
-    reading: str = opt("paper", "official = the released code, [D*] above", choices=("paper", "official"))
+    classifier: str = opt("protopool", "linear = an ordinary linear layer on the same backbone, same budget",
+                          choices=("protopool", "linear"))
+    reading: str = opt("paper", "official = the released code where it differs, see the [D*] above",
+                       choices=("paper", "official"))
     prototypes: int = opt(202, "M, size of the pool; those in no slot are pruned at the projection", above=0)
     slots: int = opt(10, "K, slots of a class", above=0)
     depth: int = opt(256, "D, channels of features and prototypes", above=0)
@@ -106,32 +113,41 @@ class Config(RunConfig):
     w_separation: float = opt(-0.08, "weight of L_sep, negative: it drives the others away", at_most=0)
     w_orth: float = opt(1.0, "weight of L_orth", at_least=0)
     w_l1: float = opt(1e-4, "weight of the L1 norm of the last layer's off-class weights", at_least=0)
-    batch_size: int = opt(80, "images of a step on all GPUs; if memory runs out, halve it and lr", above=0)
-    passes_per_epoch: int = opt(30, "passes over the images per epoch, the unit of schedules [D9]", above=0)
-    pretrain_epochs: int = opt(0, "epochs as a plain classifier first [D18]", at_least=0, schedule=True)
-    warmup_epochs: int = opt(None, "epochs of warm-up (default 10; official 9)", at_least=0, schedule=True)
-    joint_epochs: int = opt(60, "epochs of the joint phase at most", at_least=0, schedule=True)
-    patience: int = opt(12, "joint epochs without a lower validation loss until the phase stops", above=0)
-    finetune_epochs: int = opt(None, "last epochs (default 15; official 25)", at_least=0, schedule=True)
+    batch_size: int = opt(80, "images of a step, over all GPUs; if memory runs out, halve it and all "
+                          "learning rates", above=0)
+    passes_per_epoch: int = opt(30, "passes over the training images that make an epoch [D9]: schedule, "
+                                "temperature and early stopping count in epochs", above=0)
+    pretrain_epochs: int = opt(0, "epochs as a plain classifier at first [D18]", at_least=0, schedule=True)
+    warmup_epochs: int = opt(None, "epochs with a frozen backbone (default 10; official 9)", at_least=0,
+                             schedule=True)
+    joint_epochs: int = opt(60, "epochs of the whole network, at most", at_least=0, schedule=True)
+    patience: int = opt(12, "joint training stops after so many epochs without a lower val loss", above=0)
+    finetune_epochs: int = opt(None, "epochs of the last layer alone (default 15; official 25)", at_least=0,
+                               schedule=True)
     lr: float = opt(1.5e-3, "Adam learning rate of add-on layer and prototypes", above=0)
-    slot_lr: float = opt(1.5e-3, "rate of q; the paper's 2,247 steps at tau = 1 move q by 3: raise it where "
-                         "an epoch has few steps, or the slots freeze before they have learned", above=0)
+    slot_lr: float = opt(1.5e-3, "learning rate of q; the paper's 2,247 steps at tau = 1 move q by 3: raise "
+                         "it where an epoch has few steps, or the slots freeze before they learn", above=0)
     backbone_lr: float = opt(5e-5, "learning rate of the backbone in the joint phase", above=0)
     weight_decay: float = opt(1e-3, "of backbone and add-on layer in the joint phase [D11]", at_least=0)
-    add_on_decay: float = opt(None, "of the add-on layer (none in the warm-up [D10], then --weight-decay); "
-                              "some hundred images want 0.03, or it learns them by heart", at_least=0)
+    add_on_decay: float = opt(None, "weight decay of the add-on layer (default: none in the warm-up [D10], then "
+                              "--weight-decay); some hundred images want 0.03, or it learns them by heart",
+                              at_least=0)
     lr_step: int = opt(5, "joint epochs between two cuts of the learning rates", above=0)
     lr_gamma: float = opt(None, "factor of a cut (default 0.5; official 0.1)", above=0)
     finetune_lr: float = opt(None, "learning rate of the last layer (default 1e-4; official 5e-5)", above=0)
     augment: str = opt(None, "chain = all of Table 5, single = one of its warps, flip = left-right only "
                        "(default chain; official single)", choices=("chain", "single", "flip", "none"))
     mixup: bool = opt(True, "mix-up in training (Table 5)")
-    finetune_mixup: bool = opt(None, "mix-up in fine-tuning too, which is slow (default no; official yes)")
+    finetune_mixup: bool = opt(None, "mix-up in fine-tuning too: slow, as every step then runs the whole "
+                               "network (default no; official yes)")
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
-    explain: str = opt("", "image or folder to explain, cut as the training images, Fig. 6", uses_run=True)
-    compare: list = opt((), "two class names: draw what they share in the run in OUT, Fig. 1", uses_run=True)
-    ensemble: list = opt((), "run folders: accuracy of mean probabilities, in OUT/ensemble/", runtime=True)
-    table: str = opt("", "train the rows of Table 3 or 4 or of Fig. 11a or 11b on the chosen preset",
+    explain: str = opt("", "image or folder, cut out as the training images are: explain the predictions of "
+                       "the run in OUT (Fig. 6) and stop", uses_run=True)
+    compare: list = opt((), "two class names: draw what they share in the run in OUT (Fig. 1) and stop",
+                        uses_run=True)
+    ensemble: list = opt((), "run folders: accuracy of the mean of their probabilities, into OUT/ensemble/",
+                         runtime=True)
+    table: str = opt("", "train every row of Table 3 or 4 or of Fig. 11a or 11b on the chosen preset",
                      choices=("", "3", "4", "11a", "11b"), runtime=True)
 
     def __post_init__(self):
@@ -298,18 +314,6 @@ def separation_cost(min_d2, labels, assignment):
 
 # ---- model (Sec. 3, Fig. 3) -------------------------------------------------------------------------------
 
-class PlainClassifier(nn.Module):
-    """The baseline: mean over the cells, linear layer. Returns logits (B,C), None, None: see ProtoPool."""
-
-    def __init__(self, backbone, num_classes):
-        super().__init__()
-        self.backbone = backbone
-        self.last_layer = nn.Linear(backbone.channels, num_classes)
-
-    def forward(self, x, tau=None):
-        return self.last_layer(self.backbone(x).mean((2, 3))), None, None
-
-
 class ProtoPool(nn.Module):
     """Images (B,3,H,W) -> logits (B,C), squared distance of the nearest patch (B,M), assignment (C,K,M).
 
@@ -344,10 +348,6 @@ class ProtoPool(nn.Module):
         """(B,3,H,W) -> (B,D,h,w), in (0, 1)."""
         return self.add_on_layers(self.backbone(x))
 
-    def distances(self, x):
-        """Squared distances of all cells to all prototypes: (B,3,H,W) -> (B,M,h,w) float32."""
-        return squared_distances(self.features(x), self.prototypes)
-
     def soft_assignment(self, tau, noise=None):
         """(C,K,M) in training: Gumbel-softmax, or plain softmax in the ablation of Table 4."""
         return assign(self.q, tau, noise, self.reading) if self.gumbel else self.q.softmax(-1)
@@ -361,7 +361,7 @@ class ProtoPool(nn.Module):
         return torch.where(self.fixed, self.q, hard)
 
     def forward(self, x, tau=None):
-        d2 = self.distances(x)                                       # (B,M,h,w)
+        d2 = squared_distances(self.features(x), self.prototypes)    # (B,M,h,w)
         with torch.autocast(x.device.type, enabled=False):           # float32: see squared_distances
             y = self.hard_assignment() if tau is None else self.soft_assignment(tau, gumbel_noise(self.q))
             slots = slot_similarity(d2, y, self.reading, self.focal).flatten(1)    # (B,C*K)
@@ -370,13 +370,13 @@ class ProtoPool(nn.Module):
     @torch.no_grad()
     def slot_scores(self, x):
         """Similarities of the hard slots of test time: (B,3,H,W) -> (B,C*K)."""
-        y = self.hard_assignment()
-        return slot_similarity(self.distances(x), y, self.reading, self.focal).flatten(1)
+        d2 = squared_distances(self.features(x), self.prototypes)
+        return slot_similarity(d2, self.hard_assignment(), self.reading, self.focal).flatten(1)
 
     @torch.no_grad()
     def similarity_maps(self, x):
         """g_p(z) of every cell to every prototype: (B,3,H,W) -> (B,M,h,w)."""
-        return log_similarity(self.distances(x))
+        return log_similarity(squared_distances(self.features(x), self.prototypes))
 
     def held(self):
         """Which class holds which prototype in one of its hard slots: (C,M) bool."""
@@ -384,7 +384,7 @@ class ProtoPool(nn.Module):
 
     @torch.no_grad()
     def fix_slots(self):
-        """Make the hard slots permanent; prune the prototypes that no class holds [D17]. -> how many."""
+        """Make the hard slots permanent, prune the prototypes that no class holds [D17], return how many."""
         hard = self.hard_assignment()
         alive = hard.flatten(0, 1).any(0)                            # (M,)
         if not alive.any():
@@ -396,33 +396,7 @@ class ProtoPool(nn.Module):
         return int((~alive).sum())
 
 
-# ---- augmentation and mix-up (Table 5) --------------------------------------------------------------------
-
-def augment(image, kind):
-    """Table 5 as a single projective warp. uint8 (3,S,S) -> uint8 (3,S,S).
-
-    chain: rotation +-15 degrees, skew (probability 1/2), shear +-10 degrees, both flips (1/2 each).
-    single: one of the three warps, left-right flip [D9]. flip: left-right flip. none: the image.
-    """
-    if kind == "none":
-        return image
-    mirrored = coin()
-    upside_down = coin() and kind == "chain"
-    matrix = torch.eye(3)                                            # output -> input, both in [-1, 1]
-    if kind != "flip":
-        angle, slope = math.radians(uniform(-15, 15)), math.tan(math.radians(uniform(-10, 10)))
-        c, s = math.cos(angle), math.sin(angle)
-        rotation = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-        shear = torch.tensor([[1, slope, 0], [0, 1, 0], [0, 0, 1]])
-        shear = shear.T if coin() else shear                         # along x or along y
-        skew = torch.eye(3)
-        skew[2, :2] = torch.rand(2) * 0.4 - 0.2                      # the plane tilts
-        if kind == "chain":
-            matrix = rotation @ (skew if coin() else matrix) @ shear
-        else:
-            matrix = (rotation, skew, shear)[torch.randint(3, ()).item()]
-    return warp(image, matrix, mirrored, upside_down)
-
+# ---- a training step --------------------------------------------------------------------------------------
 
 def mix(x, labels, alpha=0.5):
     """Mix-up [D15]: lam x + (1 - lam) x[order], lam ~ Beta(alpha, alpha). -> x, the others' labels, lam."""
@@ -435,8 +409,6 @@ def mixed_cost(cost, labels, others, lam):
     """A cost of mixed images: lam cost(labels) + (1 - lam) cost(labels of the images mixed in)."""
     return cost(labels) if lam == 1 else lam * cost(labels) + (1 - lam) * cost(others)
 
-
-# ---- a training step --------------------------------------------------------------------------------------
 
 def losses_of(model, x, labels, tau, cfg):
     """The weighted terms of the loss (Supp. 8) for x (B,3,S,S), labels (B,): {name: scalar}; add them up."""
@@ -466,15 +438,15 @@ def train_step(model, optimizer, x, labels, tau, cfg):
 
 def build_optimizer(net, phase, cfg, device):
     """Adam, and its scheduler with one step an epoch, for pretrain, warmup and joint: Table 6."""
-    joint, official = phase == "joint", cfg.reading == "official"
+    joint = phase == "joint"
     decay = cfg.weight_decay if joint else 0.0
-    add_on_decay = cfg.weight_decay if phase == "warmup" and official else decay   # [D10]
+    add_on = net.last_layer
+    add_on_decay = cfg.weight_decay if phase == "warmup" and cfg.reading == "official" else decay     # [D10]
+    groups = []
     if isinstance(net, ProtoPool):
         add_on = net.add_on_layers
         add_on_decay = add_on_decay if cfg.add_on_decay is None else cfg.add_on_decay
         groups = [dict(params=[net.prototypes], lr=cfg.lr), dict(params=[net.q], lr=cfg.slot_lr)]     # [D11]
-    else:
-        add_on, groups = net.last_layer, []
     if phase != "warmup":
         groups += [dict(params=net.backbone.parameters(), lr=cfg.backbone_lr if joint else cfg.lr,
                         weight_decay=decay)]
@@ -526,7 +498,7 @@ def train_phase(net, phase, sets, progress, cfg, machine):
     """
     if reached(progress, phase) and progress["phase"] != phase:
         return
-    out, frozen = Path(cfg.out), phase == "warmup"
+    frozen = phase == "warmup"
     net.requires_grad_(True)
     net.backbone.requires_grad_(not frozen)
     if isinstance(net, ProtoPool):
@@ -535,11 +507,13 @@ def train_phase(net, phase, sets, progress, cfg, machine):
     optimizer, scheduler = build_optimizer(net, phase, cfg, machine.device)
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     enter_phase(phase, parts, progress, cfg, machine.device)
-    epochs, steps, start = getattr(cfg, f"{phase}_epochs"), steps_per_epoch(sets, cfg), progress["iteration"]
+    epochs = getattr(cfg, f"{phase}_epochs")
+    steps = steps_per_epoch(sets, cfg)
+    start = progress["iteration"]
     stop = start + (epochs - progress["epoch"]) * steps
     batches = training_batches(training_view(sets, cfg, augment), start, stop, cfg, machine)
     val_loader = clean_loader(sets["val"], cfg, *machine)
-    log = run.Log(out, progress, machine)
+    log = run.Log(cfg.out, progress, machine)
     while progress["epoch"] < epochs and progress["stale"] < cfg.patience:
         tau = temperature_of(phase, progress["epoch"], cfg)
         model.train()
@@ -557,10 +531,10 @@ def train_phase(net, phase, sets, progress, cfg, machine):
             progress["stale"] += 1
             if score["ce"] < progress["best"]:
                 progress |= dict(best=score["ce"], stale=0)
-                run.save_checkpoint(out / "best.pt", dict(model=net), {})
+                run.save_checkpoint(Path(cfg.out) / "best.pt", dict(model=net), {})
         log.save("last.pt", parts)
     if phase == "joint" and progress["epoch"] and cfg.reading == "paper":          # [D12]
-        run.load_checkpoint(out / "best.pt", dict(model=net), machine.device)
+        run.load_checkpoint(Path(cfg.out) / "best.pt", dict(model=net), machine.device)
 
 
 # ---- projection (Eq. 3), the last layer, all phases in order ----------------------------------------------
@@ -630,12 +604,9 @@ def slot_batches(net, sets, start, stop, cfg, machine):
             x, others, lam = mix(x, labels)
             yield net.slot_scores(x), labels, others, lam
         return
-    slots, labels = [], []
-    for batch in clean_loader(sets["train"], cfg, machine.device):
-        x, label = to_device(batch, machine.device)
-        slots.append(net.slot_scores(x))
-        labels.append(label)
-    slots, labels = torch.cat(slots), torch.cat(labels)              # (N,C*K), (N,)
+    loader = clean_loader(sets["train"], cfg, machine.device)
+    slots = torch.cat([net.slot_scores(to_device(batch, machine.device)[0]) for batch in loader])  # (N,C*K)
+    labels = torch.tensor(sets["train"].labels, device=machine.device)             # (N,)
     for batch in BatchesFrom(len(labels), cfg.batch_size, cfg.seed, start, stop, *machine[1:]):
         index = torch.tensor([i for i, _ in batch]).to(machine.device, non_blocking=True)
         yield slots[index], labels[index], labels[index], 1.0
@@ -643,16 +614,18 @@ def slot_batches(net, sets, start, stop, cfg, machine):
 
 def finetune(net, sets, progress, cfg, machine):
     """After the projection the last layer alone: cross-entropy + L1 of its off-class weights [D7]."""
-    decay, gamma = (cfg.weight_decay, 0.95) if cfg.reading == "official" else (0.0, 1.0)
+    official = cfg.reading == "official"
     net.eval().requires_grad_(False)
     head = net.last_layer.requires_grad_(True)
     model = run.distribute(head, machine)
-    optimizer = torch.optim.Adam(head.parameters(), lr=cfg.finetune_lr, weight_decay=decay)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, gamma)
+    optimizer = torch.optim.Adam(head.parameters(), lr=cfg.finetune_lr,
+                                 weight_decay=cfg.weight_decay if official else 0.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.95 if official else 1.0)
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     enter_phase("finetune", parts, progress, cfg, machine.device)
     off_class = 1 - net.own_slots()                                  # (C,C*K)
-    steps, start = steps_per_epoch(sets, cfg), progress["iteration"]
+    steps = steps_per_epoch(sets, cfg)
+    start = progress["iteration"]
     stop = start + (cfg.finetune_epochs - progress["epoch"]) * steps
     batches = slot_batches(net, sets, start, stop, cfg, machine)
     val_loader = clean_loader(sets["val"], cfg, *machine)
@@ -701,9 +674,51 @@ def train(cfg, machine):
 
 # ==== from here on: data, evaluation, using a trained run, the paper's tables ==============================
 
+# ---- data, networks -----------------------------------------------------------------------------------
+
+def augment(image, kind):
+    """Table 5 as a single projective warp. uint8 (3,S,S) -> uint8 (3,S,S).
+
+    chain: rotation +-15 degrees, skew (probability 1/2), shear +-10 degrees, both flips (1/2 each).
+    single: one of the three warps, left-right flip [D9]. flip: left-right flip. none: the image.
+    """
+    if kind == "none":
+        return image
+    mirrored = coin()
+    upside_down = coin() and kind == "chain"
+    matrix = torch.eye(3)                                            # output -> input, both in [-1, 1]
+    if kind != "flip":
+        angle = math.radians(uniform(-15, 15))
+        slope = math.tan(math.radians(uniform(-10, 10)))
+        c, s = math.cos(angle), math.sin(angle)
+        rotation = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+        shear = torch.tensor([[1, slope, 0], [0, 1, 0], [0, 0, 1]])
+        shear = shear.T if coin() else shear                         # along x or along y
+        skew = torch.eye(3)
+        skew[2, :2] = torch.rand(2) * 0.4 - 0.2                      # the plane tilts
+        if kind == "chain":
+            matrix = rotation @ (skew if coin() else matrix) @ shear
+        else:
+            matrix = (rotation, skew, shear)[torch.randint(3, ()).item()]
+    return warp(image, matrix, mirrored, upside_down)
+
+
+class PlainClassifier(nn.Module):
+    """The baseline: mean over the cells, linear layer. Returns logits (B,C), None, None: see ProtoPool."""
+
+    def __init__(self, backbone, num_classes):
+        super().__init__()
+        self.backbone = backbone
+        self.last_layer = nn.Linear(backbone.channels, num_classes)
+
+    def forward(self, x, tau=None):
+        return self.last_layer(self.backbone(x).mean((2, 3))), None, None
+
+
 def build_models(progress, cfg, device, weights="none"):
     """The plain classifier, and the network that --classifier names, on the same backbone."""
-    backbone, classes = build_extractor(cfg.backbone, weights), len(progress["classes"])
+    backbone = build_extractor(cfg.backbone, weights)
+    classes = len(progress["classes"])
     plain = PlainClassifier(backbone, classes).to(device, memory_format=torch.channels_last)
     if cfg.classifier == "linear":
         return plain, plain
@@ -726,42 +741,41 @@ def announce(net, sets, progress, cfg, machine):
                    epochs * len(sets["val"]), cfg, machine)
 
 
+# ---- evaluation -------------------------------------------------------------------------------------------
+
 def accuracies_by_stage(net, progress, loader, device):
-    """Table 3: test accuracy before the projection, after it, and with the fine-tuned last layer."""
-    projected, tuned = net.prototypes.detach().clone(), net.last_layer.weight.detach().clone()
+    """Test accuracy at the end; with prototypes also right after the projection and before it (Table 3)."""
     result = dict(accuracy=evaluate(net, loader, device)["accuracy"])
-    net.last_layer.weight.data.copy_(net.own_slots())
-    result["accuracy_after_projection"] = evaluate(net, loader, device)["accuracy"]
-    net.prototypes.data.copy_(progress["prototypes_before"])
-    result["accuracy_before_projection"] = evaluate(net, loader, device)["accuracy"]
-    net.prototypes.data.copy_(projected)                             # net is as it was again
-    net.last_layer.weight.data.copy_(tuned)
+    if isinstance(net, ProtoPool):
+        projected = net.prototypes.detach().clone()
+        tuned = net.last_layer.weight.detach().clone()
+        net.last_layer.weight.data.copy_(net.own_slots())
+        result["accuracy_after_projection"] = evaluate(net, loader, device)["accuracy"]
+        net.prototypes.data.copy_(progress["prototypes_before"])
+        result["accuracy_before_projection"] = evaluate(net, loader, device)["accuracy"]
+        net.prototypes.data.copy_(projected)                         # net is as it was again
+        net.last_layer.weight.data.copy_(tuned)
     return result
 
 
 def report(net, sets, progress, cfg, machine):
     """The test split, read for the first time: metrics.json, figures/. -> metrics, in the first process."""
-    device, test_set, pools = machine.device, sets["test"], isinstance(net, ProtoPool)
-    loader = clean_loader(test_set, cfg, *machine)
-    if pools:
-        result = accuracies_by_stage(net, progress, loader, device)
-    else:
-        result = dict(accuracy=evaluate(net, loader, device)["accuracy"])
+    loader = clean_loader(sets["test"], cfg, *machine)
+    result = accuracies_by_stage(net, progress, loader, machine.device)
     if machine.rank:
         return None
     result |= run.facts(cfg, net, progress, machine, "classifier", "reading") | dict(
         split="test", chosen_on="test split: optimistic" if cfg.select_on_test else "validation split",
         epochs=dict(Counter(row["phase"] for row in progress["log"])), finished=True)
     line = f"test accuracy {result['accuracy']:.1f}"
-    if pools:
+    if isinstance(net, ProtoPool):
         weight = net.last_layer.weight.detach()
-        result |= sharing(net.hard_assignment().cpu()) | dict(
+        truth, names = protopool_figures.truth_metrics(net, sets["test"], cfg.size)
+        explain = partial(explanation, net, progress["classes"], cfg.size)
+        result |= truth | sharing(net.hard_assignment().cpu()) | dict(
             prototypes_pruned=progress["pruned"], negative_weights=int((weight < 0).sum()),
-            off_class_weight=weight[net.own_slots() == 0].abs().mean().item())
-        truth, names = protopool_figures.truth_metrics(net, test_set, cfg.size, device)
-        explain_one = partial(explanation, net, progress["classes"], cfg, device)
-        facts = protopool_figures.draw_run(net, sets, progress, names, explain_one, cfg, device)
-        result |= truth | dict(explanations=facts)
+            off_class_weight=weight[net.own_slots() == 0].abs().mean().item(),
+            explanations=protopool_figures.draw_run(net, sets, progress, names, explain, cfg))
         line += (f" (before projection {result['accuracy_before_projection']:.1f}, right after it "
                  f"{result['accuracy_after_projection']:.1f}); look into {cfg.out}/figures")
     run.write_json(Path(cfg.out) / "metrics.json", result)
@@ -770,18 +784,19 @@ def report(net, sets, progress, cfg, machine):
 
 
 @torch.no_grad()
-def explanation(net, classes, cfg, device, image, name):
+def explanation(net, classes, size, image, name):
     """Fig. 6 in numbers, for an image uint8 (3,H,W): the terms of the logit; own slots + rest = logit."""
-    slots = net.slot_scores(images.network_input(image, cfg.size, device))[0].cpu().double()     # (C*K,)
+    x = images.network_input(image, size, net.prototypes.device)
+    similarity = net.slot_scores(x)[0].cpu().double()                # (C*K,)
     weight = net.last_layer.weight.cpu().double()                    # (C,C*K)
-    logits = weight @ slots
+    logits = weight @ similarity
     c = int(logits.argmax())
     chosen = net.hard_assignment()[c].cpu()                          # (K,M)
     terms = []
     for k in chosen.any(1).nonzero().flatten().tolist():             # an empty slot adds nothing
-        s = c * len(chosen) + k
-        terms.append(dict(prototype=int(chosen[k].argmax()), similarity=slots[s].item(),
-                          weight=weight[c, s].item(), product=(slots[s] * weight[c, s]).item()))
+        slot = c * len(chosen) + k
+        terms.append(dict(prototype=int(chosen[k].argmax()), similarity=similarity[slot].item(),
+                          weight=weight[c, slot].item(), product=(similarity[slot] * weight[c, slot]).item()))
     terms.sort(key=lambda term: -term["product"])
     total = sum(term["product"] for term in terms)
     rest = logits[c].item() - total
@@ -793,12 +808,14 @@ def explanation(net, classes, cfg, device, image, name):
 
 def load_run(cfg, device):
     """The trained network of the run in cfg.out, its data and its progress; UserError if there is none."""
-    sets, linear = open_splits(cfg), cfg.classifier == "linear"
+    sets = open_splits(cfg)
     progress = run.read_progress(cfg.out, ("phase", "num_prototypes"), sets["train"].classes)
+    phase = progress["phase"]
+    epoch = progress["epoch"]
+    linear = cfg.classifier == "linear"
     if linear and not cfg.eval_only:
         raise UserError(f"the run in {cfg.out} is a plain classifier, which has no prototypes: train one "
                         "with --classifier protopool.")
-    phase, epoch = progress["phase"], progress["epoch"]
     if linear:
         finished = phase == "joint" and (epoch >= cfg.joint_epochs or progress["stale"] >= cfg.patience)
     else:
@@ -816,34 +833,39 @@ def show(cfg, device):
     paths = list_images(cfg.explain, distinct=True) if cfg.explain else []
     net, sets, progress = load_run(cfg, device)
     if cfg.compare:
-        protopool_figures.compare(net, sets["train"], progress["sources"], cfg, device)
+        protopool_figures.compare(net, sets["train"], progress["sources"], cfg)
     if cfg.explain:
-        explain_one = partial(explanation, net, progress["classes"], cfg, device)
-        protopool_figures.explain_files(paths, net, sets, progress, explain_one, cfg, device)
+        explain = partial(explanation, net, progress["classes"], cfg.size)
+        protopool_figures.explain_files(paths, net, sets["train"], progress["sources"], explain, cfg)
 
 
 @torch.inference_mode()
 def evaluate_ensemble(cfg, device):
     """--ensemble (Table 1, "Ex"; the paper does not say how): accuracy of the mean of the probabilities, and
     how alike the runs share prototypes (Fig. 9, 13). Writes OUT/ensemble/."""
-    folder, test_sets, chances, held_by = Path(cfg.out) / "ensemble", [], [], {}
+    folder = Path(cfg.out) / "ensemble"
+    probabilities = []                                               # (N,C) of each run
+    held_by = {}                                                     # {run: (C,M)}
     for out in cfg.ensemble:
         member = replace(run.read_config(Config, out), out=out, workers=cfg.workers, eval_only=False)
         net, sets, _ = load_run(replace(member, data=cfg.data or member.data), device)
-        test_sets.append(sets["test"])
-        if not same_images(test_sets[0], sets["test"]):
+        data = sets["test"]
+        classes, labels = (data.classes, data.labels) if not held_by else (classes, labels)
+        if (data.classes, data.labels) != (classes, labels):
             raise UserError(f"--ensemble {out}: its data differ from those of {cfg.ensemble[0]}.")
-        chances.append(probabilities(net, clean_loader(sets["test"], member, device), device))   # (N,C)
-        held_by[str(out)] = net.held().cpu()                         # (C,M)
-    chances.append(torch.stack(chances).mean(0))
-    labels = torch.tensor(test_sets[0].labels)
-    *each, ensemble = [100 * (chance.argmax(1) == labels).float().mean().item() for chance in chances]
+        batches = (to_device(batch, device) for batch in clean_loader(data, member, device))
+        probabilities.append(torch.cat([net(x)[0].softmax(1).cpu() for x, _ in batches]))
+        held_by[str(out)] = net.held().cpu()
+    probabilities.append(torch.stack(probabilities).mean(0))
+    hits = [chance.argmax(1) == torch.tensor(labels) for chance in probabilities]
+    *accuracies, accuracy = [100 * hit.float().mean().item() for hit in hits]
     paper = {"CUB, 3 models": 87.5, "CUB, 5 models": 87.6, "Cars, 3 models": 91.1, "Cars, 5 models": 91.6}
-    result = dict(runs=list(cfg.ensemble), accuracies=each, accuracy=ensemble, paper=paper)
+    result = dict(runs=list(cfg.ensemble), accuracies=accuracies, accuracy=accuracy, paper=paper)
     run.write_json(folder / "metrics.json", result)
-    protopool_figures.draw_ensemble(held_by, test_sets[0].classes, folder)
-    text = ", ".join(f"{accuracy:.1f}" for accuracy in each)
-    print(f"test accuracy of the runs {text}; of their mean probabilities {ensemble:.1f}; see {folder}")
+    protopool_figures.draw_counts(held_by, folder / "classes_per_prototype.png")
+    protopool_figures.draw_class_graph(held_by, classes, folder)
+    text = ", ".join(f"{rate:.1f}" for rate in accuracies)
+    print(f"test accuracy of the runs {text}; of their mean probabilities {accuracy:.1f}; see {folder}")
     return result
 
 

@@ -69,10 +69,3 @@ def evaluate(net, loader, device):
         dist.all_reduce(sums)
     hits, ce, count = sums.tolist()
     return dict(accuracy=100 * hits / count, ce=ce / count)
-
-
-@torch.inference_mode()
-def probabilities(net, loader, device):
-    """Softmax of the logits of every image, in order: (N,C) on the CPU. One process."""
-    net.eval()
-    return torch.cat([net(to_device(batch, device)[0])[0].softmax(1).cpu() for batch in loader])

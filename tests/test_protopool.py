@@ -1011,7 +1011,7 @@ def assert_explains(facts, net, x, classes):
 def test_an_explanation_adds_up_to_the_logit(run_of, request, tmp_path):
     found = request.getfixturevalue(run_of)
     net, sets, progress = protopool.load_run(found.cfg, CPU)
-    patches = protopool_figures.prototype_patches(net, sets["train"], progress["sources"], found.cfg, CPU)
+    patches = protopool_figures.prototype_patches(net, sets["train"], progress["sources"], found.cfg.size)
     assert len(patches) == len(net.prototypes) and all(p.dtype == torch.uint8 and p.numel() for p in patches)
     torch.manual_seed(0)
     for trial in range(3):
@@ -1021,8 +1021,8 @@ def test_an_explanation_adds_up_to_the_logit(run_of, request, tmp_path):
             net.reading = "paper"
         image = sets["test"].read(trial)[0]
         path = tmp_path / "why.png"
-        facts = protopool.explanation(net, CLASSES, found.cfg, CPU, image, "title")
-        maps = protopool_figures.maps_of(net, image, found.cfg, CPU)
+        facts = protopool.explanation(net, CLASSES, found.cfg.size, image, "title")
+        maps = protopool_figures.maps_of(net, image, found.cfg.size)
         protopool_figures.draw_explanation(facts, image, maps, patches, path)
         x = images.CleanView(sets["test"], 32)[trial][0][None]
         assert_explains(facts, net, x, CLASSES)
