@@ -51,9 +51,8 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
 [D10] Table 6 has 10 epochs of warm-up without decay; the code trains 9, and decays the add-on layer.
 [D11] Table 6 decays the "prototypical pool" too; the code leaves prototypes and q alone, and so do we in
      both readings: a q whose softmax is saturated has no other gradient, and Adam would walk it to 0.
-[D12] Early stopping looks at the cross-entropy of a validation split (the accuracy of a few images moves in
-     large steps); the code at loss and accuracy of the test split. We project the best weights, the code the
-     last.
+[D12] We stop early by the cross-entropy of a validation split, as the accuracy of few images is coarse, and
+     project the best weights. The code stops by loss and accuracy of the test split and projects the last.
 [D13] A sigmoid follows the 1x1 convolution, as in the code and in ProtoPNet; the paper does not mention it.
 [D14] The text starts at tau = 1, the formula at infinity: tau = 1 in epoch 0.
 [D15] Mix-up "50% : 50%" is Beta(0.5, 0.5), as in the code; there L_clst and L_sep see the first image only.
@@ -74,6 +73,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import StepLR
 from tqdm import tqdm
 
 from common import images, protopool_figures, run, speed
@@ -84,7 +84,7 @@ from common.files import list_images
 from common.loaders import BatchesFrom, to_device
 from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401: boxes for callers
 from common.run import RunConfig, UserError, opt
-from common.tables import Table, train_rows, write_table
+from common.tables import Table, beside_paper, train_rows, write_table
 from common.transforms import coin, uniform, warp
 
 
@@ -97,8 +97,7 @@ class Config(RunConfig):
     val_fraction: float = opt(0.1, "share of every class's training images kept for early stopping")
     select_on_test: bool = opt(False, "stop and choose on the test split, as the authors did; optimistic")
     backbone: str = opt("resnet34", "network before the 1x1 add-on layer", choices=EXTRACTORS)
-    weights: str = opt("imagenet", "of the backbone: imagenet (a download), a file, a URL, or none",
-                       source=True)
+    weights: str = opt("imagenet", "of the backbone: imagenet (a download), a file, a URL, none", source=True)
     size: int = opt(224, "images are resized to size x size; below 32 no feature map is left", at_least=32)
     classifier: str = opt("protopool", "linear = an ordinary linear layer on the same backbone, same budget",
                           choices=("protopool", "linear"))
@@ -129,9 +128,9 @@ class Config(RunConfig):
                          "it where an epoch has few steps, or the slots freeze before they learn", above=0)
     backbone_lr: float = opt(5e-5, "learning rate of the backbone in the joint phase", above=0)
     weight_decay: float = opt(1e-3, "of backbone and add-on layer in the joint phase [D11]", at_least=0)
-    add_on_decay: float = opt(None, "weight decay of the add-on layer (default: none in the warm-up [D10], then "
-                              "--weight-decay); some hundred images want 0.03, or it learns them by heart",
-                              at_least=0)
+    add_on_decay: float = opt(None, "weight decay of the add-on layer (default: none in the warm-up [D10], "
+                              "then --weight-decay); some hundred images want 0.03, or it learns them by "
+                              "heart", at_least=0)
     lr_step: int = opt(5, "joint epochs between two cuts of the learning rates", above=0)
     lr_gamma: float = opt(None, "factor of a cut (default 0.5; official 0.1)", above=0)
     finetune_lr: float = opt(None, "learning rate of the last layer (default 1e-4; official 5e-5)", above=0)
@@ -427,21 +426,41 @@ def losses_of(model, x, labels, tau, cfg):
     return losses
 
 
-def train_step(model, optimizer, x, labels, tau, cfg):
-    """One iteration; returns the terms of the loss, detached, on the device."""
-    losses = losses_of(model, x, labels, tau, cfg)
+def finetune_losses(net, model, slots, labels, others, lam, cfg):
+    """The terms of the loss after the projection [D7]: only `model`, the last layer, learns.
+
+    slots (B,C*K): similarities. labels, others (B,): of the images and of those mixed in.
+    """
+    logits = model(slots)                                            # (B,C)
+    off_class = net.last_layer.weight * (1 - net.own_slots())        # (C,C*K)
+    return dict(ce=mixed_cost(lambda target: F.cross_entropy(logits, target), labels, others, lam),
+                l1=cfg.w_l1 * off_class.abs().sum())
+
+
+def update(optimizer, losses):
+    """One step down the sum of the losses; returns them detached, on the device."""
     optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
     optimizer.step()
     return {name: value.detach() for name, value in losses.items()}
 
 
+def train_step(model, optimizer, x, labels, tau, cfg):
+    """One iteration up to the projection; returns the terms of the loss."""
+    return update(optimizer, losses_of(model, x, labels, tau, cfg))
+
+
 def build_optimizer(net, phase, cfg, device):
-    """Adam, and its scheduler with one step an epoch, for pretrain, warmup and joint: Table 6."""
+    """Adam, and its scheduler with one step an epoch, for every phase of Table 6."""
+    official = cfg.reading == "official"
+    if phase == "finetune":                                          # [D7]
+        optimizer = torch.optim.Adam(net.last_layer.parameters(), lr=cfg.finetune_lr,
+                                     weight_decay=cfg.weight_decay if official else 0.0)
+        return optimizer, StepLR(optimizer, 5, 0.95 if official else 1.0)
     joint = phase == "joint"
     decay = cfg.weight_decay if joint else 0.0
     add_on = net.last_layer
-    add_on_decay = cfg.weight_decay if phase == "warmup" and cfg.reading == "official" else decay     # [D10]
+    add_on_decay = cfg.weight_decay if phase == "warmup" and official else decay   # [D10]
     groups = []
     if isinstance(net, ProtoPool):
         add_on = net.add_on_layers
@@ -452,92 +471,10 @@ def build_optimizer(net, phase, cfg, device):
                         weight_decay=decay)]
     groups += [dict(params=add_on.parameters(), lr=cfg.lr, weight_decay=add_on_decay)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
-    gamma = cfg.lr_gamma if joint else 1.0                           # [D6]
-    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, cfg.lr_step, gamma)
+    return optimizer, StepLR(optimizer, cfg.lr_step, cfg.lr_gamma if joint else 1.0)         # [D6]
 
 
-# ---- phases (Table 6): pretrain, warmup, joint ------------------------------------------------------------
-
-PHASES = ("start", "pretrain", "warmup", "joint", "project", "finetune")           # in this order: train()
-LOSSES = ("ce", "cluster", "separation", "orth", "l1")               # columns of log.csv
-
-
-def reached(progress, phase):
-    """Is the run in this phase, or past it?"""
-    return PHASES.index(progress["phase"]) >= PHASES.index(phase)
-
-
-def temperature_of(phase, epoch, cfg):
-    """Temperature of an epoch; they count from the start of the warm-up (official: from 1 [D10])."""
-    first = (cfg.warmup_epochs if phase == "joint" else 0) + (cfg.reading == "official")
-    return temperature(first + epoch, cfg.reading)
-
-
-def enter_phase(phase, parts, progress, cfg, device):
-    """Begin a phase, or load where it stopped: parts and random numbers."""
-    if progress["phase"] == phase:
-        run.load_checkpoint(Path(cfg.out) / "last.pt", parts, device)
-    else:
-        progress |= dict(phase=phase, epoch=0, stale=0, best=math.inf)
-
-
-def end_epoch(log, steps, score, lr):
-    """Count an epoch; a row of log.csv and a printed line."""
-    progress = log.progress
-    progress |= dict(epoch=progress["epoch"] + 1, iteration=progress["iteration"] + steps)
-    log.row(f"{progress['phase']} {progress['epoch']}",
-            dict(phase=progress["phase"], epoch=progress["epoch"], lr=lr),
-            dict(val_accuracy=score["accuracy"], val_ce=score["ce"]),
-            f"val accuracy {score['accuracy']:.1f}", LOSSES)
-
-
-def train_phase(net, phase, sets, progress, cfg, machine):
-    """pretrain, warmup or joint; evaluates and saves after every epoch, and starts where progress says.
-
-    joint stops after cfg.patience epochs without a lower loss on val, and ends with the best weights [D12].
-    """
-    if reached(progress, phase) and progress["phase"] != phase:
-        return
-    frozen = phase == "warmup"
-    net.requires_grad_(True)
-    net.backbone.requires_grad_(not frozen)
-    if isinstance(net, ProtoPool):
-        net.last_layer.requires_grad_(False)                         # fixed until it is fine-tuned
-    model = run.distribute(net, machine)
-    optimizer, scheduler = build_optimizer(net, phase, cfg, machine.device)
-    parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
-    enter_phase(phase, parts, progress, cfg, machine.device)
-    epochs = getattr(cfg, f"{phase}_epochs")
-    steps = steps_per_epoch(sets, cfg)
-    start = progress["iteration"]
-    stop = start + (epochs - progress["epoch"]) * steps
-    batches = training_batches(training_view(sets, cfg, augment), start, stop, cfg, machine)
-    val_loader = clean_loader(sets["val"], cfg, *machine)
-    log = run.Log(cfg.out, progress, machine)
-    while progress["epoch"] < epochs and progress["stale"] < cfg.patience:
-        tau = temperature_of(phase, progress["epoch"], cfg)
-        model.train()
-        net.backbone.train(not frozen)                               # [D16]
-        for _ in tqdm(range(steps), desc=phase, leave=False, disable=machine.quiet):
-            x, labels = next(batches)
-            log.add(train_step(model, optimizer, x, labels, tau, cfg))
-        run.share_buffers(net)
-        score = evaluate(net, val_loader, machine.device)
-        end_epoch(log, steps, score, scheduler.get_last_lr()[-1])    # the rate of the add-on layer
-        scheduler.step()
-        if isinstance(net, ProtoPool):
-            progress["slot"].append(net.soft_assignment(tau)[0, 0].tolist())       # Fig. 5
-        if phase == "joint":
-            progress["stale"] += 1
-            if score["ce"] < progress["best"]:
-                progress |= dict(best=score["ce"], stale=0)
-                run.save_checkpoint(Path(cfg.out) / "best.pt", dict(model=net), {})
-        log.save("last.pt", parts)
-    if phase == "joint" and progress["epoch"] and cfg.reading == "paper":          # [D12]
-        run.load_checkpoint(Path(cfg.out) / "best.pt", dict(model=net), machine.device)
-
-
-# ---- projection (Eq. 3), the last layer, all phases in order ----------------------------------------------
+# ---- projection (Eq. 3) -----------------------------------------------------------------------------------
 
 class Source(NamedTuple):
     """Where a projected prototype comes from: cell (row, column) of the feature map of a training image."""
@@ -576,6 +513,23 @@ def project_prototypes(model, loader, device):
     return [Source(*where, distance) for where, distance in zip(place.tolist(), best.tolist())]
 
 
+# ---- the phases of Table 6 --------------------------------------------------------------------------------
+
+PHASES = ("start", "pretrain", "warmup", "joint", "project", "finetune")           # in this order: train()
+LOSSES = ("ce", "cluster", "separation", "orth", "l1")               # columns of log.csv
+
+
+def reached(progress, phase):
+    """Is the run in this phase, or past it?"""
+    return PHASES.index(progress["phase"]) >= PHASES.index(phase)
+
+
+def temperature_of(phase, epoch, cfg):
+    """Temperature of an epoch; they count from the start of the warm-up (official: from 1 [D10])."""
+    first = (cfg.warmup_epochs if phase == "joint" else 0) + (cfg.reading == "official")
+    return temperature(first + epoch, cfg.reading)
+
+
 def project(net, sets, progress, cfg, machine):
     """Fix the slots, prune, project; what the report needs goes into progress. All processes end alike."""
     if reached(progress, "project"):
@@ -612,37 +566,63 @@ def slot_batches(net, sets, start, stop, cfg, machine):
         yield slots[index], labels[index], labels[index], 1.0
 
 
-def finetune(net, sets, progress, cfg, machine):
-    """After the projection the last layer alone: cross-entropy + L1 of its off-class weights [D7]."""
-    official = cfg.reading == "official"
-    net.eval().requires_grad_(False)
-    head = net.last_layer.requires_grad_(True)
-    model = run.distribute(head, machine)
-    optimizer = torch.optim.Adam(head.parameters(), lr=cfg.finetune_lr,
-                                 weight_decay=cfg.weight_decay if official else 0.0)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.95 if official else 1.0)
+def train_phase(net, phase, sets, progress, cfg, machine):
+    """Any phase but the projection: evaluates and saves after every epoch, and starts where progress says.
+
+    joint stops after cfg.patience epochs without a lower loss on val, and ends with the best weights [D12].
+    """
+    if reached(progress, phase) and progress["phase"] != phase:
+        return
+    finetune = phase == "finetune"
+    frozen = phase in ("warmup", "finetune")                         # the backbone
+    net.requires_grad_(not finetune)
+    net.backbone.requires_grad_(not frozen)
+    if isinstance(net, ProtoPool):
+        net.last_layer.requires_grad_(finetune)                      # 0 and 1 until it is fine-tuned
+    model = run.distribute(net.last_layer if finetune else net, machine)
+    optimizer, scheduler = build_optimizer(net, phase, cfg, machine.device)
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
-    enter_phase("finetune", parts, progress, cfg, machine.device)
-    off_class = 1 - net.own_slots()                                  # (C,C*K)
+    if progress["phase"] == phase:
+        run.load_checkpoint(Path(cfg.out) / "last.pt", parts, machine.device)
+    else:
+        progress |= dict(phase=phase, epoch=0, stale=0, best=math.inf)
+    epochs = getattr(cfg, f"{phase}_epochs")
     steps = steps_per_epoch(sets, cfg)
     start = progress["iteration"]
-    stop = start + (cfg.finetune_epochs - progress["epoch"]) * steps
-    batches = slot_batches(net, sets, start, stop, cfg, machine)
+    stop = start + (epochs - progress["epoch"]) * steps
+    if finetune:
+        batches = slot_batches(net, sets, start, stop, cfg, machine)
+    else:
+        batches = training_batches(training_view(sets, cfg, augment), start, stop, cfg, machine)
     val_loader = clean_loader(sets["val"], cfg, *machine)
     log = run.Log(cfg.out, progress, machine)
-    while progress["epoch"] < cfg.finetune_epochs:
-        for _ in tqdm(range(steps), desc="finetune", leave=False, disable=machine.quiet):
-            slots, labels, others, lam = next(batches)
-            logits = model(slots)
-            ce = mixed_cost(lambda target: F.cross_entropy(logits, target), labels, others, lam)
-            l1 = cfg.w_l1 * (head.weight * off_class).abs().sum()
-            optimizer.zero_grad(set_to_none=True)
-            (ce + l1).backward()
-            optimizer.step()
-            log.add(dict(ce=ce.detach(), l1=l1.detach()))
-        end_epoch(log, steps, evaluate(net, val_loader, machine.device), scheduler.get_last_lr()[0])
+    while progress["epoch"] < epochs and progress["stale"] < cfg.patience:
+        tau = temperature_of(phase, progress["epoch"], cfg)
+        net.train(not finetune)
+        net.backbone.train(not frozen)                               # [D16]
+        for _ in tqdm(range(steps), desc=phase, leave=False, disable=machine.quiet):
+            if finetune:
+                log.add(update(optimizer, finetune_losses(net, model, *next(batches), cfg)))
+            else:
+                log.add(train_step(model, optimizer, *next(batches), tau, cfg))
+        run.share_buffers(net)
+        score = evaluate(net, val_loader, machine.device)
+        progress |= dict(epoch=progress["epoch"] + 1, iteration=progress["iteration"] + steps)
+        log.row(f"{phase} {progress['epoch']}",
+                dict(phase=phase, epoch=progress["epoch"], lr=scheduler.get_last_lr()[-1]),
+                dict(val_accuracy=score["accuracy"], val_ce=score["ce"]),
+                f"val accuracy {score['accuracy']:.1f}", LOSSES)
         scheduler.step()
+        if isinstance(net, ProtoPool) and not finetune:
+            progress["slot"].append(net.soft_assignment(tau)[0, 0].tolist())       # Fig. 5
+        if phase == "joint":
+            progress["stale"] += 1
+            if score["ce"] < progress["best"]:
+                progress |= dict(best=score["ce"], stale=0)
+                run.save_checkpoint(Path(cfg.out) / "best.pt", dict(model=net), {})
         log.save("last.pt", parts)
+    if phase == "joint" and progress["epoch"] and cfg.reading == "paper":          # [D12]
+        run.load_checkpoint(Path(cfg.out) / "best.pt", dict(model=net), machine.device)
 
 
 def train(cfg, machine):
@@ -668,13 +648,11 @@ def train(cfg, machine):
     train_phase(net, "joint", sets, progress, cfg, machine)
     if cfg.classifier == "protopool":
         project(net, sets, progress, cfg, machine)
-        finetune(net, sets, progress, cfg, machine)
+        train_phase(net, "finetune", sets, progress, cfg, machine)
     return report(net, sets, progress, cfg, machine)
 
 
 # ==== from here on: data, evaluation, using a trained run, the paper's tables ==============================
-
-# ---- data, networks -----------------------------------------------------------------------------------
 
 def augment(image, kind):
     """Table 5 as a single projective warp. uint8 (3,S,S) -> uint8 (3,S,S).
@@ -728,7 +706,7 @@ def build_models(progress, cfg, device, weights="none"):
 
 
 def announce(net, sets, progress, cfg, machine):
-    """Before training one line: steps at most, expected time, memory. Leaves the network as it was."""
+    """One line before training: steps at most, expected time, memory. Leaves the network as it was."""
     steps = steps_per_epoch(sets, cfg)
     epochs = cfg.pretrain_epochs + cfg.warmup_epochs + cfg.joint_epochs - progress["iteration"] // steps
     if epochs <= 0 or reached(progress, "project"):
@@ -740,8 +718,6 @@ def announce(net, sets, progress, cfg, machine):
                    training_view(sets, cfg, augment), dict(model=net, optimizer=optimizer), epochs * steps,
                    epochs * len(sets["val"]), cfg, machine)
 
-
-# ---- evaluation -------------------------------------------------------------------------------------------
 
 def accuracies_by_stage(net, progress, loader, device):
     """Test accuracy at the end; with prototypes also right after the projection and before it (Table 3)."""
@@ -760,8 +736,7 @@ def accuracies_by_stage(net, progress, loader, device):
 
 def report(net, sets, progress, cfg, machine):
     """The test split, read for the first time: metrics.json, figures/. -> metrics, in the first process."""
-    loader = clean_loader(sets["test"], cfg, *machine)
-    result = accuracies_by_stage(net, progress, loader, machine.device)
+    result = accuracies_by_stage(net, progress, clean_loader(sets["test"], cfg, *machine), machine.device)
     if machine.rank:
         return None
     result |= run.facts(cfg, net, progress, machine, "classifier", "reading") | dict(
@@ -795,8 +770,8 @@ def explanation(net, classes, size, image, name):
     terms = []
     for k in chosen.any(1).nonzero().flatten().tolist():             # an empty slot adds nothing
         slot = c * len(chosen) + k
-        terms.append(dict(prototype=int(chosen[k].argmax()), similarity=similarity[slot].item(),
-                          weight=weight[c, slot].item(), product=(similarity[slot] * weight[c, slot]).item()))
+        score, w = similarity[slot].item(), weight[c, slot].item()
+        terms.append(dict(prototype=int(chosen[k].argmax()), similarity=score, weight=w, product=score * w))
     terms.sort(key=lambda term: -term["product"])
     total = sum(term["product"] for term in terms)
     rest = logits[c].item() - total
@@ -810,8 +785,7 @@ def load_run(cfg, device):
     """The trained network of the run in cfg.out, its data and its progress; UserError if there is none."""
     sets = open_splits(cfg)
     progress = run.read_progress(cfg.out, ("phase", "num_prototypes"), sets["train"].classes)
-    phase = progress["phase"]
-    epoch = progress["epoch"]
+    phase, epoch = progress["phase"], progress["epoch"]
     linear = cfg.classifier == "linear"
     if linear and not cfg.eval_only:
         raise UserError(f"the run in {cfg.out} is a plain classifier, which has no prototypes: train one "
@@ -844,26 +818,27 @@ def evaluate_ensemble(cfg, device):
     """--ensemble (Table 1, "Ex"; the paper does not say how): accuracy of the mean of the probabilities, and
     how alike the runs share prototypes (Fig. 9, 13). Writes OUT/ensemble/."""
     folder = Path(cfg.out) / "ensemble"
+    test_sets = []
     probabilities = []                                               # (N,C) of each run
     held_by = {}                                                     # {run: (C,M)}
     for out in cfg.ensemble:
         member = replace(run.read_config(Config, out), out=out, workers=cfg.workers, eval_only=False)
         net, sets, _ = load_run(replace(member, data=cfg.data or member.data), device)
-        data = sets["test"]
-        classes, labels = (data.classes, data.labels) if not held_by else (classes, labels)
-        if (data.classes, data.labels) != (classes, labels):
+        test_sets.append(sets["test"])
+        first, data = test_sets[0], test_sets[-1]
+        if (data.classes, data.labels) != (first.classes, first.labels):
             raise UserError(f"--ensemble {out}: its data differ from those of {cfg.ensemble[0]}.")
         batches = (to_device(batch, device) for batch in clean_loader(data, member, device))
         probabilities.append(torch.cat([net(x)[0].softmax(1).cpu() for x, _ in batches]))
         held_by[str(out)] = net.held().cpu()
     probabilities.append(torch.stack(probabilities).mean(0))
-    hits = [chance.argmax(1) == torch.tensor(labels) for chance in probabilities]
+    hits = [chance.argmax(1) == torch.tensor(first.labels) for chance in probabilities]
     *accuracies, accuracy = [100 * hit.float().mean().item() for hit in hits]
     paper = {"CUB, 3 models": 87.5, "CUB, 5 models": 87.6, "Cars, 3 models": 91.1, "Cars, 5 models": 91.6}
     result = dict(runs=list(cfg.ensemble), accuracies=accuracies, accuracy=accuracy, paper=paper)
     run.write_json(folder / "metrics.json", result)
     protopool_figures.draw_counts(held_by, folder / "classes_per_prototype.png")
-    protopool_figures.draw_class_graph(held_by, classes, folder)
+    protopool_figures.draw_class_graph(held_by, first.classes, folder)
     text = ", ".join(f"{rate:.1f}" for rate in accuracies)
     print(f"test accuracy of the runs {text}; of their mean probabilities {accuracy:.1f}; see {folder}")
     return result
@@ -876,13 +851,12 @@ COLUMNS = {"before projection": "accuracy_before_projection", "right after it": 
            "repeated slots": "repeated_slots"}
 TABLE3 = {"cub-r34": (80.8, 80.3), "cub-r50-inat": (85.9, 85.5), "cub-r152": (81.2, 81.5),
           "cars-r34": (89.1, 89.3), "cars-r50": (88.4, 88.9)}        # preset: printed before and after it
-TABLE4 = Table(
-    "Table 4: what each novelty adds",
-    rows={"ProtoPool": {}, "w/o orthogonality": dict(w_orth=0.0), "w/o Gumbel-softmax": dict(gumbel=False),
-          "w/o both": dict(gumbel=False, w_orth=0.0), "w/o focal similarity": dict(focal=False)},
-    columns=COLUMNS, paper_columns=("paper CUB", "paper Cars"),      # ResNet-50
-    paper={"ProtoPool": (85.5, 88.9), "w/o orthogonality": (82.4, 86.8), "w/o Gumbel-softmax": (80.3, 64.5),
-           "w/o both": (65.1, 30.8), "w/o focal similarity": (85.3, 88.8)})
+TABLE4 = beside_paper("Table 4: what each novelty adds", COLUMNS, ("paper CUB", "paper Cars"), {
+    "ProtoPool": ({}, 85.5, 88.9),                                   # the paper's numbers: ResNet-50
+    "w/o orthogonality": (dict(w_orth=0.0), 82.4, 86.8),
+    "w/o Gumbel-softmax": (dict(gumbel=False), 80.3, 64.5),
+    "w/o both": (dict(gumbel=False, w_orth=0.0), 65.1, 30.8),
+    "w/o focal similarity": (dict(focal=False), 85.3, 88.8)})
 
 
 def table_of(cfg):
@@ -893,12 +867,13 @@ def table_of(cfg):
         return Table("Table 3: the projection", {"ProtoPool": {}}, COLUMNS, ("paper before", "paper after"),
                      {"ProtoPool": TABLE3.get(cfg.preset, (None, None))})
     if cfg.table == "11a":
-        title = "Fig. 11a: number of prototypes; the paper's curve is flat from about 200 on"
+        option, plateau = "prototypes", 200
         sizes = {max(cfg.slots, round(k * cfg.prototypes)) for k in (0.25, 0.5, 0.75, 1, 1.5, 2, 2.5)}
-        return Table(title, {f"{size} prototypes": dict(prototypes=size) for size in sorted(sizes)}, COLUMNS)
-    title = "Fig. 11b: number of slots; the paper's curve is flat from about 10 on"
-    sizes = {min(cfg.prototypes, max(1, round(k * cfg.slots))) for k in (0.4, 0.6, 0.8, 1, 1.2, 1.4)}
-    return Table(title, {f"{size} slots": dict(slots=size) for size in sorted(sizes)}, COLUMNS)
+    else:
+        option, plateau = "slots", 10
+        sizes = {min(cfg.prototypes, max(1, round(k * cfg.slots))) for k in (0.4, 0.6, 0.8, 1, 1.2, 1.4)}
+    return Table(f"Fig. {cfg.table}: number of {option}; the paper's curve is flat from about {plateau} on",
+                 {f"{size} {option}": {option: size} for size in sorted(sizes)}, COLUMNS)
 
 
 def main(cfg):

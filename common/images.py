@@ -24,6 +24,7 @@ from common.transforms import normalise, seeded
 
 DATASETS = ("toy_birds", "cub", "cars", "imagefolder")
 SPLITS = ("train", "val", "test")
+NUMBER = r"\s+[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?"         # after an id, in a list of CUB
 TREES = {                                                # what a reader expects, where the data come from
     "cub": ("ROOT/images/CLASS/*.jpg, ROOT/{images,image_class_labels,train_test_split,bounding_boxes,"
             "classes}.txt, perhaps ROOT/parts/{parts,part_locs}.txt; ROOT = CUB_200_2011",
@@ -118,46 +119,32 @@ def box_corners(box):
 
 # ---- CUB-200-2011: lists whose lines begin with the id of an image, a class or a part --------------------
 
-def lines_like(path, pattern, expected):
-    """Non-empty lines of a list. UserError names the first that the pattern does not match."""
-    lines = read_list(path)
-    matches = re.compile(pattern).fullmatch
-    for number, line in enumerate(lines, 1):
-        if not matches(line):
+def read_table(path, columns=None, ids=()):
+    """Lines "ID REST" of a list -> [(id, rest)]; rest is a text, or a list of numbers where `columns` of them
+    are expected. UserError names the first line that is none, or the first of `ids` without a line."""
+    pattern = r"\d+\s+\S.*" if columns is None else r"\d+" + NUMBER * columns
+    expected = "an id and a name" if columns is None else f"an id and {columns} numbers"
+    table = []
+    for number, line in enumerate(read_list(path), 1):
+        if not re.fullmatch(pattern, line):
             raise UserError(f"{path}, line {number} ({line[:60]!r}): expected {expected}; correct this "
                             "line, or unpack the download again.")
-    return lines
-
-
-def read_names(path):
-    """Lines "ID TEXT" -> {id: text}."""
-    lines = lines_like(path, r"\d+\s+\S.*", "an id and a name")
-    return {int(key): text for key, text in (line.split(maxsplit=1) for line in lines)}
-
-
-def read_numbers(path, columns):
-    """Lines of `columns` numbers -> list of lists of floats."""
-    pattern = r"\s+".join([r"[-+]?\d+(?:\.\d*)?(?:e[-+]?\d+)?"] * columns)
-    return [list(map(float, line.split())) for line in lines_like(path, pattern, f"{columns} numbers")]
-
-
-def numbers_of(path, columns, ids):
-    """The lines of these ids, which come first in a line: {id: the other numbers}."""
-    numbers = {int(key): others for key, *others in read_numbers(path, columns)}
-    missing = [key for key in ids if key not in numbers]
+        key, rest = line.split(maxsplit=1)
+        table.append((int(key), rest if columns is None else [float(word) for word in rest.split()]))
+    missing = sorted(set(ids) - {key for key, _ in table})
     if missing:
         raise UserError(f"{path} has no line for {len(missing)} of {len(ids)} images of images.txt, such as "
                         f"{missing[0]}: unpack the download again.")
-    return numbers
+    return table
 
 
 def cub_parts(root, images):
     """The folder parts/ -> names of the P parts, {image id: P of (x, y, visible)}; without it (), {}."""
     if not (root / "parts").is_dir():
         return (), {}
-    names = read_names(root / "parts" / "parts.txt")
-    lines = read_numbers(root / "parts" / "part_locs.txt", 5)
-    places = {(image, part): place for image, part, *place in lines}
+    names = dict(read_table(root / "parts" / "parts.txt"))
+    lines = read_table(root / "parts" / "part_locs.txt", 4)
+    places = {(image, part): place for image, (part, *place) in lines}
     return tuple(names.values()), {i: [places.get((i, part), (0, 0, 0)) for part in names] for i in images}
 
 
@@ -170,17 +157,17 @@ def cub_items(root, full_images):
     for file in lists:
         if not (root / file).is_file():
             raise layout_error("cub", root, f"the list {file} is missing", TREES)
-    files = read_names(root / "images.txt")              # {image id: CLASS/NAME.jpg}
-    classes = read_names(root / "classes.txt")           # {class id: name}
+    files = dict(read_table(root / "images.txt"))        # {image id: CLASS/NAME.jpg}
+    classes = dict(read_table(root / "classes.txt"))     # {class id: name}
     images = root / "images"
     existing = {path.relative_to(images).as_posix() for path in images.glob("*/*")}
     missing = [file for file in files.values() if file not in existing]
     if missing:
         raise layout_error("cub", root, f"images/ lacks {len(missing)} of {len(files)} images of "
                            f"images.txt, such as {missing[0]}", TREES)
-    class_of = numbers_of(root / "image_class_labels.txt", 2, files)
-    mark_of = numbers_of(root / "train_test_split.txt", 2, files)
-    box_of = {} if full_images else numbers_of(root / "bounding_boxes.txt", 5, files)
+    class_of = dict(read_table(root / "image_class_labels.txt", 1, files))
+    mark_of = dict(read_table(root / "train_test_split.txt", 1, files))
+    box_of = {} if full_images else dict(read_table(root / "bounding_boxes.txt", 4, files))
     part_names, parts_of = cub_parts(root, files)
     label_of = {key: label for label, key in enumerate(classes)}
     items = {"train": [], "test": []}

@@ -2,7 +2,7 @@
 
 `net` is the script's ProtoPool and is asked by its methods: similarity_maps(x) gives the similarity of every
 cell to every prototype, held() which class holds which prototype. An image is uint8 (3,H,W); there are M
-prototypes and C classes with K slots each. At the end of the file: what the prototypes see of each test image.
+prototypes and C classes with K slots each. At the end: what the prototypes see of every test image.
 """
 from pathlib import Path
 
@@ -36,7 +36,8 @@ def draw_run(net, sets, progress, names, explain, cfg):
         i = (2 * k - 1) * len(test_set) // 6                         # spread over the split
         image, label = test_set.read(i)
         facts = explain(image, f"{test_set.name_of(i)}; label: {test_set.classes[label]}")
-        draw_explanation(facts, image, maps_of(net, image, cfg.size), patches, folder / f"explanation-{k}.png")
+        maps = maps_of(net, image, cfg.size)
+        draw_explanation(facts, image, maps, patches, folder / f"explanation-{k}.png")
         explanations.append(facts)
     return explanations
 
@@ -66,8 +67,8 @@ def prototype_patches(net, train_set, sources, size):
 
 
 @torch.inference_mode()
-def draw_prototypes(net, train_set, sources, held, names, patches, folder, cfg, page=20):
-    """prototypes-NN.png: patch; box and heat map on its source; patches of the five nearest images, Supp. 9."""
+def draw_prototypes(net, train_set, sources, held, names, patches, folder, cfg):
+    """prototypes-NN.png: patch; box and heat map on its source; patches of five nearest images (Supp. 9)."""
     device = net.prototypes.device
     loader = clean_loader(train_set, cfg, device)
     d2 = torch.cat([net(x.to(device))[1].cpu() for x, _ in loader])  # (N,M)
@@ -87,14 +88,20 @@ def draw_prototypes(net, train_set, sources, held, names, patches, folder, cfg, 
             other, label = train_set.read(j)
             row.append((patch_of(other, maps[j][m]), train_set.classes[label]))
         rows.append(row)
+    save_pages(folder, "prototypes", rows, 20, 140,
+               "Prototypes: patch, box and activation; patches of the nearest training images")
+
+
+def save_pages(folder, name, rows, page, cell, title):
+    """Grids of at most `page` rows: NAME-01.png, NAME-02.png, ..."""
     for start in range(0, len(rows), page):
-        figures.save_grid(folder / f"prototypes-{start // page + 1:02d}.png", rows[start:start + page], cell=140,
-                          title="Prototypes: patch, box and activation; patches of the nearest training images")
+        path = folder / f"{name}-{start // page + 1:02d}.png"
+        figures.save_grid(path, rows[start:start + page], cell=cell, title=title)
 
 
 # ---- what classes share ----
 
-def draw_sharing(train_set, held, patches, folder, page=12):
+def draw_sharing(train_set, held, patches, folder):
     """Fig. 7, 1, 8, 9, 13: which classes hold which prototypes. held bool (C,M)."""
     classes = train_set.classes
     portraits = [portrait(train_set, c) for c in range(len(classes))]
@@ -103,9 +110,7 @@ def draw_sharing(train_set, held, patches, folder, page=12):
     for c, name in enumerate(classes):
         members = held[c].nonzero().flatten().tolist()
         rows.append([(portraits[c], name)] + [(patches[m], captions[m]) for m in members])
-    for start in range(0, len(rows), page):
-        figures.save_grid(folder / f"classes-{start // page + 1:02d}.png", rows[start:start + page], cell=120,
-                          title="Characteristics of the classes (Fig. 7)")
+    save_pages(folder, "classes", rows, 12, 120, "Characteristics of the classes (Fig. 7)")
     graph = draw_class_graph({"": held}, classes, folder)
     if graph.any():
         a, b = divmod(int(graph.argmax()), len(classes))
@@ -168,8 +173,8 @@ def compare(net, train_set, sources, cfg):
     classes = train_set.classes
     if len(cfg.compare) != 2 or len({*cfg.compare} & {*classes}) != 2:
         known = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
-        raise UserError(f"--compare {' '.join(map(repr, cfg.compare))}: give two class names of the run, quoted "
-                        f"if they hold blanks: {known}.")
+        raise UserError(f"--compare {' '.join(map(repr, cfg.compare))}: give two class names of the run, "
+                        f"quoted if they hold blanks: {known}.")
     name = f"pair-{'-'.join(cfg.compare)}.png".replace(" ", "_").replace("/", "_")
     path = Path(cfg.out) / "figures" / name
     a, b = map(classes.index, cfg.compare)
@@ -222,7 +227,8 @@ def draw_focal(net, data, held, folder, size, most=1000):
         if i in shown and held[label].any():
             m = int(focal.masked_fill(~held[label], -1).argmax())    # the strongest of its class
             sums = f"max {peak[m]:.2f} - mean {mean[m]:.2f} = {focal[m]:.2f}"
-            rows.append([(image, data.classes[label]), (figures.heatmap(image, maps[m], opacity=1.0), f"p{m}"),
+            rows.append([(image, data.classes[label]),
+                         (figures.heatmap(image, maps[m], opacity=1.0), f"p{m}"),
                          (figures.heatmap(image, maps[m]), sums)])
     figures.save_grid(folder / "focal.png", rows, cell=200, title="The strongest own prototype (Fig. 2, 4)")
     figures.save_histogram(folder / "focal_histogram.png",

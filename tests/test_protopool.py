@@ -896,7 +896,7 @@ def killing(function, at):
 
 RESUMED = dict(pretrain_epochs=2, warmup_epochs=2, joint_epochs=3, finetune_epochs=2, mixup=True)
 DEATHS = [("evaluate", 0), ("evaluate", 1), ("train_step", 6), ("evaluate", 3), ("evaluate", 5),
-          ("evaluate", 6), ("project_prototypes", 0), ("finetune", 0), ("evaluate", 8), ("evaluate", 10)]
+          ("evaluate", 6), ("project_prototypes", 0), ("finetune_losses", 0), ("evaluate", 8), ("evaluate", 10)]
 # while: pretrain 1, pretrain 2, warmup 1 (4 steps are announce's), warmup 2, joint 2, joint 3,
 # the projection, right after it, finetune 2, the report
 
