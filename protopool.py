@@ -28,7 +28,7 @@ p <- z   project_prototypes  M,D        the nearest patch of the classes that ho
 L_orth   orthogonality_loss  scalar     slots of a class take different prototypes             Eq. (2)
 L_clst   cluster_cost        scalar     an own prototype is near                               Supp. 8
 L_sep    separation_cost     scalar     the others are far (its weight is negative)            Supp. 8
-L_l1     in finetune()       scalar     L1 norm of w_h off the own slots, after projection     Supp. 8
+L_l1     finetune_losses     scalar     L1 norm of w_h off the own slots, after projection     Supp. 8
 
 Where the print is silent, contradicts itself, or differs from the authors' released code ([D*] marks the
 line). The code produced the published numbers: --reading official takes its side in D1 to D10 and D15 and
@@ -38,8 +38,7 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
 [D3] Supp. 8 prints softmax(q / tau + eta); the code has softmax(2 (q / tau + eta)), with another tau.
 [D4] Eq. (2) is about distributions; the code puts in the logits q, and the sum over all pairs i != j.
 [D5] At test time the paper takes y > 0.5 as 1, and a slot may stay empty; the code in effect the largest q.
-     Our y has tau = 0.001 and no noise, also where training has no Gumbel-softmax: y = softmax(q) would
-     leave most slots empty.
+     Our y has tau = 0.001 and no noise, even without Gumbel-softmax: softmax(q) leaves most slots empty.
 [D6] Table 6 halves the learning rates every 5 epochs; the code divides them by 10.
 [D7] Table 6 fine-tunes for 15 epochs at 1e-4; the code for 25 at 5e-5, x0.95 every 5, with decay and mix-up.
      The paper does not say on what: we take the clean images, whose similarities are computed once.
@@ -62,6 +61,7 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
 [D19] CUB is cut to its boxes, test images too, as ProtoPNet prepared it. Cars are whole: no source says.
 """
 
+import copy
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -97,7 +97,7 @@ class Config(RunConfig):
     val_fraction: float = opt(0.1, "share of every class's training images kept for early stopping")
     select_on_test: bool = opt(False, "stop and choose on the test split, as the authors did; optimistic")
     backbone: str = opt("resnet34", "network before the 1x1 add-on layer", choices=EXTRACTORS)
-    weights: str = opt("imagenet", "of the backbone: imagenet (a download), a file, a URL, none", source=True)
+    weights: str = opt("imagenet", "of the backbone: imagenet (a download), file, URL, or none", source=True)
     size: int = opt(224, "images are resized to size x size; below 32 no feature map is left", at_least=32)
     classifier: str = opt("protopool", "linear = an ordinary linear layer on the same backbone, same budget",
                           choices=("protopool", "linear"))
@@ -696,13 +696,12 @@ class PlainClassifier(nn.Module):
 def build_models(progress, cfg, device, weights="none"):
     """The plain classifier, and the network that --classifier names, on the same backbone."""
     backbone = build_extractor(cfg.backbone, weights)
-    classes = len(progress["classes"])
-    plain = PlainClassifier(backbone, classes).to(device, memory_format=torch.channels_last)
-    if cfg.classifier == "linear":
-        return plain, plain
-    pool = ProtoPool(backbone, classes, progress["num_prototypes"], cfg.slots, cfg.depth, cfg.reading,
-                     cfg.gumbel, cfg.focal)                          # fewer prototypes once they are pruned
-    return plain, pool.to(device, memory_format=torch.channels_last)
+    num_classes = len(progress["classes"])
+    net = plain = PlainClassifier(backbone, num_classes)
+    if cfg.classifier == "protopool":                                # fewer prototypes once they are pruned
+        net = ProtoPool(backbone, num_classes, progress["num_prototypes"], cfg.slots, cfg.depth, cfg.reading,
+                        cfg.gumbel, cfg.focal)
+    return [model.to(device, memory_format=torch.channels_last) for model in (plain, net)]
 
 
 def announce(net, sets, progress, cfg, machine):
@@ -723,14 +722,11 @@ def accuracies_by_stage(net, progress, loader, device):
     """Test accuracy at the end; with prototypes also right after the projection and before it (Table 3)."""
     result = dict(accuracy=evaluate(net, loader, device)["accuracy"])
     if isinstance(net, ProtoPool):
-        projected = net.prototypes.detach().clone()
-        tuned = net.last_layer.weight.detach().clone()
-        net.last_layer.weight.data.copy_(net.own_slots())
-        result["accuracy_after_projection"] = evaluate(net, loader, device)["accuracy"]
-        net.prototypes.data.copy_(progress["prototypes_before"])
-        result["accuracy_before_projection"] = evaluate(net, loader, device)["accuracy"]
-        net.prototypes.data.copy_(projected)                         # net is as it was again
-        net.last_layer.weight.data.copy_(tuned)
+        earlier = copy.deepcopy(net)
+        earlier.last_layer.weight.data.copy_(net.own_slots())
+        result["accuracy_after_projection"] = evaluate(earlier, loader, device)["accuracy"]
+        earlier.prototypes.data.copy_(progress["prototypes_before"])
+        result["accuracy_before_projection"] = evaluate(earlier, loader, device)["accuracy"]
     return result
 
 

@@ -120,8 +120,10 @@ def box_corners(box):
 # ---- CUB-200-2011: lists whose lines begin with the id of an image, a class or a part --------------------
 
 def read_table(path, columns=None, ids=()):
-    """Lines "ID REST" of a list -> [(id, rest)]; rest is a text, or a list of numbers where `columns` of them
-    are expected. UserError names the first line that is none, or the first of `ids` without a line."""
+    """Lines "ID REST" of a list -> [(id, rest)]; rest is text, or a list of floats where it has `columns`.
+
+    UserError names the first line that is none, or the first of `ids` that has no line.
+    """
     pattern = r"\d+\s+\S.*" if columns is None else r"\d+" + NUMBER * columns
     expected = "an id and a name" if columns is None else f"an id and {columns} numbers"
     table = []

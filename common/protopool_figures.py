@@ -42,6 +42,13 @@ def draw_run(net, sets, progress, names, explain, cfg):
     return explanations
 
 
+def save_pages(folder, name, rows, page, cell, title):
+    """Grids of at most `page` rows: NAME-01.png, NAME-02.png, ..."""
+    for start in range(0, len(rows), page):
+        path = folder / f"{name}-{start // page + 1:02d}.png"
+        figures.save_grid(path, rows[start:start + page], cell=cell, title=title)
+
+
 # ---- prototypes as patches of training images ----
 
 def maps_of(net, image, size):
@@ -75,28 +82,21 @@ def draw_prototypes(net, train_set, sources, held, names, patches, folder, cfg):
     images = [source[0] for source in sources]
     d2[images, list(range(len(images)))] = torch.inf                 # the source has columns of its own
     near = d2.topk(min(5, len(d2) - 1), dim=0, largest=False).indices              # (5,M)
-    maps = {i: maps_of(net, train_set.read(i)[0], cfg.size) for i in {*images, *near.flatten().tolist()}}
     rows = []
     for m, i in enumerate(images):
         image, label = train_set.read(i)
+        similarity = maps_of(net, image, cfg.size)[m]                # (h,w)
         name = f"p{m}, {names[m]}" if names else f"p{m}"
-        box = activation_box(maps[i][m], image.shape[1:])
+        box = activation_box(similarity, image.shape[1:])
         row = [(patches[m], f"{name}, in {held[:, m].sum()} classes"),
                (figures.draw_box(image, box), train_set.classes[label]),
-               (figures.heatmap(image, maps[i][m]), f"similarity up to {maps[i][m].max():.2f}")]
+               (figures.heatmap(image, similarity), f"similarity up to {similarity.max():.2f}")]
         for j in near[:, m].tolist():
             other, label = train_set.read(j)
-            row.append((patch_of(other, maps[j][m]), train_set.classes[label]))
+            row.append((patch_of(other, maps_of(net, other, cfg.size)[m]), train_set.classes[label]))
         rows.append(row)
     save_pages(folder, "prototypes", rows, 20, 140,
                "Prototypes: patch, box and activation; patches of the nearest training images")
-
-
-def save_pages(folder, name, rows, page, cell, title):
-    """Grids of at most `page` rows: NAME-01.png, NAME-02.png, ..."""
-    for start in range(0, len(rows), page):
-        path = folder / f"{name}-{start // page + 1:02d}.png"
-        figures.save_grid(path, rows[start:start + page], cell=cell, title=title)
 
 
 # ---- what classes share ----
