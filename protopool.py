@@ -70,7 +70,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import StepLR
@@ -142,10 +141,8 @@ class Config(RunConfig):
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
     explain: str = opt("", "image or folder, cut out as the training images are: explain the predictions of "
                        "the run in OUT (Fig. 6) and stop", uses_run=True)
-    compare: list = opt((), "two class names: draw what they share in the run in OUT (Fig. 1) and stop",
-                        uses_run=True)
-    ensemble: list = opt((), "run folders: accuracy of the mean of their probabilities, into OUT/ensemble/",
-                         runtime=True)
+    compare: list = opt((), "two classes: draw what they share in OUT's run (Fig. 1) and stop", uses_run=True)
+    ensemble: list = opt((), "run folders: accuracy of their mean probabilities (OUT/ensemble/)", runtime=True)
     table: str = opt("", "train every row of Table 3 or 4 or of Fig. 11a or 11b on the chosen preset",
                      choices=("", "3", "4", "11a", "11b"), runtime=True)
 
@@ -395,7 +392,7 @@ class ProtoPool(nn.Module):
         return int((~alive).sum())
 
 
-# ---- a training step --------------------------------------------------------------------------------------
+# ---- a training step (Table 5: mix-up) --------------------------------------------------------------------
 
 def mix(x, labels, alpha=0.5):
     """Mix-up [D15]: lam x + (1 - lam) x[order], lam ~ Beta(alpha, alpha). -> x, the others' labels, lam."""
@@ -427,10 +424,7 @@ def losses_of(model, x, labels, tau, cfg):
 
 
 def finetune_losses(net, model, slots, labels, others, lam, cfg):
-    """The terms of the loss after the projection [D7]: only `model`, the last layer, learns.
-
-    slots (B,C*K): similarities. labels, others (B,): of the images and of those mixed in.
-    """
+    """Terms of the loss after the projection [D7]: model, the last layer, learns alone. slots (B,C*K)."""
     logits = model(slots)                                            # (B,C)
     off_class = net.last_layer.weight * (1 - net.own_slots())        # (C,C*K)
     return dict(ce=mixed_cost(lambda target: F.cross_entropy(logits, target), labels, others, lam),
@@ -516,7 +510,6 @@ def project_prototypes(model, loader, device):
 # ---- the phases of Table 6 --------------------------------------------------------------------------------
 
 PHASES = ("start", "pretrain", "warmup", "joint", "project", "finetune")           # in this order: train()
-LOSSES = ("ce", "cluster", "separation", "orth", "l1")               # columns of log.csv
 
 
 def reached(progress, phase):
@@ -542,8 +535,8 @@ def project(net, sets, progress, cfg, machine):
     pruned = net.fix_slots()
     before = net.prototypes.detach().cpu().clone()
     sources = project_prototypes(net, clean_loader(sets["train"], cfg, machine.device), machine.device)
-    if dist.is_initialized():
-        dist.broadcast(net.prototypes.data, 0)                       # near ties may differ between GPUs
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast(net.prototypes.data, 0)          # near ties may differ between GPUs
     if machine.rank == 0:
         print(f"projected {len(sources)} prototypes onto training patches; pruned {pruned}", flush=True)
     progress |= dict(phase="project", epoch=0, soft=soft, pruned=pruned, prototypes_before=before,
@@ -611,7 +604,7 @@ def train_phase(net, phase, sets, progress, cfg, machine):
         log.row(f"{phase} {progress['epoch']}",
                 dict(phase=phase, epoch=progress["epoch"], lr=scheduler.get_last_lr()[-1]),
                 dict(val_accuracy=score["accuracy"], val_ce=score["ce"]),
-                f"val accuracy {score['accuracy']:.1f}", LOSSES)
+                f"val accuracy {score['accuracy']:.1f}", ("ce", "cluster", "separation", "orth", "l1"))
         scheduler.step()
         if isinstance(net, ProtoPool) and not finetune:
             progress["slot"].append(net.soft_assignment(tau)[0, 0].tolist())       # Fig. 5
@@ -710,29 +703,23 @@ def announce(net, sets, progress, cfg, machine):
     epochs = cfg.pretrain_epochs + cfg.warmup_epochs + cfg.joint_epochs - progress["iteration"] // steps
     if epochs <= 0 or reached(progress, "project"):
         return
-    optimizer, _ = build_optimizer(net, "joint", cfg, machine.device)
+    optimizer, _ = build_optimizer(net.train(), "joint", cfg, machine.device)
     tau = temperature_of("joint", 0, cfg)
-    net.train()
     speed.announce(lambda batch: train_step(net, optimizer, *to_device(batch, machine.device), tau, cfg),
                    training_view(sets, cfg, augment), dict(model=net, optimizer=optimizer), epochs * steps,
                    epochs * len(sets["val"]), cfg, machine)
 
 
-def accuracies_by_stage(net, progress, loader, device):
-    """Test accuracy at the end; with prototypes also right after the projection and before it (Table 3)."""
-    result = dict(accuracy=evaluate(net, loader, device)["accuracy"])
-    if isinstance(net, ProtoPool):
-        earlier = copy.deepcopy(net)
-        earlier.last_layer.weight.data.copy_(net.own_slots())
-        result["accuracy_after_projection"] = evaluate(earlier, loader, device)["accuracy"]
-        earlier.prototypes.data.copy_(progress["prototypes_before"])
-        result["accuracy_before_projection"] = evaluate(earlier, loader, device)["accuracy"]
-    return result
-
-
 def report(net, sets, progress, cfg, machine):
     """The test split, read for the first time: metrics.json, figures/. -> metrics, in the first process."""
-    result = accuracies_by_stage(net, progress, clean_loader(sets["test"], cfg, *machine), machine.device)
+    loader = clean_loader(sets["test"], cfg, *machine)
+    result = dict(accuracy=evaluate(net, loader, machine.device)["accuracy"])
+    if isinstance(net, ProtoPool):                                   # Table 3: how it was before
+        earlier = copy.deepcopy(net)
+        earlier.last_layer.weight.data.copy_(net.own_slots())
+        result["accuracy_after_projection"] = evaluate(earlier, loader, machine.device)["accuracy"]
+        earlier.prototypes.data.copy_(progress["prototypes_before"])
+        result["accuracy_before_projection"] = evaluate(earlier, loader, machine.device)["accuracy"]
     if machine.rank:
         return None
     result |= run.facts(cfg, net, progress, machine, "classifier", "reading") | dict(
