@@ -141,8 +141,8 @@ class Config(RunConfig):
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
     explain: str = opt("", "image or folder, cut out as the training images are: explain the predictions of "
                        "the run in OUT (Fig. 6) and stop", uses_run=True)
-    compare: list = opt((), "two classes: draw what they share in OUT's run (Fig. 1) and stop", uses_run=True)
-    ensemble: list = opt((), "run folders: accuracy of their mean probabilities (OUT/ensemble/)", runtime=True)
+    compare: list = opt((), "two classes: draw what they share in run OUT (Fig. 1) and stop", uses_run=True)
+    ensemble: list = opt((), "run folders: accuracy of the mean probabilities (OUT/ensemble/)", runtime=True)
     table: str = opt("", "train every row of Table 3 or 4 or of Fig. 11a or 11b on the chosen preset",
                      choices=("", "3", "4", "11a", "11b"), runtime=True)
 
@@ -296,16 +296,16 @@ def cluster_cost(min_d2, labels, assignment):
 
     min_d2 (B,M): minimum over the cells; labels (B,). No gradient reaches the assignment. As in ProtoPNet.
     """
-    own = own_prototypes(assignment)[labels]                         # (B,M)
-    return min_d2.masked_fill(~own, math.inf).amin(1).mean()
+    of_class = own_prototypes(assignment)[labels]                    # (B,M)
+    return min_d2.masked_fill(~of_class, math.inf).amin(1).mean()
 
 
 def separation_cost(min_d2, labels, assignment):
     """L_sep: the same for the nearest of the other prototypes; its weight is negative. 0 if K = M."""
     if assignment.shape[1] == assignment.shape[2]:
         return 0 * min_d2.sum()
-    own = own_prototypes(assignment)[labels]                         # (B,M)
-    return min_d2.masked_fill(own, math.inf).amin(1).mean()
+    of_class = own_prototypes(assignment)[labels]                    # (B,M)
+    return min_d2.masked_fill(of_class, math.inf).amin(1).mean()
 
 
 # ---- model (Sec. 3, Fig. 3) -------------------------------------------------------------------------------

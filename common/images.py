@@ -256,8 +256,8 @@ def open_images(name, root, split, seed=0, val_fraction=0.1, full_images=False):
         classes, part_names, items = cub_items(Path(root).expanduser(), full_images)
     else:
         root = Path(root).expanduser()
-        own_val = ["val"] if name == "imagefolder" and (root / "val").is_dir() else []
-        classes, items = folder_items(name, root, ["train", "test", *own_val])
+        val_folder = ["val"] if name == "imagefolder" and (root / "val").is_dir() else []
+        classes, items = folder_items(name, root, ["train", "test", *val_folder])
     if split != "test" and "val" not in items:
         items[split] = share_of_training(items["train"], classes, split, seed, val_fraction)
     if name == "toy_birds":
