@@ -46,9 +46,12 @@ class ImageSet:
     """
 
     def __init__(self, name, split, classes, items, part_names=(), variants=None):
-        self.name, self.split, self.classes, self.num_classes = name, split, list(classes), len(classes)
-        self.items, self.part_names, self.variants = items, tuple(part_names), variants
-        self.paths, self.labels = [item[0] for item in items], [item[1] for item in items]
+        self.name, self.split, self.items, self.variants = name, split, items, variants
+        self.classes = list(classes)
+        self.num_classes = len(self.classes)
+        self.part_names = tuple(part_names)
+        self.paths = [item[0] for item in items]
+        self.labels = [item[1] for item in items]
 
     def __len__(self):
         return len(self.items)
