@@ -123,20 +123,23 @@ def box_corners(box):
 # ---- CUB-200-2011: lists whose lines begin with the id of an image, a class or a part --------------------
 
 def read_table(path, columns=None, ids=()):
-    """Lines "ID REST" of a list -> [(id, rest)]; rest is text, or a list of floats where it has `columns`.
+    """Lines "ID NUMBER ..." with so many `columns` after the id -> float64 (lines, 1 + columns); without
+    columns, lines "ID TEXT" -> {id: text}.
 
-    UserError names the first line that is none, or the first of `ids` that has no line.
+    UserError names the first line that is not of this kind, or the first of `ids` that has no line.
     """
     pattern = r"\d+\s+\S.*" if columns is None else r"\d+" + NUMBER * columns
     expected = "an id and a name" if columns is None else f"an id and {columns} numbers"
-    table = []
-    for number, line in enumerate(read_list(path), 1):
-        if not re.fullmatch(pattern, line):
+    matches = re.compile(pattern).fullmatch
+    lines = read_list(path)
+    for number, line in enumerate(lines, 1):
+        if not matches(line):
             raise UserError(f"{path}, line {number} ({line[:60]!r}): expected {expected}; correct this "
                             "line, or unpack the download again.")
-        key, rest = line.split(maxsplit=1)
-        table.append((int(key), rest if columns is None else [float(word) for word in rest.split()]))
-    missing = sorted(set(ids) - {key for key, _ in table})
+    if columns is None:
+        return {int(key): text for key, text in (line.split(maxsplit=1) for line in lines)}
+    table = np.fromstring(" ".join(lines), sep=" ").reshape(-1, 1 + columns)
+    missing = sorted(set(ids) - set(table[:, 0].tolist()))
     if missing:
         raise UserError(f"{path} has no line for {len(missing)} of {len(ids)} images of images.txt, such as "
                         f"{missing[0]}: unpack the download again.")
@@ -144,13 +147,15 @@ def read_table(path, columns=None, ids=()):
 
 
 def cub_parts(root, images):
-    """The folder parts/ -> names of the P parts, {image id: P of (x, y, visible)}; without it (), {}."""
+    """The folder parts/ -> names of the P parts, {image id: (P,3) x, y, visible}; without it (), {}."""
     if not (root / "parts").is_dir():
         return (), {}
-    names = dict(read_table(root / "parts" / "parts.txt"))
-    lines = read_table(root / "parts" / "part_locs.txt", 4)
-    places = {(image, part): place for image, (part, *place) in lines}
-    return tuple(names.values()), {i: [places.get((i, part), (0, 0, 0)) for part in names] for i in images}
+    names = read_table(root / "parts" / "parts.txt")
+    table = read_table(root / "parts" / "part_locs.txt", 4)              # image, part, x, y, visible
+    image, part = table[:, :2].astype(int).T
+    located = np.zeros((1 + max([*images, *image]), 1 + max([*names, *part]), 3))   # by their ids
+    located[image, part] = table[:, 2:]
+    return tuple(names.values()), dict(zip(images, located[list(images)][:, list(names)]))
 
 
 def cub_items(root, full_images):
@@ -162,22 +167,23 @@ def cub_items(root, full_images):
     for file in lists:
         if not (root / file).is_file():
             raise layout_error("cub", root, f"the list {file} is missing", TREES)
-    files = dict(read_table(root / "images.txt"))        # {image id: CLASS/NAME.jpg}
-    classes = dict(read_table(root / "classes.txt"))     # {class id: name}
+    files = read_table(root / "images.txt")              # {image id: CLASS/NAME.jpg}
+    classes = read_table(root / "classes.txt")           # {class id: name}
     images = root / "images"
     existing = {path.relative_to(images).as_posix() for path in images.glob("*/*")}
     missing = [file for file in files.values() if file not in existing]
     if missing:
         raise layout_error("cub", root, f"images/ lacks {len(missing)} of {len(files)} images of "
                            f"images.txt, such as {missing[0]}", TREES)
-    class_of = dict(read_table(root / "image_class_labels.txt", 1, files))
-    mark_of = dict(read_table(root / "train_test_split.txt", 1, files))
-    box_of = {} if full_images else dict(read_table(root / "bounding_boxes.txt", 4, files))
+    class_of = dict(read_table(root / "image_class_labels.txt", 1, files).tolist())
+    mark_of = dict(read_table(root / "train_test_split.txt", 1, files).tolist())
+    boxes = [] if full_images else read_table(root / "bounding_boxes.txt", 4, files).tolist()
+    box_of = {i: box for i, *box in boxes}
     part_names, parts_of = cub_parts(root, files)
     label_of = {key: label for label, key in enumerate(classes)}
     items = {"train": [], "test": []}
     for i, file in files.items():
-        [key], [mark] = class_of[i], mark_of[i]
+        key, mark = class_of[i], mark_of[i]
         if key not in label_of or mark not in (0, 1):
             raise UserError(f"image {i} of {root} has class {key:g} and split mark {mark:g}: the class must "
                             "stand in classes.txt, the mark must be 1 (train) or 0 (test).")
