@@ -748,11 +748,6 @@ class Predictor(NamedTuple):
         labels = None if labels is None else labels.long().to(plain.ids.device)
         return class_sets(plain.ids, len(self.net.occurs), modes, labels, scores, self.cfg.score_threshold)
 
-    def keys(self, path, plain, present):
-        """For a picture: keys (1,M,C) and mask (1,M) of one of PATHS."""
-        prototypes = prototypes_of(plain.features, plain.logits, present[None], self.cfg)
-        return self.net.keys(path, prototypes, present[None])
-
     @torch.inference_mode()
     def augmented(self, plain, present, paths):
         """{path: ids} with the prototypes of the classes present."""
@@ -769,6 +764,16 @@ class Predictor(NamedTuple):
         chosen = torch.zeros(p.shape, dtype=torch.bool).scatter(1, p.topk(K).indices, True)
         size = plain.logits.shape[2:]
         return p.unflatten(1, size), chosen.unflatten(1, size)
+
+    @torch.inference_mode()
+    def attention(self, path, plain, present):
+        """For a picture: omega of Eq. (6), (h,w,M), and which of the M keys count, (M,) bool, on the CPU."""
+        prototypes = prototypes_of(plain.features, plain.logits, present[None], self.cfg)
+        keys, mask = self.net.keys(path, prototypes, present[None])
+        augmenter = self.net.augmenter
+        _, e_f, _ = augmenter.embed(plain.features)
+        omega = augmenter.attention(e_f, augmenter.project_prototype(keys), mask)[0].cpu()
+        return omega.unflatten(0, plain.features.shape[2:]), mask[0].cpu()
 
 
 def evaluate(predictor, data, machine, modes=(), scores=None):
