@@ -30,8 +30,8 @@ L_pce     partial_cross_entropy() scalar   cross-entropy on labelled pixels     
 L_con     consistency_loss()      scalar   initial and augmented prediction agree              Eq. (10)
 lambda    w_local, w_global       scalar   weights of L_con-l and L_con-g                      Sec. 3.4
 
-Phases: warmup (no prototypes), local (those of the image; the memory fills up), global (both kinds).
-B images, N classes; every image contains class 0, the background. An iteration is an optimizer step.
+Phases: warmup (no prototypes), local (those of the image; the memory fills up), global (both kinds). B images,
+N classes; every image is taken to contain class 0, the background. An iteration is an optimizer step.
 
 Where the print is silent, contradicts itself, or differs from the released code ([D*] marks the line).
 --reading official takes the code's side in D1, D3, D8, D9, D11, D12; no setting is known to give the tables.
@@ -80,7 +80,7 @@ import torch.nn.functional as F
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import files, heads, pfa_figures, run, segmentation, speed, strokes, tables, transforms
+from common import files, heads, pfa_figures, run, segmentation, speed, strokes, tables
 from common.backbones import GOES_WITH, build_network, freeze_layer_norms
 from common.image_classifier import (ClassifierConfig, scorer, scores_of_classifier, scores_of_file,
                                      scores_quality)
@@ -573,15 +573,12 @@ def build_optimizer(net, cfg, device):
 # ---- training --------------------------------------------------------------------------------------------
 
 def wrap(net, phase, cfg, machine):
-    """net, ready to train in a phase; from here on the paths of the phase count as trained (net.trained).
-
-    The augmenter is frozen while no path uses it: DistributedDataParallel would wait for its gradient.
-    """
+    """net, ready to train in a phase; from here on the paths of the phase count as trained (net.trained)."""
     if net.augmenter is not None:
         paths = paths_of_phase(phase, cfg)
         for path in paths:
             net.trained[PATHS.index(path)] = True
-        net.augmenter.requires_grad_(bool(paths))
+        net.augmenter.requires_grad_(bool(paths))                        # several processes wait for a slope
     return run.distribute(net, machine).train()
 
 
@@ -631,11 +628,9 @@ def split_parameters(net, lr, head_lr):
 
 
 def prepare(cfg, data, machine):
-    """parts {"model": net, "optimizer", "scheduler"}, and the progress so far.
+    """parts {"model": net, "optimizer", "scheduler"}; progress: what every checkpoint tells of the run so far.
 
-    Makes the run folder once the model stands, so that a mistake in the options leaves nothing behind.
-    progress, which every checkpoint holds: iteration (done), phases {name: iterations in it}, classes
-    (names), and what run.Log needs.
+    The run folder is made once the model stands, so that a mistake in the options leaves nothing behind.
     """
     last = Path(cfg.out) / "last.pt"
     resumes = cfg.resume and last.exists()                               # else there is no checkpoint yet
@@ -670,17 +665,11 @@ def tell_time(parts, view, sets, progress, cfg, machine):
     speed.announce(step, view, parts, left, images, cfg, machine)
 
 
-def before_global(phases):
-    """Iterations until the memory was full, warm-up included: those before the phase global."""
-    return phases.get("warmup", 0) + phases.get("local", 0)
-
-
 def tell_phase(phase, iteration, phases, machine):
     """Says that a phase begins with this iteration, counted from 1. phases: {phase: iterations so far}."""
+    filled = sum(phases.values()) - phases.get("global", 0)
+    remark = f" (memory full after {filled} iterations, warm-up included)" if phase == "global" else ""
     if machine.rank == 0 and iteration > 1:
-        remark = ""
-        if phase == "global":
-            remark = f" (memory full after {before_global(phases)} iterations, warm-up included)"
         tqdm.write(f"from iteration {iteration} on: phase {phase}{remark}")
 
 
@@ -688,8 +677,7 @@ def log_row(log, net, val_set, iteration, phase, lr, cfg, machine):
     """Evaluate on the val split and add a row to the log; classes come from the filter, not from labels."""
     mode = f"filter_{cfg.filter}"
     rates = evaluate(Predictor(net, cfg), val_set, machine, [mode])
-    scores = rates["plain"] | rates.get(mode, {})
-    miou = {name: score["miou"] for name, score in scores.items()}
+    miou = {name: score["miou"] for name, score in (rates["plain"] | rates.get(mode, {})).items()}
     text = ", ".join(f"{name} {value:.1f}" for name, value in miou.items())
     log.row(f"iteration {iteration} ({phase})", dict(iteration=iteration, phase=phase, lr=lr),
             {f"val_{path}": miou.get(path) for path in ("plain", *PATHS)}, f"{cfg.val_split} mIoU {text}",
@@ -701,14 +689,14 @@ def log_row(log, net, val_set, iteration, phase, lr, cfg, machine):
 def class_sets(plain, num_classes, modes, labels=None, scores=None, threshold=0.5):
     """{mode: (N,) bool}: classes whose prototypes may augment an image, background always. A.2, Table 4.
 
-    plain (H,W): initial prediction as ids. filter_T: classes that more than T of its pixels have [D15].
-    scores, classifier: scores (N,) above the threshold. oracle: classes of the labels (H,W), if asked for.
+    plain (H,W): initial prediction as ids. filter_T: classes of more than T of its pixels [D15]. scores,
+    classifier: scores (N,) above the threshold. oracle: classes of the labels (H,W), only where asked for.
     """
     counts = torch.bincount(plain.flatten(), minlength=num_classes)
     sets = {}
     for mode in modes:
         if mode == "oracle":
-            present = classes_in(labels[None], num_classes)[0]
+            present = classes_in(labels[None].long().to(plain.device), num_classes)[0]
         elif mode.startswith("filter_"):
             present = counts > int(mode.removeprefix("filter_"))
         else:
@@ -739,13 +727,12 @@ class Predictor(NamedTuple):
 
     def of_image(self, image):
         """uint8 (3,H,W) -> Plain."""
-        x = transforms.normalise(transforms.resize_to_short_side(image, self.cfg.test_size))[None]
-        device = self.net.occurs.device
-        return self.plain(x.to(device, memory_format=torch.channels_last), image.shape[1:])
+        x = segmentation.network_input(image, self.cfg.test_size)
+        x = x.to(self.net.occurs.device, memory_format=torch.channels_last)
+        return self.plain(x, image.shape[1:])
 
     def class_sets(self, plain, modes, labels=None, scores=None):
         """{mode: present}, see class_sets above. labels (H,W) integer, scores (N,)."""
-        labels = None if labels is None else labels.long().to(plain.ids.device)
         return class_sets(plain.ids, len(self.net.occurs), modes, labels, scores, self.cfg.score_threshold)
 
     @torch.inference_mode()
@@ -777,9 +764,9 @@ class Predictor(NamedTuple):
 
 
 def evaluate(predictor, data, machine, modes=(), scores=None):
-    """{mode: {prediction: rates in percent}}; the mode "plain" has the prediction "plain" alone.
+    """{mode: {prediction: rates in percent}}, also the prediction "plain" in the mode "plain".
 
-    modes: names as class_sets takes them; scores {image name: (N,)} for "scores" and "classifier".
+    modes: as class_sets takes them; scores: {image name: (N,)} for the modes scores and classifier.
     """
     net, cfg = predictor
     paths = net.paths()
@@ -823,7 +810,8 @@ def all_modes(scores, cfg):
 
 def report(net, cfg, sets, scores, baseline, progress, machine):
     """Evaluation in all modes, metrics.json and figures/. Returns the metrics, on the first process."""
-    data, predictor = sets["test"], Predictor(net.eval(), cfg)
+    data = sets["test"]
+    predictor = Predictor(net.eval(), cfg)
     if scores is None and cfg.train_classifier and cfg.method == "pfa":
         scores = scores_of_classifier(cfg, sets["train"], data, machine)
     rates = evaluate(predictor, data, machine, all_modes(scores, cfg), scores)
@@ -834,13 +822,13 @@ def report(net, cfg, sets, scores, baseline, progress, machine):
     for mode, predictions in rates.items():
         miou[mode] = {name: score["miou"] for name, score in predictions.items()}
         iou[mode] = {name: dict(zip(data.classes, score["iou"])) for name, score in predictions.items()}
-    phases = progress["phases"]
+    phases, done = progress["phases"], progress["iteration"]
     metrics = {key: plain_rates[key] for key in ("macc", "pixel_acc", "absent")}
     metrics |= dict(
         miou=miou, iou=iou, headline=headline_mode(scores, cfg), split=cfg.test_split, phases=phases,
-        iterations_until_bank_full=before_global(phases) if "global" in phases else None,
-        class_map=None if scores is None else scores_quality(scores, data, net.occurs),
-        iterations=progress["iteration"], finished=progress["iteration"] >= cfg.iterations)
+        iterations=done, finished=done >= cfg.iterations,
+        iterations_until_bank_full=done - phases["global"] if "global" in phases else None,
+        class_map=None if scores is None else scores_quality(scores, data, net.occurs))
     metrics |= run.facts(cfg, net, progress, machine, "method", "augment", "reading")
     run.write_json(Path(cfg.out) / "metrics.json", metrics)
     print(pfa_figures.summary(metrics, cfg), flush=True)
@@ -887,8 +875,9 @@ def predict(cfg, device):
         raise UserError(f"--infer {cfg.infer}: the run in {cfg.out} has no prototypes; use --infer plain.")
     scores_of = scorer(cfg, images, len(progress["classes"]), device)
     remark = "; --infer filter, classifier or scores augments it" if paths else ""
-    print(f"plain prediction{remark}" if mode == "plain" else
-          f"{paths[0]} prediction, classes by the {cfg.infer}")
+    if mode != "plain":
+        remark = f", classes by the {cfg.infer}"
+    print(f"{'plain' if mode == 'plain' else paths[0]} prediction{remark}")
 
     def predict_file(file):
         image = files.read_large_enough(file)
@@ -914,14 +903,14 @@ def adapt(net, x, scribbles, paths, cfg):
     place = torch.stack([2 * column / max(1, W - 1) - 1, 2 * row / max(1, H - 1) - 1], 1).float()[None, None]
     present = classes_in(scribbles, len(net.occurs))
     for step in tqdm(range(cfg.draw_steps), desc="draw", leave=False, disable=None):
-        flip = step % 2
+        mirrored = [-1] * (step % 2)                                     # axes to flip
         with run.autocast(x.device, cfg.amp):
-            features, logits = net(x.flip(-1) if flip else x)
+            features, logits = net(x.flip(mirrored))
             prototypes = prototypes_of(features, logits.detach(), present, cfg)
             augmented = net.augmented(features, prototypes, present, paths)
         loss = 0.0
         for maps in (logits, *augmented.values()):                       # L_pce, read at the strokes
-            maps = maps.float().flip(-1) if flip else maps.float()
+            maps = maps.float().flip(mirrored)
             at_strokes = F.grid_sample(maps, place, align_corners=True)[0, :, 0].T       # (pixels,N)
             loss = loss + F.cross_entropy(at_strokes, scribbles[0, row, column])
         optimizer.zero_grad(set_to_none=True)
@@ -934,14 +923,13 @@ def draw(cfg, device):
     predictor, progress = load_run(cfg, device)
     classes = progress["classes"]
     paths = predictor.net.paths()[-1:]
-    file = Path(cfg.draw[0])
-    image = files.read_large_enough(file)
+    image = files.read_large_enough(cfg.draw[0])
     scribbles = strokes.painted_strokes(cfg.draw[1], image, len(classes))
     if not (scribbles == 0).any():
         print(f"note: no stroke of {classes[0]}; a few help to tell where the others end")
     size = image.shape[1:]
     factor = min(1, cfg.crop / min(size))
-    x = transforms.normalise(resize(image, [round(side * factor) for side in size]))[None]
+    x = segmentation.network_input(resize(image, [round(side * factor) for side in size]))
     x = x.to(device, memory_format=torch.channels_last)
     before = predictor.plain(x, size).ids
     adapt(predictor.net, x, scribbles[None].long().to(device), paths, cfg)
@@ -950,7 +938,7 @@ def draw(cfg, device):
     after = {"after, plain": plain.ids}
     for path, ids in predictor.augmented(plain, present, paths).items():
         after[f"after, {path}, classes of the strokes"] = ids
-    stem = Path(cfg.out) / "drawings" / file.stem
+    stem = Path(cfg.out) / "drawings" / Path(cfg.draw[0]).stem
     pfa_figures.save_drawing(stem, image, scribbles, before, after, classes, cfg.draw_steps)
 
 
@@ -994,12 +982,10 @@ TABLES = {
                     "oracle (true classes given)": (80.4,)}),
     5: beside_paper("Table 5: weights of the consistency losses", MIOU, ("paper global",), {
         "both": ({}, 77.9),
-        "lambda_l 0.005": (dict(w_local=0.005, w_local_first=0.005), 77.7),
-        "lambda_l 0.02": (dict(w_local=0.02, w_local_first=0.02), 77.2),
-        "lambda_l 0.05": (dict(w_local=0.05, w_local_first=0.05), 76.8),
-        "lambda_g 0.005": (dict(w_global=0.005), 77.4),
-        "lambda_g 0.02": (dict(w_global=0.02), 77.6),
-        "lambda_g 0.05": (dict(w_global=0.05), 77.1)}),
+        **{f"lambda_l {w}": (dict(w_local=w, w_local_first=w), paper)
+           for w, paper in ((0.005, 77.7), (0.02, 77.2), (0.05, 76.8))},
+        **{f"lambda_g {w}": (dict(w_global=w), paper)
+           for w, paper in ((0.005, 77.4), (0.02, 77.6), (0.05, 77.1))}}),
 }
 WEAKER = [*(("drop", ratio) for ratio in (0.0, 0.25, 0.5, 0.75)),        # Fig. 8, ratios of ours
           *(("shrink", ratio) for ratio in (0.25, 0.5, 0.75, 1.0))]
@@ -1013,11 +999,11 @@ FIGURES = {
                    for path in PATHS for kind, ratio in WEAKER}),
 }
 USUAL_ROW = dict(method="pfa", augment="both", pce="moves", figure=0)
+NETWORKS = {name: changes for name, changes in TABLES[3].rows.items() if isinstance(changes, dict)}
 
 
 def run_table(cfg, machine):
     """--table, --figure: every row is a run in OUT/rows/. Returns {row: [metrics, one a seed]}."""
-    kind = "figure" if cfg.figure else "table"
     number = cfg.figure or cfg.table
     table = FIGURES[number] if cfg.figure else TABLES[number]
     rows = networks_of_table_3(cfg) if cfg.table == 3 else table.rows
@@ -1047,53 +1033,49 @@ def run_table(cfg, machine):
     paper = "plots no numbers" if cfg.figure else "scores VOC 2012 val"
     about = (f"{cfg.iterations} iterations, {cfg.test_split} split, classes of local and global: "
              f"{headline}; the paper {paper}")
-    tables.write_table(number, table, shown, cfg, machine, about, name=kind)
+    tables.write_table(number, table, shown, cfg, machine, about, name="figure" if cfg.figure else "table")
     return results
 
 
 def networks_of_table_3(cfg):
     """{row: changed options}: every network, with all pixels and with scribbles. UserError: no weights."""
     rows = {}
-    for name, changes in TABLES[3].rows.items():
-        if isinstance(changes, dict):
-            weights = weights_in(cfg.weights, changes["backbone"])       # missing ones are told now
-            for method in ("full", "pfa"):
-                rows[f"{name} {method}"] = changes | dict(weights=weights, method=method)
+    for name, changes in NETWORKS.items():
+        weights = weights_in(cfg.weights, changes["backbone"])           # missing ones are told now
+        for method in ("full", "pfa"):
+            rows[f"{name} {method}"] = changes | dict(weights=weights, method=method)
     return rows
 
 
 def networks_compared(cfg, results):
     """Rows of Table 3: {network: [columns, one a seed]}."""
     rows = {}
-    for name, changes in TABLES[3].rows.items():
-        if isinstance(changes, dict):
-            full, scribble = results[f"{name} full"], results[f"{name} pfa"]
-            counts = cost(replace(cfg, method="pce", **changes), len(full[0]["iou"]["plain"]["plain"]))
-            rows[name] = [dict(parameters=counts[0] / 1e6, multiply_adds=counts[1],
-                               full=MIOU["plain"](first), scribble=best_rate(second))
-                          for first, second in zip(full, scribble)]
+    for name, changes in NETWORKS.items():
+        full, scribble = results[f"{name} full"], results[f"{name} pfa"]
+        counts = cost(replace(cfg, method="pce", **changes), len(full[0]["iou"]["plain"]["plain"]))
+        rows[name] = [dict(parameters=counts[0] / 1e6, multiply_adds=counts[1],
+                           full=MIOU["plain"](first), scribble=best_rate(second))
+                      for first, second in zip(full, scribble)]
     return rows
 
 
 def cost(cfg, num_classes, size=512):
-    """Parameters, and 1e9 multiply-adds of a size x size image as Table 3 counts them.
+    """Parameters, and 1e9 multiply-adds of a size x size image as Table 3 counts: without attention products.
 
-    That is without attention products, and with the all-MLP decoder in its printed order (project, enlarge,
-    concatenate, fuse). Ours fuses before it enlarges and needs 4.2e9 fewer for MiT-B1.
+    The all-MLP decoder counts in its printed order: project, enlarge, concatenate, fuse. Ours fuses before
+    it enlarges and needs 4.2e9 fewer for MiT-B1.
     """
     products = ("attention", "bmm")                                      # bmm: on the meta device
+    total = 0
     with torch.device("meta"), torch.no_grad():
         net = build_model(cfg, num_classes).eval()
-        levels, count = speed.counted(net.network.backbone, torch.empty(1, 3, size, size), products)
+        x, decoder = torch.empty(1, 3, size, size), net.network.head
         if cfg.head == "mlp":
-            E, cells = net.network.channels, [level[0, 0].numel() for level in levels]
-            count += sum(level.shape[1] * E * n for level, n in zip(levels, cells)) + 4 * E * E * cells[0]
-            features = torch.empty(1, E, *levels[0].shape[2:])
-        else:
-            features, more = speed.counted(net.network.head, levels, products)
-            count += more
-        count += speed.counted(net.classifier, features, products)[1]
-    return sum(p.numel() for p in net.parameters()), count / 1e9
+            decoder = heads.SegFormerHead(net.network.backbone.dims, net.network.channels)
+        for module in (net.network.backbone, decoder, net.classifier):
+            x, count = speed.counted(module, x, products)
+            total += count
+    return sum(p.numel() for p in net.parameters()), total / 1e9
 
 
 def main(cfg):
@@ -1107,10 +1089,9 @@ def main(cfg):
         return evaluate_run(cfg, machine)
     if not cfg.predict and not cfg.draw:
         return train(cfg, machine)
-    if machine.rank == 0 and cfg.predict:
-        predict(cfg, machine.device)
-    elif machine.rank == 0:
-        draw(cfg, machine.device)
+    if machine.rank == 0:
+        command = predict if cfg.predict else draw
+        command(cfg, machine.device)
 
 
 if __name__ == "__main__":                                               # worker processes import this file

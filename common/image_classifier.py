@@ -36,7 +36,7 @@ class ClassifierConfig(RunConfig):
     train_classifier: bool = opt(False, "train a classifier of images on the strokes' classes when all else "
                                  "is done; with --eval-only for a run that has none", evaluation=True)
     classifier_backbone: str = opt("resnet50", "network of the image classifier", choices=EXTRACTORS)
-    classifier_weights: str = opt("imagenet", "weights of the image classifier to start from: a file or URL, "
+    classifier_weights: str = opt("imagenet", "pretrained weights of the image classifier: a file or URL, "
                                   "imagenet or none", source=True)
     classifier_size: int = opt(448, "side in pixels of the squares that the image classifier sees", above=0)
     classifier_iterations: int = opt(6600, "training steps of the image classifier, --batch-size images "
@@ -157,10 +157,7 @@ def train_classifier(cfg, data, machine):
 
 
 def scores_of_classifier(cfg, train_set, test_set, machine):
-    """--train-classifier: {image name: (N,) float32} for the test set, by a classifier of the training set.
-
-    Written to OUT/class_scores-SPLIT.npz too, for --class-scores.
-    """
+    """--train-classifier: {image name: (N,) float32} for the test set, also in OUT/class_scores-SPLIT.npz."""
     net = train_classifier(cfg, train_set, machine)
     scores = {}
     for i in range(machine.rank, len(test_set), machine.world):
@@ -188,10 +185,7 @@ def classify(net, image, cfg, device):
 
 
 def scorer(cfg, files, num_classes, device):
-    """How --infer scores image files: a function of (file, image) -> scores (N,), or None if it needs none.
-
-    UserError if the run in cfg.out has no classifier, or the file of scores lacks an image.
-    """
+    """How --infer scores image files: a function of (file, image) -> scores (N,), or None if it needs none."""
     if cfg.infer == "scores":
         scores = read_scores(cfg.class_scores, [file.stem for file in files], num_classes)
         return lambda file, image: scores[file.stem]
@@ -202,8 +196,7 @@ def scorer(cfg, files, num_classes, device):
         raise UserError(f"--infer classifier: {cfg.out} has no classifier.pt; make one with --eval-only "
                         "--train-classifier, or choose another --infer.")
     net = build_classifier(cfg, num_classes).to(device, memory_format=torch.channels_last).eval()
-    done = run.load_checkpoint(path, dict(model=net), device)["iteration"]
-    if done < cfg.classifier_iterations:
-        print(f"note: the classifier in {path} is not finished: iteration {done} of "
-              f"{cfg.classifier_iterations}")
+    done, total = run.load_checkpoint(path, dict(model=net), device)["iteration"], cfg.classifier_iterations
+    if done < total:
+        print(f"note: the classifier in {path} is not finished: iteration {done} of {total}")
     return lambda file, image: classify(net, image, cfg, device)

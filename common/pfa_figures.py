@@ -131,23 +131,19 @@ def draw_confidence(file, predictor, data):
         plain = predictor.of_image(image)
         present = classes_of(predictor, plain, scribbles)
         confidence, chosen = predictor.surest(plain, present)                            # (N,h,w) each
-        cells = [(with_strokes(image, scribbles), f"{data.name_of(i)}: strokes")]
+        rows.append([(with_strokes(image, scribbles), f"{data.name_of(i)}: strokes")])
         for c in shown_classes(present, 4):
             surest = torch.where(chosen[c], c, 255)[None, None].float()
             surest = F.interpolate(surest, image.shape[1:])[0, 0]
             heat = heatmap(thumbnail(image), confidence[c], vmin=0, vmax=1)
-            cells.append((heat, f"{data.classes[c]}: confidence"))
-            cells.append((in_colours(image, surest), f"its {int(chosen[c].sum())} surest pixels"))
-        rows.append(cells)
+            rows[-1].append((heat, f"{data.classes[c]}: confidence"))
+            rows[-1].append((in_colours(image, surest), f"its {int(chosen[c].sum())} surest pixels"))
     figures.save_grid(file, rows, cell=200,
                       title="Confidence, and the pixels that form the local prototype (Eq. 1 to 3)")
 
 
 def draw_attention(folder, predictor, data):
-    """attention.png: how pixels attend to the prototypes of their image's classes, Eq. (6).
-
-    And attention_matrix.png, of the last of these images that has labels.
-    """
+    """attention.png: where the prototypes are attended to (Eq. 6); attention_matrix.png: the last as numbers."""
     name = predictor.net.paths()[-1]
     N = data.num_classes
     rows = []
@@ -158,11 +154,10 @@ def draw_attention(folder, predictor, data):
         present = classes_of(predictor, plain, label)
         omega, mask = predictor.attention(name, plain, present)                          # (h,w,M), (M,)
         of_class = omega.permute(2, 0, 1).unflatten(0, (N, -1)).sum(1)                   # (N,h,w)
-        cells = [(thumbnail(image), data.name_of(i))]
+        rows.append([(thumbnail(image), data.name_of(i))])
         for c in shown_classes(present, 5):
             heat = heatmap(thumbnail(image), of_class[c], vmin=0, vmax=1)
-            cells.append((heat, f"to {data.classes[c]}"))
-        rows.append(cells)
+            rows[-1].append((heat, f"to {data.classes[c]}"))
         small = labels_of_cells(label, omega.shape[:2])
         if (small < N).any():
             last = omega, mask, small
@@ -205,10 +200,7 @@ def save_drawing(stem, image, scribbles, before, after, classes, steps):
 
 
 def draw_components(file, predictors, data, threshold):
-    """components.png (Fig. 4, 11): test images, the last prediction of the rows of Table 2, label.
-
-    predictors: {row: Predictor}. threshold: the classes are those with more predicted pixels.
-    """
+    """components.png (Fig. 4, 11): test images, last prediction of the rows of Table 2, {row: Predictor}."""
     mode = f"filter_{threshold}"
 
     def cells_of(i, image, label):
@@ -225,10 +217,9 @@ def draw_components(file, predictors, data, threshold):
 
 
 def draw_curve(file, results, best_rate, title):
-    """figureN.png: mIoU of the plain and of the augmented prediction of every row, the mean over seeds.
+    """figureN.png: mIoU of the plain and the augmented prediction (best_rate), mean over seeds, of every row.
 
-    results: {row: [metrics, one a seed]}. Rows that end with ", local" and ", global" are compared with each
-    other instead. best_rate(metrics): mIoU of the augmented prediction.
+    results: {row: [metrics, one a seed]}; rows that end with ", local" and ", global" are compared instead.
     """
     augmented = {row: statistics.mean(map(best_rate, runs)) for row, runs in results.items()}
     names = [row.removesuffix(", local") for row in augmented if row.endswith(", local")]
