@@ -30,8 +30,8 @@ L_pce     partial_cross_entropy() scalar   cross-entropy on labelled pixels     
 L_con     consistency_loss()      scalar   initial and augmented prediction agree              Eq. (10)
 lambda    w_local, w_global       scalar   weights of L_con-l and L_con-g                      Sec. 3.4
 
-Phases: warmup (no prototypes), local (those of the image; the memory fills up), global (both kinds). B images,
-N classes; every image is taken to contain class 0, the background. An iteration is an optimizer step.
+Phases: warmup (no prototypes), local (those of the image; the memory fills up), global (both kinds). B
+images, N classes; class 0, the background, is taken to be in every image. An iteration: one optimizer step.
 
 Where the print is silent, contradicts itself, or differs from the released code ([D*] marks the line).
 --reading official takes the code's side in D1, D3, D8, D9, D11, D12; no setting is known to give the tables.
@@ -43,8 +43,7 @@ Where the print is silent, contradicts itself, or differs from the released code
      320, 12, 6e-5, and 0.02 while the memory fills.
 [D4] The "merge" of global prototypes (Sec. 3.3.2) is not described; as in the code every slot is a key.
 [D5] Eqs. (6), (7) write one "linear" for f and fp; the code has two, and one augmenter for both paths.
-[D6] F is taken after SegFormer's dropout, prototypes are constants and belong to one image, as in the code;
-     the text says "within each batch".
+[D6] F follows SegFormer's dropout; prototypes are constants of one image (code; text: "within each batch").
 [D7] Sec. 3.4 does not say which prediction L_pce looks at. As in Fig. 2 and the code: initial, then local,
      then global, never a sum. --pce local is the fourth row of Table 2, if we take its colours rightly.
 [D8] L_con is "MSE" in the text and a cross-entropy in Eq. (10). We take Eq. (10), a mean over pixels and not
@@ -64,8 +63,7 @@ Where the print is silent, contradicts itself, or differs from the released code
      Fill and padding are void. Logits are resized with aligned corners, as in the code.
 [D15] Q2L and MCAR (Table 4) are replaced by --class-scores FILE, or by a classifier trained on the strokes'
      classes alone (--train-classifier). Filters ask for more than --filter pixels, at full resolution.
-[D16] Validation: whole images, no true classes, and the last weights are kept. The code evaluates a centre
-     crop with the true classes given, and keeps what is best by that.
+[D16] Validation: whole images, no true classes, last weights. Code: centre crop, true classes, best weights.
 [D17] toy, small: recipes of ours for networks without MiT weights (chosen on toy's val split). On CUDA the
      networks run in bfloat16, prototypes, augmenter and losses in float32; the code knows float32 alone.
 """
@@ -154,7 +152,7 @@ class MethodConfig(RunConfig):
     filter: int = opt(500, "in log.csv and with --infer filter a class lends its prototypes if more pixels "
                       "than this are predicted as it (Table 4)", at_least=0, evaluation=True)
     eval_every: int = opt(5000, "iterations between evaluations, rows of log.csv", above=0, schedule=True)
-    save_every: int = opt(1000, "iterations that --resume can lose at most", above=0, runtime=True)
+    save_every: int = opt(1000, "iterations between checkpoints (--resume loses them)", above=0, runtime=True)
     baseline: str = opt("", "folder of a run, as of --method pce, to show in the figures", runtime=True)
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
     predict: str = opt("", "image or folder: write ids and overlays to OUT/predictions, stop", uses_run=True)
@@ -346,8 +344,8 @@ class FeatureAugmenter(nn.Module):
     def embed(self, features):
         """The half of Eq. (6) to (8) that knows no prototype, so that both paths share it.
 
-        (B,C,h,w) -> f (B,hw,C), e_f (B,hw,D), and e_f's share of Eq. (7), (B,hw,D): a linear layer on a
-        concatenation is the sum of two, linear(concat(a, b)) = a W_a^T + b W_b^T + bias.
+        (B,C,h,w) -> f (B,hw,C), e_f (B,hw,D), and e_f's share of Eq. (7), (B,hw,D), in which
+        linear(concat(a, b)) = a W_a^T + b W_b^T + bias.
         """
         with torch.autocast(features.device.type, enabled=False):
             f = full_precision(features).flatten(2).transpose(1, 2)
@@ -366,10 +364,7 @@ class FeatureAugmenter(nn.Module):
             return F.relu(f + self.expand(e)).transpose(1, 2)            # Eq. (8)
 
     def attention(self, e_f, e_fp, mask):
-        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M); rows sum to 1.
-
-        Masked keys have 0, unless a row has no other.
-        """
+        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M); rows sum to 1, masked keys: 0."""
         similarity = e_f @ e_fp.transpose(1, 2)                          # no 1 / sqrt(D), as printed
         return similarity.masked_fill(~mask[:, None], torch.finfo(similarity.dtype).min).softmax(2)
 
@@ -578,7 +573,7 @@ def wrap(net, phase, cfg, machine):
         paths = paths_of_phase(phase, cfg)
         for path in paths:
             net.trained[PATHS.index(path)] = True
-        net.augmenter.requires_grad_(bool(paths))                        # several processes wait for a slope
+        net.augmenter.requires_grad_(bool(paths))                        # or DDP would wait for its gradient
     return run.distribute(net, machine).train()
 
 
@@ -628,7 +623,7 @@ def split_parameters(net, lr, head_lr):
 
 
 def prepare(cfg, data, machine):
-    """parts {"model": net, "optimizer", "scheduler"}; progress: what every checkpoint tells of the run so far.
+    """parts {"model": net, "optimizer", "scheduler"}, and the progress, which every checkpoint holds.
 
     The run folder is made once the model stands, so that a mistake in the options leaves nothing behind.
     """
@@ -1007,13 +1002,12 @@ def run_table(cfg, machine):
     number = cfg.figure or cfg.table
     table = FIGURES[number] if cfg.figure else TABLES[number]
     rows = networks_of_table_3(cfg) if cfg.table == 3 else table.rows
-    usual = replace(cfg, table=0, seeds=1, **USUAL_ROW)
+    usual = replace(cfg, **USUAL_ROW)
     folders = {}
     for name, changes in rows.items():
-        check_config(replace(usual, **changes))
+        check_config(replace(usual, table=0, seeds=1, **changes))
         folders[name] = tables.folder_of_changes(changes, usual) or "pfa"
-    rows = {name: USUAL_ROW | changes for name, changes in rows.items()}
-    results = tables.train_rows(rows, cfg, train, machine, folders.get)
+    results = tables.train_rows(rows, usual, train, machine, folders.get)
     shown = results
     if cfg.table == 3:
         shown = networks_compared(cfg, results)
@@ -1060,7 +1054,7 @@ def networks_compared(cfg, results):
 
 
 def cost(cfg, num_classes, size=512):
-    """Parameters, and 1e9 multiply-adds of a size x size image as Table 3 counts: without attention products.
+    """Parameters, and 1e9 multiply-adds of an image as Table 3 counts them: without attention products.
 
     The all-MLP decoder counts in its printed order: project, enlarge, concatenate, fuse. Ours fuses before
     it enlarges and needs 4.2e9 fewer for MiT-B1.

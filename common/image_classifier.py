@@ -157,7 +157,7 @@ def train_classifier(cfg, data, machine):
 
 
 def scores_of_classifier(cfg, train_set, test_set, machine):
-    """--train-classifier: {image name: (N,) float32} for the test set, also in OUT/class_scores-SPLIT.npz."""
+    """--train-classifier: {image name: (N,) float32} of the test set; also in OUT/class_scores-SPLIT.npz."""
     net = train_classifier(cfg, train_set, machine)
     scores = {}
     for i in range(machine.rank, len(test_set), machine.world):
@@ -185,7 +185,7 @@ def classify(net, image, cfg, device):
 
 
 def scorer(cfg, files, num_classes, device):
-    """How --infer scores image files: a function of (file, image) -> scores (N,), or None if it needs none."""
+    """How --infer scores image files: a function of (file, image) -> scores (N,), or None without scores."""
     if cfg.infer == "scores":
         scores = read_scores(cfg.class_scores, [file.stem for file in files], num_classes)
         return lambda file, image: scores[file.stem]

@@ -143,7 +143,7 @@ def draw_confidence(file, predictor, data):
 
 
 def draw_attention(folder, predictor, data):
-    """attention.png: where the prototypes are attended to (Eq. 6); attention_matrix.png: the last as numbers."""
+    """attention.png: how pixels attend to prototypes (Eq. 6); attention_matrix.png: of the last with labels."""
     name = predictor.net.paths()[-1]
     N = data.num_classes
     rows = []
@@ -217,7 +217,7 @@ def draw_components(file, predictors, data, threshold):
 
 
 def draw_curve(file, results, best_rate, title):
-    """figureN.png: mIoU of the plain and the augmented prediction (best_rate), mean over seeds, of every row.
+    """figureN.png: mIoU of the plain and the augmented prediction (best_rate) of every row, mean over seeds.
 
     results: {row: [metrics, one a seed]}; rows that end with ", local" and ", global" are compared instead.
     """
