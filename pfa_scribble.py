@@ -138,21 +138,19 @@ class MethodConfig(RunConfig):
     top_fraction: float = opt(None, "share of the pixels that make a prototype (default 0.08; official "
                               "1/12)", at_least=0, at_most=1)
     hidden: int = opt(128, "D, width of the augmenter's embedding space", above=0)
-    confidence: str = opt(None, "form of p [D1] (default: the reading's)", choices=("paper", "official"))
-    consistency: str = opt(None, "form of L_con [D8] (default: the reading's)",
-                           choices=("paper", "official", "mse"))
+    confidence: str = opt(None, "form of p [D1] (default: --reading)", choices=("paper", "official"))
+    consistency: str = opt(None, "form of L_con [D8] (--reading)", choices=("paper", "official", "mse"))
     pce: str = opt("moves", "prediction under L_pce [D7]: moves = the phase's; local = local in the last "
                    "phase too; initial = always the initial one", choices=("moves", "local", "initial"))
     classes_of: str = opt(None, "a class is present if it has a stroke in the crop, or in the whole image "
                           "[D9] (default crop; official image)", choices=("crop", "image"))
     w_local: float = opt(0.01, "lambda_l, weight of L_con-l", at_least=0)
-    w_local_first: float = opt(None, "lambda_l while the memory fills (default 0.01; official 0.02)",
-                               at_least=0)
+    w_local_first: float = opt(None, "lambda_l while memory fills (default 0.01; official 0.02)", at_least=0)
     w_global: float = opt(0.01, "lambda_g, weight of L_con-g", at_least=0)
     filter: int = opt(500, "in log.csv and with --infer filter a class lends its prototypes if more pixels "
                       "than this are predicted as it (Table 4)", at_least=0, evaluation=True)
     eval_every: int = opt(5000, "iterations between evaluations, rows of log.csv", above=0, schedule=True)
-    save_every: int = opt(1000, "iterations between checkpoints (--resume loses them)", above=0, runtime=True)
+    save_every: int = opt(1000, "iterations between checkpoints, lost by --resume", above=0, runtime=True)
     baseline: str = opt("", "folder of a run, as of --method pce, to show in the figures", runtime=True)
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
     predict: str = opt("", "image or folder: write ids and overlays to OUT/predictions, stop", uses_run=True)
@@ -364,7 +362,7 @@ class FeatureAugmenter(nn.Module):
             return F.relu(f + self.expand(e)).transpose(1, 2)            # Eq. (8)
 
     def attention(self, e_f, e_fp, mask):
-        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M); rows sum to 1, masked keys: 0."""
+        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M); masked keys have 0."""
         similarity = e_f @ e_fp.transpose(1, 2)                          # no 1 / sqrt(D), as printed
         return similarity.masked_fill(~mask[:, None], torch.finfo(similarity.dtype).min).softmax(2)
 

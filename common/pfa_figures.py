@@ -143,7 +143,7 @@ def draw_confidence(file, predictor, data):
 
 
 def draw_attention(folder, predictor, data):
-    """attention.png: how pixels attend to prototypes (Eq. 6); attention_matrix.png: of the last with labels."""
+    """attention.png: how pixels attend to prototypes (Eq. 6); attention_matrix.png: the last as numbers."""
     name = predictor.net.paths()[-1]
     N = data.num_classes
     rows = []
