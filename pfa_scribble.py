@@ -94,7 +94,7 @@ from common.weights import weights_in
 
 @dataclass
 class MethodConfig(RunConfig):
-    """Options of the method; those of every script, and what schedule, runtime, ... mark: common/run.py."""
+    """Options of the method. common/run.py has those of all scripts, and says what schedule, ... mark."""
     method: str = opt("pfa", "pce = partial cross-entropy alone (baseline); full = all pixels of the full "
                       "masks (upper bound)", choices=("pfa", "pce", "full"))
     augment: str = opt("both", "which prototypes augment (Table 2)", choices=("both", "local", "global"))
@@ -139,19 +139,21 @@ class MethodConfig(RunConfig):
                               "1/12)", at_least=0, at_most=1)
     hidden: int = opt(128, "D, width of the augmenter's embedding space", above=0)
     confidence: str = opt(None, "form of p [D1] (default: --reading)", choices=("paper", "official"))
-    consistency: str = opt(None, "form of L_con [D8] (--reading)", choices=("paper", "official", "mse"))
+    consistency: str = opt(None, "form of L_con [D8] (default: --reading)",
+                           choices=("paper", "official", "mse"))
     pce: str = opt("moves", "prediction under L_pce [D7]: moves = the phase's; local = local in the last "
                    "phase too; initial = always the initial one", choices=("moves", "local", "initial"))
     classes_of: str = opt(None, "a class is present if it has a stroke in the crop, or in the whole image "
                           "[D9] (default crop; official image)", choices=("crop", "image"))
     w_local: float = opt(0.01, "lambda_l, weight of L_con-l", at_least=0)
-    w_local_first: float = opt(None, "lambda_l while memory fills (default 0.01; official 0.02)", at_least=0)
+    w_local_first: float = opt(None, "lambda_l while the memory fills (default 0.01; official 0.02)",
+                               at_least=0)
     w_global: float = opt(0.01, "lambda_g, weight of L_con-g", at_least=0)
-    filter: int = opt(500, "in log.csv and with --infer filter a class lends its prototypes if more pixels "
-                      "than this are predicted as it (Table 4)", at_least=0, evaluation=True)
+    filter: int = opt(500, "a class lends its prototypes if more pixels than this are predicted as it: in "
+                      "log.csv, --infer filter; the report has more (Table 4)", at_least=0, evaluation=True)
     eval_every: int = opt(5000, "iterations between evaluations, rows of log.csv", above=0, schedule=True)
-    save_every: int = opt(1000, "iterations between checkpoints, lost by --resume", above=0, runtime=True)
-    baseline: str = opt("", "folder of a run, as of --method pce, to show in the figures", runtime=True)
+    save_every: int = opt(1000, "iterations between checkpoints: the most to be lost", above=0, runtime=True)
+    baseline: str = opt("", "folder of another run (--method pce) for the figures", runtime=True)
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
     predict: str = opt("", "image or folder: write ids and overlays to OUT/predictions, stop", uses_run=True)
     infer: str = opt("plain", "prototypes that --predict uses: plain = none; others as in Table 4",
@@ -578,7 +580,7 @@ def wrap(net, phase, cfg, machine):
 def train(cfg, machine):
     """Train, evaluate in all modes, draw. Returns what metrics.json holds, on the first process."""
     sets = open_sets(cfg)
-    scores = scores_of_file(cfg, sets["test"])                           # a wrong file is told now
+    scores = scores_of_file(cfg, sets["test"])                           # a wrong file stops the run now
     baseline = load_other(cfg.baseline, machine.device, sets["test"].classes)
     parts, progress = prepare(cfg, sets["train"], machine)
     net, optimizer, scheduler = parts["model"], parts["optimizer"], parts["scheduler"]
@@ -594,7 +596,7 @@ def train(cfg, machine):
     bar = tqdm(loader, total=cfg.iterations, initial=start, leave=False, disable=machine.quiet)
     for iteration, batch in enumerate(bar, start + 1):
         before = phase
-        if phase != "global":                                            # the last one; phase_of may wait
+        if phase != "global":                                            # the last phase; phase_of waits
             phase = phase_of(net, iteration - 1, cfg)
         if phase != before:
             model = wrap(net, phase, cfg, machine)
@@ -1033,7 +1035,7 @@ def networks_of_table_3(cfg):
     """{row: changed options}: every network, with all pixels and with scribbles. UserError: no weights."""
     rows = {}
     for name, changes in NETWORKS.items():
-        weights = weights_in(cfg.weights, changes["backbone"])           # missing ones are told now
+        weights = weights_in(cfg.weights, changes["backbone"])           # if they are missing: now
         for method in ("full", "pfa"):
             rows[f"{name} {method}"] = changes | dict(weights=weights, method=method)
     return rows
