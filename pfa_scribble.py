@@ -316,10 +316,7 @@ def local_keys(prototypes, present):
 
 
 def global_keys(memory, present):
-    """The n slots of every class, class-major [D4] -> keys (B,N*n,C), mask (B,N*n) bool.
-
-    present (B,N) bool. A key counts if its class is present and its slot is not empty.
-    """
+    """All slots, class-major [D4] -> keys (B,N*n,C), mask (B,N*n) bool: class present, slot not empty."""
     keys = memory.bank.flatten(0, 1).expand(len(present), -1, -1)
     filled = (memory.bank != 0).any(2)                                   # (N,n)
     return keys, (present[:, :, None] & filled).flatten(1)
@@ -418,10 +415,7 @@ PATHS = ("local", "global")                                              # of au
 
 
 class PFA(nn.Module):
-    """Images -> features F and initial prediction; holds augmenter and memory of the other two predictions.
-
-    A network without prototypes (--method pce, full) has neither: augmenter and memory are None.
-    """
+    """Images -> F, initial prediction; augmenter and memory (None for --method pce, full) give the others."""
 
     def __init__(self, network, classifier, num_classes, augmenter=None, memory=None):
         super().__init__()

@@ -180,10 +180,7 @@ def draw_attention_matrix(file, omega, mask, label, classes, name):
 
 
 def save_drawing(stem, image, scribbles, before, after, classes, steps):
-    """What --draw writes and says: STEM.png, STEM_overlay.png, STEM_before_after.png.
-
-    scribbles uint8 (H,W). before: plain ids (H,W). after: {caption: ids}, of which the last one counts.
-    """
+    """What --draw writes and says. before: plain ids (H,W); after: {caption: ids}, the last one counts."""
     last = list(after.values())[-1]
     figures.save_prediction(stem.parent, stem.name, image, last.to(torch.uint8).cpu())
     cells = [(with_strokes(image, scribbles), "strokes")]
