@@ -415,7 +415,7 @@ PATHS = ("local", "global")                                              # of au
 
 
 class PFA(nn.Module):
-    """Images -> F, initial prediction; augmenter and memory (None for --method pce, full) give the others."""
+    """Images -> F, initial prediction; augmenter and memory (None for --method pce, full) give the rest."""
 
     def __init__(self, network, classifier, num_classes, augmenter=None, memory=None):
         super().__init__()
