@@ -516,9 +516,8 @@ def predictions_of(model, net, x, present, phase, cfg):
 
 def losses_of(predictions, scribbles, phase, cfg):
     """The terms of L_total (Sec. 3.4): dict of scalars to be summed."""
-    chosen = list(predictions)[-1]                                       # under L_pce: the last one [D7]
-    if cfg.pce == "initial" or cfg.pce == "local" and "local" in predictions:
-        chosen = cfg.pce
+    last = list(predictions)[-1]
+    chosen = cfg.pce if cfg.pce in predictions else last                 # "moves": the last one [D7]
     pce = partial_cross_entropy(predictions[chosen], scribbles)
     losses = dict(pce=pce * share_of_ranks((scribbles != 255).sum()))    # over the labels of all processes
     memory_fills = phase == "local" and cfg.augment == "both"
