@@ -573,7 +573,7 @@ def wrap(net, phase, cfg, machine):
 def train(cfg, machine):
     """Train, evaluate in all modes, draw. Returns what metrics.json holds, on the first process."""
     sets = open_sets(cfg)
-    scores = scores_of_file(cfg, sets["test"])                           # a wrong file stops the run now
+    scores = scores_of_file(cfg, sets["test"])                           # UserError before any training
     baseline = load_other(cfg.baseline, machine.device, sets["test"].classes)
     parts, progress = prepare(cfg, sets["train"], machine)
     net, optimizer, scheduler = parts["model"], parts["optimizer"], parts["scheduler"]
@@ -589,7 +589,7 @@ def train(cfg, machine):
     bar = tqdm(loader, total=cfg.iterations, initial=start, leave=False, disable=machine.quiet)
     for iteration, batch in enumerate(bar, start + 1):
         before = phase
-        if phase != "global":                                            # the last phase; phase_of waits
+        if phase != "global":                                            # phase_of waits for the device
             phase = phase_of(net, iteration - 1, cfg)
         if phase != before:
             model = wrap(net, phase, cfg, machine)
@@ -1028,7 +1028,7 @@ def networks_of_table_3(cfg):
     """{row: changed options}: every network, with all pixels and with scribbles. UserError: no weights."""
     rows = {}
     for name, changes in NETWORKS.items():
-        weights = weights_in(cfg.weights, changes["backbone"])           # if they are missing: now
+        weights = weights_in(cfg.weights, changes["backbone"])           # UserError before any training
         for method in ("full", "pfa"):
             rows[f"{name} {method}"] = changes | dict(weights=weights, method=method)
     return rows
