@@ -17,10 +17,10 @@ Look   python pfa_scribble.py --draw photo.png strokes.png --out runs/pfa_scribb
 symbol    here                    shape    meaning                                             paper
 F         features                B,C,h,w  decoder's map before the classifier                 Sec. 3.1, A.1
 p         confidence()            B,N,h,w  initial prediction: how sure of each class          Sec. 3.2.2
-c_t, v_t  in extract_prototypes() B,N,K    K surest pixels of class t: confidences, features   Eq. (1), (2)
+c_t, v_t  in extract_prototypes() B,N,K    confidences of the K surest pixels; v_t: their f    Eq. (1), (2)
 fp_t      extract_prototypes()    B,N,C    local prototypes, one of every class in an image    Eq. (3)
 fp_global memory.bank             N,n,C    global prototypes, n for every class                Sec. 3.2.3
-alpha     memory.momentum         scalar   how slowly a full slot moves                        Eq. (4), (5)
+alpha     memory.momentum         scalar   how slowly a full slot moves                        Eq. (5)
 e_f       project_feature         B,hw,D   pixels in the embedding space                       Sec. 3.3.1
 e_fp      project_prototype       B,M,D    M prototypes (keys) in the embedding space          Sec. 3.3.1
 omega     attention()             B,hw,M   attention of a pixel over the keys                  Eq. (6)
@@ -30,8 +30,8 @@ L_pce     partial_cross_entropy() scalar   cross-entropy on labelled pixels     
 L_con     consistency_loss()      scalar   initial and augmented prediction agree              Eq. (10)
 lambda    w_local, w_global       scalar   weights of L_con-l and L_con-g                      Sec. 3.4
 
-Phases: warmup (L_pce) -> local (prototypes of the image; the memory fills) -> global (it is full: both). N
-counts the background, class 0, which every image is taken to contain. An iteration is an optimizer step.
+Phases: warmup (no prototypes), local (those of the image; the memory fills up), global (both kinds). B
+images, N classes; class 0, the background, is taken to be in every image. An iteration: one optimizer step.
 
 Where the print is silent, contradicts itself, or differs from the released code ([D*] marks the line).
 --reading official takes the code's side in D1, D3, D8, D9, D11, D12; no setting is known to give the tables.
@@ -43,10 +43,9 @@ Where the print is silent, contradicts itself, or differs from the released code
      320, 12, 6e-5, and 0.02 while the memory fills.
 [D4] The "merge" of global prototypes (Sec. 3.3.2) is not described; as in the code every slot is a key.
 [D5] Eqs. (6), (7) write one "linear" for f and fp; the code has two, and one augmenter for both paths.
-[D6] F is taken after SegFormer's dropout, prototypes are constants and belong to one image, as in the code;
-     the text says "within each batch".
-[D7] Which prediction L_pce looks at (one symbol in Sec. 3.4) is told by Fig. 2: initial, then local, then
-     global, never a sum. --pce local is the fourth row of Table 2 (which colour is which is our guess).
+[D6] F follows SegFormer's dropout; prototypes are constants of one image (code; text: "within each batch").
+[D7] Sec. 3.4 does not say which prediction L_pce looks at. As in Fig. 2 and the code: initial, then local,
+     then global, never a sum. --pce local is the fourth row of Table 2, if we take its colours rightly.
 [D8] L_con is "MSE" in the text and a cross-entropy in Eq. (10). We take Eq. (10), a mean over pixels and not
      a sum; both sides get gradient, as in the code. Code: softmax twice, the augmented one is the target.
 [D9] "Classes of the current image": those with a stroke in the crop, so that no prototype is made of a class
@@ -54,17 +53,17 @@ Where the print is silent, contradicts itself, or differs from the released code
 [D10] The memory is updated before it is used. It is full when every class that has a stroke in some training
      image has n prototypes: a class without any would prevent the last phase.
 [D11] Length, warm-up and milestones are not printed. From the code: 200 epochs (10,582 images), 30 of
-     warm-up. Ours: the "multi-step" rate falls to a tenth after 60 % and 85 %; the code's falls linearly,
-     once an epoch. We take the "decay weight of 0.01" for AdamW's weight decay, as it is in the code.
+     warm-up. Ours: the multi-step rate falls to a tenth after 60 % and 85 %; the code's falls linearly (once
+     an epoch, ours every iteration). The "decay weight of 0.01" is AdamW's, as in the code.
 [D12] The code freezes the backbone's LayerNorms; the paper does not say so.
 [D13] Where F sits in ResNet-101 is not known. DeepLabv2: 256 channels between backbone and its four dilated
-     convolutions, which are the classifier. DeepLabv3+: the map before the last 1x1 convolution.
+     convolutions, which are the classifier. DeepLabv3+: the map before the last 1x1 convolution. Every MiT
+     has C = 256, and stride 1 in its last patch embedding (from the code; Table 3's FLOPs agree).
 [D14] Rotation, blur and flip happen with probability 1/2 each (code; the paper: all images "undergo" them).
      Fill and padding are void. Logits are resized with aligned corners, as in the code.
 [D15] Q2L and MCAR (Table 4) are replaced by --class-scores FILE, or by a classifier trained on the strokes'
-     classes alone (--train-classifier). Filters count pixels at full resolution, strictly more than T.
-[D16] Validation: whole images, no true classes, and the last weights are kept. The code evaluates a centre
-     crop with the true classes given, and keeps what is best by that.
+     classes alone (--train-classifier). Filters ask for more than --filter pixels, at full resolution.
+[D16] Validation: whole images, no true classes, last weights. Code: centre crop, true classes, best weights.
 [D17] toy, small: recipes of ours for networks without MiT weights (chosen on toy's val split). On CUDA the
      networks run in bfloat16, prototypes, augmenter and losses in float32; the code knows float32 alone.
 """
@@ -79,13 +78,13 @@ import torch.nn.functional as F
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import files, heads, pfa_figures, run, segmentation, speed, strokes, tables, transforms
+from common import files, heads, pfa_figures, run, segmentation, speed, strokes, tables
 from common.backbones import GOES_WITH, build_network, freeze_layer_norms
 from common.image_classifier import (ClassifierConfig, scorer, scores_of_classifier, scores_of_file,
                                      scores_quality)
 from common.loaders import (ScribbleView, TestView, eval_loader, of_all_ranks, share_of_ranks, to_device,
                             train_loader)
-from common.run import UserError, opt
+from common.run import RunConfig, UserError, opt
 from common.scribble_sets import classes_with_strokes, open_full, open_sets
 from common.tables import Table, beside_paper
 from common.weights import weights_in
@@ -94,8 +93,8 @@ from common.weights import weights_in
 # ---- options and recipes ---------------------------------------------------------------------------------
 
 @dataclass
-class Config(ClassifierConfig):
-    """Options of the image classifier [D15] stand in common/image_classifier.py."""
+class MethodConfig(RunConfig):
+    """Options of the method. common/run.py has those of all scripts, and says what schedule, ... mark."""
     method: str = opt("pfa", "pce = partial cross-entropy alone (baseline); full = all pixels of the full "
                       "masks (upper bound)", choices=("pfa", "pce", "full"))
     augment: str = opt("both", "which prototypes augment (Table 2)", choices=("both", "local", "global"))
@@ -103,68 +102,76 @@ class Config(ClassifierConfig):
                        choices=("paper", "official"))
     dataset: str = opt("voc_scribble", "reader of --data; voc and folder need --scribbles",
                        choices=("toy_scenes", "voc_scribble", "voc", "folder"))
-    scribbles: str = opt("", "folder of strokes: class ids, 255 elsewhere; voc_scribble finds its own")
-    scribble_drop: float = opt(0.0, "share of strokes left out (Fig. 8)", at_least=0, below=1)
-    scribble_shrink: float = opt(0.0, "share cut off every stroke's length; 1 = dots", at_least=0, at_most=1)
-    train_split: str = opt("trainaug", "split whose strokes are learned from")
-    val_split: str = opt("val", "evaluated while training")
-    test_split: str = opt("val", "evaluated at the end, and by --eval-only", evaluation=True)
+    scribbles: str = opt("", "folder of strokes (data/README.md), if the data set has none of its own")
+    scribble_drop: float = opt(0.0, "share of the strokes left out (Fig. 8)", at_least=0, below=1)
+    scribble_shrink: float = opt(0.0, "share cut off every stroke; 1 leaves dots", at_least=0, at_most=1)
+    train_split: str = opt("trainaug", "split to train on, with its strokes")
+    val_split: str = opt("val", "split to evaluate on during the training")
+    test_split: str = opt("val", "split to evaluate on at the end, and by --eval-only", evaluation=True)
     backbone: str = opt("mit_b1", "network before the decoder; mobilenet_v2 for a laptop or a small GPU",
                         choices=tuple(dict.fromkeys(GOES_WITH["mlp"] + GOES_WITH["deeplabv2"])))
-    head: str = opt("mlp", "decoder: mlp = SegFormer's", choices=("mlp", "deeplabv2", "deeplabv3plus"))
+    head: str = opt("mlp", "decoder; mlp is SegFormer's", choices=("mlp", "deeplabv2", "deeplabv3plus"))
     head_channels: int = opt(256, "C, channels of the features and prototypes", above=0)
-    weights: str = opt("imagenet", "of the backbone: a file or URL, imagenet (torchvision's), none; --table "
-                       "3: a folder with mit_b1.pth, mit_b3.pth, mit_b5.pth", source=True)
+    weights: str = opt("imagenet", "the backbone's: a file or URL, imagenet (torchvision's) or none; with "
+                       "--table 3 a folder with mit_b1.pth, mit_b3.pth, mit_b5.pth", source=True)
     freeze_norms: bool = opt(None, "the backbone's LayerNorms do not learn [D12] (default no; official yes)")
-    crop: int = opt(None, "training crop in pixels (default 512; official 320)", at_least=32)
-    scale_min: float = opt(0.5, "training images are resized by a random factor from here ...", above=0)
-    scale_max: float = opt(2.0, "... to here", above=0)
-    rotation: float = opt(10.0, "degrees they are turned at most", at_least=0)
-    blur: bool = opt(True, "half of them are blurred")
+    crop: int = opt(None, "side of a training crop in pixels; lower it if memory runs out (default 512; "
+                    "official 320)", at_least=32)
+    scale_min: float = opt(0.5, "lowest random factor by which training images are resized", above=0)
+    scale_max: float = opt(2.0, "highest random factor by which training images are resized", above=0)
+    rotation: float = opt(10.0, "highest angle in degrees by which training images are turned", at_least=0)
+    blur: bool = opt(True, "blur training images with probability 1/2")
     test_size: int = opt(0, "short side of test images; 0 = the image's own", at_least=0, evaluation=True)
-    batch_size: int = opt(None, "images an iteration, over all GPUs (default 16; official 12)", above=0)
-    iterations: int = opt(None, "of the whole training [D11] (default 132400; official 176400: 200 epochs)",
-                          above=0, schedule=True)
+    batch_size: int = opt(None, "images an iteration, over all GPUs; with fewer, lower --lr in proportion "
+                          "(default 16; official 12)", above=0)
+    iterations: int = opt(None, "length of the training [D11] (default 132400; official 176400; both 200 "
+                          "epochs)", above=0, schedule=True)
     warmup: int = opt(None, "iterations without prototypes (default 19860; official 26460)", at_least=0,
                       schedule=True)
     lr: float = opt(None, "AdamW learning rate of the backbone (default 3e-5; official 6e-5)", above=0)
-    head_lr: float = opt(10.0, "all else learns so many times faster", above=0)
+    head_lr: float = opt(10.0, "learning rate of all but the backbone, as a multiple of --lr", above=0)
     lr_policy: str = opt(None, "multistep = a tenth after 60 and 85 % of the iterations; linear = to 0 "
                          "(default multistep; official linear)", choices=("multistep", "linear"))
-    weight_decay: float = opt(0.01, "of AdamW", at_least=0)
+    weight_decay: float = opt(0.01, "weight decay of AdamW", at_least=0)
     slots: int = opt(None, "n, global prototypes of a class (default 5; official 10)", above=0)
     momentum: float = opt(0.99, "alpha of Eq. (5)", at_least=0, at_most=1)
     top_fraction: float = opt(None, "share of the pixels that make a prototype (default 0.08; official "
                               "1/12)", at_least=0, at_most=1)
     hidden: int = opt(128, "D, width of the augmenter's embedding space", above=0)
-    confidence: str = opt(None, "how sure pixels are [D1] (default: reading)", choices=("paper", "official"))
-    consistency: str = opt(None, "L_con [D8] (default: the reading's)", choices=("paper", "official", "mse"))
+    confidence: str = opt(None, "form of p [D1] (default: --reading)", choices=("paper", "official"))
+    consistency: str = opt(None, "form of L_con [D8] (default: --reading)",
+                           choices=("paper", "official", "mse"))
     pce: str = opt("moves", "prediction under L_pce [D7]: moves = the phase's; local = local in the last "
-                   "phase too; initial = always the plain one", choices=("moves", "local", "initial"))
-    classes_of: str = opt(None, "whose strokes tell the classes [D9] (default crop; official image)",
-                          choices=("crop", "image"))
+                   "phase too; initial = always the initial one", choices=("moves", "local", "initial"))
+    classes_of: str = opt(None, "a class is present if it has a stroke in the crop, or in the whole image "
+                          "[D9] (default crop; official image)", choices=("crop", "image"))
     w_local: float = opt(0.01, "lambda_l, weight of L_con-l", at_least=0)
-    w_local_first: float = opt(None, "the same until the memory is full (default 0.01; official 0.02)",
+    w_local_first: float = opt(None, "lambda_l while the memory fills (default 0.01; official 0.02)",
                                at_least=0)
     w_global: float = opt(0.01, "lambda_g, weight of L_con-g", at_least=0)
-    filter: int = opt(500, "predicted pixels that a class needs to lend its prototypes (Table 4), in log.csv"
-                      " and with --infer filter; the report has others too", at_least=0, evaluation=True)
+    filter: int = opt(500, "a class lends its prototypes if more pixels than this are predicted as it: in "
+                      "log.csv, --infer filter; the report has more (Table 4)", at_least=0, evaluation=True)
     eval_every: int = opt(5000, "iterations between evaluations, rows of log.csv", above=0, schedule=True)
-    save_every: int = opt(1000, "iterations between checkpoints", above=0, runtime=True)
-    baseline: str = opt("", "run folder, such as one of --method pce: it joins the figures", runtime=True)
+    save_every: int = opt(1000, "iterations between checkpoints: the most to be lost", above=0, runtime=True)
+    baseline: str = opt("", "folder of another run (--method pce) for the figures", runtime=True)
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
-    predict: str = opt("", "image or folder: write ids, overlays to OUT/predictions and stop", uses_run=True)
+    predict: str = opt("", "image or folder: write ids and overlays to OUT/predictions, stop", uses_run=True)
     infer: str = opt("plain", "prototypes that --predict uses: plain = none; others as in Table 4",
                      choices=("plain", "filter", "classifier", "scores"), runtime=True)
     draw: list = opt((), "IMAGE STROKES: adapt the run in OUT to the strokes on this image, write "
                      "OUT/drawings and stop. STROKES is an index PNG, or a PNG painted in the colours of "
                      "OUT/figures/colours.png, on the image itself or on nothing", uses_run=True)
-    draw_steps: int = opt(40, "steps of --draw", above=0, runtime=True)
+    draw_steps: int = opt(40, "training steps of --draw", above=0, runtime=True)
     draw_lr: float = opt(2e-4, "learning rate of --draw; the backbone's is a tenth", above=0, runtime=True)
     table: int = opt(0, "train and evaluate the rows of this table of the paper on the chosen preset",
                      runtime=True, choices=(0, 2, 3, 4, 5))
-    figure: int = opt(0, "the same for a figure: 5 = slots, 6 = share of pixels, 8 = weaker strokes",
-                      runtime=True, choices=(0, 5, 6, 8))
+    figure: int = opt(0, "train and evaluate the rows of this figure: 5 = slots, 6 = share of pixels, "
+                      "8 = weaker strokes", runtime=True, choices=(0, 5, 6, 8))
+
+
+@dataclass
+class Config(ClassifierConfig, MethodConfig):
+    """All options; --help lists those of the classifier [D15] (common/image_classifier.py) last."""
 
     def __post_init__(self):
         """What was not given comes from the reading."""
@@ -203,7 +210,7 @@ PRESETS = {                                                              # toy, 
 def check_config(cfg):
     """UserError for a setting that cannot work, before anything is read or written."""
     run.check_options(cfg)
-    run.check_batch_size(cfg.batch_size)
+    run.check_batch_size(cfg.batch_size, least=2 if cfg.head == "deeplabv3plus" else 1)
     if 0 < cfg.test_size < 32:
         raise UserError(f"--test-size {cfg.test_size}: networks need 32 pixels or more; 0 = as it is.")
     if cfg.scale_max < cfg.scale_min:
@@ -229,7 +236,7 @@ def check_config(cfg):
 # ---- prototypes (Sec. 3.2) -------------------------------------------------------------------------------
 
 def full_precision(x):
-    """float32, or float64 if it is. In bfloat16 a logit of 50 is off by 0.2: an attention by a fifth."""
+    """float32, or float64 if it is. bfloat16 moves a logit near 50 by up to 0.125, its attention by 13 %."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -237,10 +244,8 @@ def confidence(logits, present, reading="paper"):
     """p of Eq. (1): how sure every pixel is of every class. logits (B,N,h,w) -> (B,N,h,w) float32.
 
     paper     softmax over all N classes
-    official  ReLU(logit), min-max scaled over the pixels of an image and class; -1 everywhere if no logit is
-              positive [D1]
-    present (B,N) bool changes nothing here: extract_prototypes leaves absent classes out.
-    Raises ValueError if its shape is not that of the logits.
+    official  ReLU(logit), min-max scaled over the pixels of an image and class [D1]
+    present (B,N) bool is only checked: ValueError if it does not fit the logits.
     """
     if present.shape != logits.shape[:2]:
         raise ValueError(f"present {tuple(present.shape)} does not fit logits {tuple(logits.shape)}")
@@ -250,7 +255,7 @@ def confidence(logits, present, reading="paper"):
     p = logits.relu()
     low, high = p.amin((2, 3), keepdim=True), p.amax((2, 3), keepdim=True)
     p = torch.where(p < low + 1e-5, 0, p)
-    return (p - low - 1e-5) / (high - low + 1e-5)
+    return (p - low - 1e-5) / (high - low + 1e-5)                        # -1 if no logit is positive
 
 
 @torch.no_grad()
@@ -258,8 +263,7 @@ def extract_prototypes(features, scores, present, top_fraction=0.08):
     """fp_t, Eq. (1) to (3): mean of the features of each class's K surest pixels, weighted by confidence.
 
     features (B,C,h,w), scores (B,N,h,w) from confidence(), present (B,N) bool -> (B,N,C) float32 of unit
-    length, 0 where a class is absent. K = max(1, int(top_fraction h w)). Constants: no gradient flows
-    back [D6].
+    length, 0 where a class is absent. K = max(1, int(top_fraction h w)). No gradient flows back [D6].
     """
     with torch.autocast(features.device.type, enabled=False):            # float32 for long sums
         f = full_precision(features).flatten(2)                          # (B,C,hw)
@@ -312,10 +316,7 @@ def local_keys(prototypes, present):
 
 
 def global_keys(memory, present):
-    """The n slots of every class, class-major [D4] -> keys (B,N*n,C), mask (B,N*n) bool.
-
-    present (B,N) bool. A key counts if its class is present and its slot is not empty.
-    """
+    """All slots, class-major [D4] -> keys (B,N*n,C), mask (B,N*n) bool: class present, slot not empty."""
     keys = memory.bank.flatten(0, 1).expand(len(present), -1, -1)
     filled = (memory.bank != 0).any(2)                                   # (N,n)
     return keys, (present[:, :, None] & filled).flatten(1)
@@ -330,8 +331,8 @@ class FeatureAugmenter(nn.Module):
         super().__init__()
         self.project_prototype = nn.Linear(channels, hidden)             # e_fp = linear(fp)
         self.project_feature = nn.Linear(channels, hidden)               # e_f = linear(f)
-        self.fuse = nn.Linear(2 * hidden, hidden)
-        self.expand = nn.Linear(hidden, channels)
+        self.fuse = nn.Linear(2 * hidden, hidden)                        # linear of Eq. (7)
+        self.expand = nn.Linear(hidden, channels)                        # linear of Eq. (8)
 
     def forward(self, features, keys, mask):
         """features (B,C,h,w), keys (B,M,C), mask (B,M) bool -> f_aug (B,C,h,w), in full precision."""
@@ -340,8 +341,8 @@ class FeatureAugmenter(nn.Module):
     def embed(self, features):
         """The half of Eq. (6) to (8) that knows no prototype, so that both paths share it.
 
-        (B,C,h,w) -> f (B,hw,C), e_f (B,hw,D), and e_f's share of Eq. (7), (B,hw,D): a linear layer on a
-        concatenation is the sum of two, linear(concat(a, b)) = a W_a^T + b W_b^T + bias.
+        (B,C,h,w) -> f (B,hw,C), e_f (B,hw,D), and e_f's share of Eq. (7), (B,hw,D), in which
+        linear(concat(a, b)) = a W_a^T + b W_b^T + bias.
         """
         with torch.autocast(features.device.type, enabled=False):
             f = full_precision(features).flatten(2).transpose(1, 2)
@@ -360,10 +361,7 @@ class FeatureAugmenter(nn.Module):
             return F.relu(f + self.expand(e)).transpose(1, 2)            # Eq. (8)
 
     def attention(self, e_f, e_fp, mask):
-        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M); rows sum to 1.
-
-        Masked keys have 0, unless a row has no other.
-        """
+        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M); masked keys have 0."""
         similarity = e_f @ e_fp.transpose(1, 2)                          # no 1 / sqrt(D), as printed
         return similarity.masked_fill(~mask[:, None], torch.finfo(similarity.dtype).min).softmax(2)
 
@@ -404,11 +402,11 @@ def consistency_loss(logits, augmented, reading="paper"):
 
 
 def classes_in(labels, num_classes):
-    """Labels (B,H,W) int64 -> (B,N) bool: which classes occur; the background always (code)."""
-    occurs = torch.zeros(len(labels), num_classes + 1, dtype=torch.bool, device=labels.device)
-    occurs.scatter_(1, labels.clamp(max=num_classes).flatten(1), True)   # 255 falls into the last column
-    occurs[:, 0] = True
-    return occurs[:, :-1]
+    """Labels (B,H,W) int64 -> (B,N) bool: which classes occur; the background always does [D9]."""
+    present = torch.zeros(len(labels), num_classes + 1, dtype=torch.bool, device=labels.device)
+    present.scatter_(1, labels.clamp(max=num_classes).flatten(1), True)  # 255 falls into the last column
+    present[:, 0] = True
+    return present[:, :-1]
 
 
 # ---- model (Sec. 3.1, A.1) -------------------------------------------------------------------------------
@@ -417,35 +415,41 @@ PATHS = ("local", "global")                                              # of au
 
 
 class PFA(nn.Module):
-    """Images -> features F and initial prediction; holds augmenter and memory of the other two predictions.
-
-    A network without prototypes (--method pce, full) has neither: augmenter and memory are None.
-    """
+    """Images -> F, initial prediction; augmenter and memory (None for --method pce, full) give the rest."""
 
     def __init__(self, network, classifier, num_classes, augmenter=None, memory=None):
         super().__init__()
-        self.network, self.dropout, self.classifier = network, nn.Dropout2d(0.1), classifier
+        self.network, self.classifier = network, classifier
         self.augmenter, self.memory = augmenter, memory
+        self.dropout = nn.Dropout2d(0.1)
         self.register_buffer("occurs", torch.ones(num_classes, dtype=torch.bool))    # in some training image
         self.register_buffer("trained", torch.zeros(2, dtype=torch.bool))            # one for each path
 
     def forward(self, x):
         """Images (B,3,H,W) -> F (B,C,h,w), logits (B,N,h,w)."""
-        features = self.dropout(self.network(x)[0])                      # [D6]
+        features, _ = self.network(x)                                    # _: no auxiliary head
+        features = self.dropout(features)                                # [D6]
         return features, self.classifier(features)
 
-    def augmented(self, features, **keys_and_masks):
-        """{path: logits (B,N,h,w) of the augmented features}; Fig. 2's three decoders share this classifier.
+    def keys(self, path, prototypes, present):
+        """Keys (B,M,C) and mask (B,M) of one of PATHS: local prototypes (B,N,C), or those of the memory."""
+        return global_keys(self.memory, present) if path == "global" else local_keys(prototypes, present)
 
-        local, global: (keys, mask) each, as FeatureAugmenter takes them.
+    def augmented(self, features, prototypes, present, paths):
+        """{path: logits (B,N,h,w) of f_aug}; Fig. 2's three decoders are this one classifier.
+
+        features (B,C,h,w), prototypes (B,N,C) local ones, present (B,N) bool, paths: some of PATHS.
         """
-        embedded, size = self.augmenter.embed(features), features.shape[2:]
-        return {path: self.classifier(self.augmenter.augment(embedded, *keys).unflatten(2, size))
-                for path, keys in keys_and_masks.items()}
+        embedded = self.augmenter.embed(features) if paths else None     # once for both
+        logits = {}
+        for path in paths:
+            f_aug = self.augmenter.augment(embedded, *self.keys(path, prototypes, present))
+            logits[path] = self.classifier(f_aug.unflatten(2, features.shape[2:]))
+        return logits
 
     def memory_full(self):
         """Has every class that occurs in the training strokes n prototypes [D10]? Waits for the device."""
-        return bool((self.memory.count[self.occurs] == self.memory.bank.shape[1]).all())
+        return bool(((self.memory.count == self.memory.bank.shape[1]) | ~self.occurs).all())
 
     def paths(self):
         """Those of PATHS that the network has been trained for."""
@@ -454,7 +458,7 @@ class PFA(nn.Module):
 
 def build_model(cfg, num_classes, weights="none"):
     """The network of the options. UserError as build_network raises it."""
-    last_stride = 1 if cfg.backbone.startswith("mit") else 2             # 1 as Table 3's FLOPs tell
+    last_stride = 1 if cfg.backbone.startswith("mit") else 2             # [D13]
     output_stride = 16 if cfg.head == "deeplabv3plus" else 8
     network = build_network(cfg.backbone, cfg.head, num_classes, cfg.head_channels, weights, output_stride,
                             last_stride=last_stride)
@@ -482,13 +486,9 @@ def phase_of(net, iteration, cfg):
 
 
 def paths_of_phase(phase, cfg):
-    """The augmented predictions that a phase makes and trains: a part of PATHS, in its order."""
-    paths = []
-    if phase in ("local", "global") and cfg.augment != "global":
-        paths.append("local")
-    if phase == "global":
-        paths.append("global")
-    return paths
+    """Paths that a phase trains; none in phase local of --augment global, in which the memory fills."""
+    reached = {"local": PATHS[:1], "global": PATHS}.get(phase, ())
+    return [path for path in reached if cfg.augment in (path, "both")]
 
 
 def prototypes_of(features, logits, present, cfg):
@@ -511,31 +511,21 @@ def predictions_of(model, net, x, present, phase, cfg):
         prototypes = prototypes_of(features, initial.detach(), present, cfg)
         if cfg.augment != "local":
             net.memory.update(of_all_ranks(prototypes), of_all_ranks(present))           # [D10]
-        keys = {}
-        for path in paths_of_phase(phase, cfg):
-            if path == "local":
-                keys[path] = local_keys(prototypes, present)
-            else:
-                keys[path] = global_keys(net.memory, present)
-        if keys:
-            predictions |= net.augmented(features, **keys)
-        return predictions
+        return predictions | net.augmented(features, prototypes, present, paths_of_phase(phase, cfg))
 
 
 def losses_of(predictions, scribbles, phase, cfg):
     """The terms of L_total (Sec. 3.4): dict of scalars to be summed."""
-    initial, latest = predictions["initial"], list(predictions)[-1]
-    local = "local" if "local" in predictions else latest
-    under_pce = dict(moves=latest, local=local, initial="initial")[cfg.pce]              # [D7]
-    pce = partial_cross_entropy(predictions[under_pce], scribbles)
-    losses = dict(pce=pce * share_of_ranks((scribbles != 255).sum()))    # Eq. (9) is a mean over all pixels
-    if "local" in predictions:
-        filling = phase == "local" and cfg.augment == "both"
-        weight = cfg.w_local_first if filling else cfg.w_local
-        losses["con_local"] = weight * consistency_loss(initial, predictions["local"], cfg.consistency)
-    if "global" in predictions:
-        weight = cfg.w_global
-        losses["con_global"] = weight * consistency_loss(initial, predictions["global"], cfg.consistency)
+    last = list(predictions)[-1]
+    chosen = cfg.pce if cfg.pce in predictions else last                 # "moves": the last one [D7]
+    pce = partial_cross_entropy(predictions[chosen], scribbles)
+    losses = dict(pce=pce * share_of_ranks((scribbles != 255).sum()))    # over the labels of all processes
+    memory_fills = phase == "local" and cfg.augment == "both"
+    lambda_l = cfg.w_local_first if memory_fills else cfg.w_local        # [D3]
+    for path, weight in zip(PATHS, (lambda_l, cfg.w_global)):
+        if path in predictions:
+            con = consistency_loss(predictions["initial"], predictions[path], cfg.consistency)
+            losses[f"con_{path}"] = weight * con
     return losses
 
 
@@ -547,7 +537,8 @@ def train_step(model, net, optimizer, scheduler, x, scribbles, image_classes, ph
     present = classes_in(scribbles, image_classes.shape[1])
     if cfg.classes_of == "image":                                        # [D9]
         present = present | image_classes
-    losses = losses_of(predictions_of(model, net, x, present, phase, cfg), scribbles, phase, cfg)
+    predictions = predictions_of(model, net, x, present, phase, cfg)
+    losses = losses_of(predictions, scribbles, phase, cfg)
     optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
     optimizer.step()
@@ -556,62 +547,56 @@ def train_step(model, net, optimizer, scheduler, x, scribbles, image_classes, ph
 
 
 def build_optimizer(net, cfg, device):
-    """AdamW and its schedule (Sec. 4.2): all but the backbone learns cfg.head_lr times faster [D11]."""
+    """AdamW and its schedule (Sec. 4.2): all but the backbone learns cfg.head_lr times faster."""
     if cfg.freeze_norms:                                                 # [D12]
         freeze_layer_norms(net.network.backbone)
     groups = split_parameters(net, cfg.lr, cfg.lr * cfg.head_lr)
     optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
-    if cfg.lr_policy == "linear":
+    if cfg.lr_policy == "linear":                                        # [D11]
         return optimizer, run.poly_schedule(optimizer, cfg.iterations)
-    milestones = [round(0.6 * cfg.iterations), round(0.85 * cfg.iterations)]
+    milestones = [round(0.6 * cfg.iterations), round(0.85 * cfg.iterations)]             # [D11]
     return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-
-
-def split_parameters(net, lr, head_lr):
-    """Two parameter groups: the backbone, without what is frozen, and all else."""
-    backbone = list(net.network.backbone.parameters())
-    others = [p for name, p in net.named_parameters() if not name.startswith("network.backbone.")]
-    return [dict(params=[p for p in backbone if p.requires_grad], lr=lr), dict(params=others, lr=head_lr)]
 
 
 # ---- training --------------------------------------------------------------------------------------------
 
 def wrap(net, phase, cfg, machine):
-    """net for a phase, in training mode. The augmenter is frozen while no prediction uses it, as
-    DistributedDataParallel would wait for its gradient, and the network is wrapped anew."""
+    """net, ready to train in a phase; from here on the paths of the phase count as trained (net.trained)."""
     if net.augmenter is not None:
         paths = paths_of_phase(phase, cfg)
         for path in paths:
             net.trained[PATHS.index(path)] = True
-        net.augmenter.requires_grad_(bool(paths))
+        net.augmenter.requires_grad_(bool(paths))                        # or DDP would wait for its gradient
     return run.distribute(net, machine).train()
 
 
 def train(cfg, machine):
     """Train, evaluate in all modes, draw. Returns what metrics.json holds, on the first process."""
     sets = open_sets(cfg)
-    scores = scores_of_file(cfg, sets["test"])                           # a wrong file is told now
+    scores = scores_of_file(cfg, sets["test"])                           # UserError before any training
     baseline = load_other(cfg.baseline, machine.device, sets["test"].classes)
     parts, progress = prepare(cfg, sets["train"], machine)
-    net, optimizer, scheduler = parts.values()
+    net, optimizer, scheduler = parts["model"], parts["optimizer"], parts["scheduler"]
     scale = (cfg.scale_min, cfg.scale_max)
     view = ScribbleView(sets["train"], 0, cfg.crop, scale, cfg.rotation, cfg.blur)       # Sec. 4.2 [D14]
     tell_time(parts, view, sets, progress, cfg, machine)
-    start, phase = progress["iteration"], None
+    start = progress["iteration"]
+    phase = None
     loader = train_loader(view, cfg.batch_size, cfg.seed, start, cfg.iterations, cfg.workers, machine.device,
                           machine.rank, machine.world)
     torch.backends.cudnn.benchmark = True                                # crops are of one size
     log = run.Log(cfg.out, progress, machine)
     bar = tqdm(loader, total=cfg.iterations, initial=start, leave=False, disable=machine.quiet)
     for iteration, batch in enumerate(bar, start + 1):
-        new_phase = "global" if phase == "global" else phase_of(net, iteration - 1, cfg)
-        if new_phase != phase:
-            phase = new_phase
+        before = phase
+        if phase != "global":                                            # phase_of waits for the device
+            phase = phase_of(net, iteration - 1, cfg)
+        if phase != before:
             model = wrap(net, phase, cfg, machine)
-            note_phase(phase, iteration, progress, machine)
+            tell_phase(phase, iteration, progress["phases"], machine)
             bar.set_description(phase)
-        x, scribbles, classes = to_device(batch, machine.device, "image", "mask", "classes")
-        log.add(train_step(model, net, optimizer, scheduler, x, scribbles, classes, phase, cfg))
+        x, scribbles, image_classes = to_device(batch, machine.device, "image", "mask", "classes")
+        log.add(train_step(model, net, optimizer, scheduler, x, scribbles, image_classes, phase, cfg))
         progress["phases"][phase] = progress["phases"].get(phase, 0) + 1
         if run.due(iteration, cfg.eval_every, cfg.iterations):
             log_row(log, net, sets["val"], iteration, phase, scheduler.get_last_lr()[0], cfg, machine)
@@ -623,18 +608,23 @@ def train(cfg, machine):
 
 # ==== from here on: the start of a run, evaluation, using a trained run, the paper's tables ================
 
-def prepare(cfg, data, machine):
-    """parts {"model": net, "optimizer", "scheduler"}, and the progress so far.
+def split_parameters(net, lr, head_lr):
+    """Two parameter groups: the backbone, without what is frozen, and all else."""
+    backbone = [p for p in net.network.backbone.parameters() if p.requires_grad]
+    others = [p for name, p in net.named_parameters() if not name.startswith("network.backbone.")]
+    return [dict(params=backbone, lr=lr), dict(params=others, lr=head_lr)]
 
-    Makes the run folder once the model stands, so that a mistake in the options leaves nothing behind.
-    progress, which every checkpoint holds: iteration (done), full_at (iterations until the memory was full,
-    or None), phases {name: iterations in it}, classes (names), and what run.Log needs.
+
+def prepare(cfg, data, machine):
+    """parts {"model": net, "optimizer", "scheduler"}, and the progress, which every checkpoint holds.
+
+    The run folder is made once the model stands, so that a mistake in the options leaves nothing behind.
     """
     last = Path(cfg.out) / "last.pt"
     resumes = cfg.resume and last.exists()                               # else there is no checkpoint yet
     torch.manual_seed(cfg.seed)
     if resumes:
-        run.read_progress(cfg.out, ("full_at",), data.classes)
+        run.read_progress(cfg.out, ("phases",), data.classes)
     net = build_model(cfg, data.num_classes, "none" if resumes else cfg.weights)
     if cfg.method != "full" and not resumes:
         net.occurs.copy_(classes_with_strokes(data, cfg, machine))
@@ -643,10 +633,9 @@ def prepare(cfg, data, machine):
     optimizer, scheduler = build_optimizer(net, cfg, machine.device)
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     torch.manual_seed(cfg.seed + 1 + machine.rank)                       # dropout differs between processes
-    progress = dict(iteration=0, full_at=None, seconds=0.0, classes=data.classes, log=[], sums={}, phases={})
     if resumes:
-        progress = run.load_checkpoint(last, parts, machine.device)
-    return parts, progress
+        return parts, run.load_checkpoint(last, parts, machine.device)
+    return parts, dict(iteration=0, seconds=0.0, classes=data.classes, log=[], sums={}, phases={})
 
 
 def tell_time(parts, view, sets, progress, cfg, machine):
@@ -654,33 +643,30 @@ def tell_time(parts, view, sets, progress, cfg, machine):
     left = cfg.iterations - progress["iteration"]
     if left <= 0:
         return
-    phase = cfg.method
-    if phase == "pfa":
-        phase = "local" if cfg.augment == "local" else "global"
+    phase = "global" if cfg.method == "pfa" else cfg.method
+    net = parts["model"].train()
 
     def step(batch):
-        x, scribbles, classes = to_device(batch, machine.device, "image", "mask", "classes")
-        train_step(parts["model"].train(), *parts.values(), x, scribbles, classes, phase, cfg)
+        tensors = to_device(batch, machine.device, "image", "mask", "classes")
+        train_step(net, net, parts["optimizer"], parts["scheduler"], *tensors, phase, cfg)
     images = math.ceil(left / cfg.eval_every) * len(sets["val"]) + len(sets["test"])
     speed.announce(step, view, parts, left, images, cfg, machine)
 
 
-def note_phase(phase, iteration, progress, machine):
-    """A phase begins with this iteration, counted from 1: say so, and note when the memory was full."""
-    full = ""
-    if phase == "global":
-        if progress["full_at"] is None:
-            progress["full_at"] = iteration - 1
-        full = f" (memory full after {progress['full_at']} iterations, warm-up included)"
+def tell_phase(phase, iteration, phases, machine):
+    """Says that a phase begins with this iteration, counted from 1. phases: {phase: iterations so far}."""
+    filled = sum(phases.values()) - phases.get("global", 0)
+    remark = f" (memory full after {filled} iterations, warm-up included)" if phase == "global" else ""
     if machine.rank == 0 and iteration > 1:
-        tqdm.write(f"from iteration {iteration} on: phase {phase}{full}")
+        tqdm.write(f"from iteration {iteration} on: phase {phase}{remark}")
 
 
 def log_row(log, net, val_set, iteration, phase, lr, cfg, machine):
     """Evaluate on the val split and add a row to the log; classes come from the filter, not from labels."""
-    rates = evaluate(Predictor(net, cfg), val_set, machine, [f"filter_{cfg.filter}"])
-    miou = {path: score["miou"] for predictions in rates.values() for path, score in predictions.items()}
-    text = ", ".join(f"{path} {rate:.1f}" for path, rate in miou.items())
+    mode = f"filter_{cfg.filter}"
+    rates = evaluate(Predictor(net, cfg), val_set, machine, [mode])
+    miou = {name: score["miou"] for name, score in (rates["plain"] | rates.get(mode, {})).items()}
+    text = ", ".join(f"{name} {value:.1f}" for name, value in miou.items())
     log.row(f"iteration {iteration} ({phase})", dict(iteration=iteration, phase=phase, lr=lr),
             {f"val_{path}": miou.get(path) for path in ("plain", *PATHS)}, f"{cfg.val_split} mIoU {text}",
             losses=("pce", "con_local", "con_global"))
@@ -691,14 +677,14 @@ def log_row(log, net, val_set, iteration, phase, lr, cfg, machine):
 def class_sets(plain, num_classes, modes, labels=None, scores=None, threshold=0.5):
     """{mode: (N,) bool}: classes whose prototypes may augment an image, background always. A.2, Table 4.
 
-    plain (H,W): initial prediction as ids. filter_T: classes with more than T of its pixels [D15]. scores,
-    classifier: scores (N,) above the threshold. oracle: the classes of the labels (H,W); never without them.
+    plain (H,W): initial prediction as ids. filter_T: classes of more than T of its pixels [D15]. scores,
+    classifier: scores (N,) above the threshold. oracle: classes of the labels (H,W), only where asked for.
     """
     counts = torch.bincount(plain.flatten(), minlength=num_classes)
     sets = {}
     for mode in modes:
         if mode == "oracle":
-            present = classes_in(labels[None], num_classes)[0].clone()
+            present = classes_in(labels[None].long().to(plain.device), num_classes)[0]
         elif mode.startswith("filter_"):
             present = counts > int(mode.removeprefix("filter_"))
         else:
@@ -709,7 +695,7 @@ def class_sets(plain, num_classes, modes, labels=None, scores=None, threshold=0.
 
 
 class Plain(NamedTuple):
-    """What the plain branch makes of an image, in eval mode."""
+    """The initial prediction of an image in eval mode: "plain" is what training calls "initial"."""
     features: torch.Tensor                                               # (1,C,h,w)
     logits: torch.Tensor                                                 # (1,N,h,w)
     ids: torch.Tensor                                                    # (H,W) int64: predicted classes
@@ -729,27 +715,20 @@ class Predictor(NamedTuple):
 
     def of_image(self, image):
         """uint8 (3,H,W) -> Plain."""
-        x = transforms.normalise(transforms.resize_to_short_side(image, self.cfg.test_size))[None]
-        device = self.net.occurs.device
-        return self.plain(x.to(device, memory_format=torch.channels_last), image.shape[1:])
+        x = segmentation.network_input(image, self.cfg.test_size)
+        x = x.to(self.net.occurs.device, memory_format=torch.channels_last)
+        return self.plain(x, image.shape[1:])
 
     def class_sets(self, plain, modes, labels=None, scores=None):
         """{mode: present}, see class_sets above. labels (H,W) integer, scores (N,)."""
-        labels = None if labels is None else labels.long().to(plain.ids.device)
         return class_sets(plain.ids, len(self.net.occurs), modes, labels, scores, self.cfg.score_threshold)
-
-    def keys(self, path, features, logits, present):
-        """Keys (1,M,C) and mask (1,M) of one of PATHS for an image."""
-        if path == "global":
-            return global_keys(self.net.memory, present[None])
-        return local_keys(prototypes_of(features, logits, present[None], self.cfg), present[None])
 
     @torch.inference_mode()
     def augmented(self, plain, present, paths):
         """{path: ids} with the prototypes of the classes present."""
-        keys = {path: self.keys(path, plain.features, plain.logits, present) for path in paths}
         with run.autocast(plain.features.device, self.cfg.amp):
-            logits = self.net.augmented(plain.features, **keys) if keys else {}
+            prototypes = prototypes_of(plain.features, plain.logits, present[None], self.cfg)
+            logits = self.net.augmented(plain.features, prototypes, present[None], paths)
         return {path: enlarge(maps, plain.ids.shape).argmax(1)[0] for path, maps in logits.items()}
 
     @torch.inference_mode()
@@ -761,11 +740,21 @@ class Predictor(NamedTuple):
         size = plain.logits.shape[2:]
         return p.unflatten(1, size), chosen.unflatten(1, size)
 
+    @torch.inference_mode()
+    def attention(self, path, plain, present):
+        """For a picture: omega of Eq. (6), (h,w,M), and which of the M keys count, (M,) bool, on the CPU."""
+        prototypes = prototypes_of(plain.features, plain.logits, present[None], self.cfg)
+        keys, mask = self.net.keys(path, prototypes, present[None])
+        augmenter = self.net.augmenter
+        _, e_f, _ = augmenter.embed(plain.features)
+        omega = augmenter.attention(e_f, augmenter.project_prototype(keys), mask)[0].cpu()
+        return omega.unflatten(0, plain.features.shape[2:]), mask[0].cpu()
+
 
 def evaluate(predictor, data, machine, modes=(), scores=None):
-    """{mode: {prediction: rates in percent}}; the mode "plain" has the prediction "plain" alone.
+    """{mode: {prediction: rates in percent}}, also the prediction "plain" in the mode "plain".
 
-    modes: names as class_sets takes them; scores {image name: (N,)} for "scores" and "classifier".
+    modes: as class_sets takes them; scores: {image name: (N,)} for the modes scores and classifier.
     """
     net, cfg = predictor
     paths = net.paths()
@@ -809,23 +798,25 @@ def all_modes(scores, cfg):
 
 def report(net, cfg, sets, scores, baseline, progress, machine):
     """Evaluation in all modes, metrics.json and figures/. Returns the metrics, on the first process."""
-    data, predictor = sets["test"], Predictor(net.eval(), cfg)
+    data = sets["test"]
+    predictor = Predictor(net.eval(), cfg)
     if scores is None and cfg.train_classifier and cfg.method == "pfa":
         scores = scores_of_classifier(cfg, sets["train"], data, machine)
     rates = evaluate(predictor, data, machine, all_modes(scores, cfg), scores)
     if machine.rank:
         return None
-    plain = segmentation.named_rates(rates["plain"]["plain"], data.classes, cfg.test_split)
+    plain_rates = segmentation.named_rates(rates["plain"]["plain"], data.classes, cfg.test_split)
     miou, iou = {}, {}
     for mode, predictions in rates.items():
-        miou[mode] = {path: score["miou"] for path, score in predictions.items()}
-        iou[mode] = {path: dict(zip(data.classes, score["iou"])) for path, score in predictions.items()}
-    metrics = dict(
-        miou=miou, iou=iou, macc=plain["macc"], pixel_acc=plain["pixel_acc"], absent=plain["absent"],
-        headline=headline_mode(scores, cfg), split=cfg.test_split, phases=progress["phases"],
-        iterations_until_bank_full=progress["full_at"], iterations=progress["iteration"],
-        class_map=None if scores is None else scores_quality(scores, data, net.occurs),
-        finished=progress["iteration"] >= cfg.iterations)
+        miou[mode] = {name: score["miou"] for name, score in predictions.items()}
+        iou[mode] = {name: dict(zip(data.classes, score["iou"])) for name, score in predictions.items()}
+    phases, done = progress["phases"], progress["iteration"]
+    metrics = {key: plain_rates[key] for key in ("macc", "pixel_acc", "absent")}
+    metrics |= dict(
+        miou=miou, iou=iou, headline=headline_mode(scores, cfg), split=cfg.test_split, phases=phases,
+        iterations=done, finished=done >= cfg.iterations,
+        iterations_until_bank_full=done - phases["global"] if "global" in phases else None,
+        class_map=None if scores is None else scores_quality(scores, data, net.occurs))
     metrics |= run.facts(cfg, net, progress, machine, "method", "augment", "reading")
     run.write_json(Path(cfg.out) / "metrics.json", metrics)
     print(pfa_figures.summary(metrics, cfg), flush=True)
@@ -837,7 +828,7 @@ def report(net, cfg, sets, scores, baseline, progress, machine):
 
 def load_run(cfg, device, classes=None):
     """Predictor of the run in cfg.out, and its progress. UserError if it does not know these classes."""
-    progress = run.read_progress(cfg.out, ("full_at",), classes)
+    progress = run.read_progress(cfg.out, ("phases",), classes)
     done = progress["iteration"]
     if done < cfg.iterations:
         print(f"note: the run in {cfg.out} is not finished: iteration {done} of {cfg.iterations}")
@@ -865,15 +856,16 @@ def evaluate_run(cfg, machine):
 def predict(cfg, device):
     """--predict: for every image OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png."""
     predictor, progress = load_run(cfg, device)
-    images, paths = files.list_images(cfg.predict), predictor.net.paths()[-1:]
+    images = files.list_images(cfg.predict)
+    paths = predictor.net.paths()[-1:]
     mode = f"filter_{cfg.filter}" if cfg.infer == "filter" else cfg.infer
     if mode != "plain" and not paths:
         raise UserError(f"--infer {cfg.infer}: the run in {cfg.out} has no prototypes; use --infer plain.")
     scores_of = scorer(cfg, images, len(progress["classes"]), device)
-    if mode == "plain":
-        print("plain prediction" + ("; --infer filter, classifier or scores augments it" if paths else ""))
-    else:
-        print(f"{paths[0]} prediction, classes by the {cfg.infer}")
+    remark = "; --infer filter, classifier or scores augments it" if paths else ""
+    if mode != "plain":
+        remark = f", classes by the {cfg.infer}"
+    print(f"{'plain' if mode == 'plain' else paths[0]} prediction{remark}")
 
     def predict_file(file):
         image = files.read_large_enough(file)
@@ -897,18 +889,16 @@ def adapt(net, x, scribbles, paths, cfg):
     H, W = scribbles.shape[1:]
     _, row, column = (scribbles != 255).nonzero().T
     place = torch.stack([2 * column / max(1, W - 1) - 1, 2 * row / max(1, H - 1) - 1], 1).float()[None, None]
-    present = classes_in(scribbles, len(net.occurs))[0]
+    present = classes_in(scribbles, len(net.occurs))
     for step in tqdm(range(cfg.draw_steps), desc="draw", leave=False, disable=None):
-        flip = step % 2
+        mirrored = [-1] * (step % 2)                                     # axes to flip
         with run.autocast(x.device, cfg.amp):
-            features, logits = net(x.flip(-1) if flip else x)
-            predictions = [logits]
-            for path in paths:
-                keys = Predictor(net, cfg).keys(path, features.detach(), logits.detach(), present)
-                predictions += net.augmented(features, **{path: keys}).values()
+            features, logits = net(x.flip(mirrored))
+            prototypes = prototypes_of(features, logits.detach(), present, cfg)
+            augmented = net.augmented(features, prototypes, present, paths)
         loss = 0.0
-        for maps in predictions:                                         # L_pce, read at the strokes
-            maps = maps.float().flip(-1) if flip else maps.float()
+        for maps in (logits, *augmented.values()):                       # L_pce, read at the strokes
+            maps = maps.float().flip(mirrored)
             at_strokes = F.grid_sample(maps, place, align_corners=True)[0, :, 0].T       # (pixels,N)
             loss = loss + F.cross_entropy(at_strokes, scribbles[0, row, column])
         optimizer.zero_grad(set_to_none=True)
@@ -919,14 +909,15 @@ def adapt(net, x, scribbles, paths, cfg):
 def draw(cfg, device):
     """--draw IMAGE STROKES: a copy of the run adapted to this image's strokes; OUT/drawings/NAME*.png."""
     predictor, progress = load_run(cfg, device)
-    classes, paths, file = progress["classes"], predictor.net.paths()[-1:], Path(cfg.draw[0])
-    image = files.read_large_enough(file)
+    classes = progress["classes"]
+    paths = predictor.net.paths()[-1:]
+    image = files.read_large_enough(cfg.draw[0])
     scribbles = strokes.painted_strokes(cfg.draw[1], image, len(classes))
     if not (scribbles == 0).any():
         print(f"note: no stroke of {classes[0]}; a few help to tell where the others end")
     size = image.shape[1:]
     factor = min(1, cfg.crop / min(size))
-    x = transforms.normalise(resize(image, [round(side * factor) for side in size]))[None]
+    x = segmentation.network_input(resize(image, [round(side * factor) for side in size]))
     x = x.to(device, memory_format=torch.channels_last)
     before = predictor.plain(x, size).ids
     adapt(predictor.net, x, scribbles[None].long().to(device), paths, cfg)
@@ -935,15 +926,15 @@ def draw(cfg, device):
     after = {"after, plain": plain.ids}
     for path, ids in predictor.augmented(plain, present, paths).items():
         after[f"after, {path}, classes of the strokes"] = ids
-    stem = Path(cfg.out) / "drawings" / file.stem
+    stem = Path(cfg.out) / "drawings" / Path(cfg.draw[0]).stem
     pfa_figures.save_drawing(stem, image, scribbles, before, after, classes, cfg.draw_steps)
 
 
 # ---- tables and figures of the paper: VOC 2012 val -------------------------------------------------------
 
-def rate(path, mode=None):
+def rate(name, mode=None):
     """Column of a table: mIoU of a prediction in a mode, by default the headline; None without one."""
-    return lambda metrics: metrics["miou"].get(mode or metrics["headline"], {}).get(path)
+    return lambda metrics: metrics["miou"].get(mode or metrics["headline"], {}).get(name)
 
 
 def best_rate(metrics):
@@ -977,14 +968,12 @@ TABLES = {
              paper={"plain": (76.8,), "filter_0": (74.1,), "filter_100": (75.2,), "filter_500": (75.7,),
                     "filter_1000": (74.3,), "classifier": (77.9,), "scores": (77.9,),
                     "oracle (true classes given)": (80.4,)}),
-    5: beside_paper("Table 5: weights of the consistency losses", MIOU, ("paper",), {
+    5: beside_paper("Table 5: weights of the consistency losses", MIOU, ("paper global",), {
         "both": ({}, 77.9),
-        "lambda_l 0.005": (dict(w_local=0.005, w_local_first=0.005), 77.7),
-        "lambda_l 0.02": (dict(w_local=0.02, w_local_first=0.02), 77.2),
-        "lambda_l 0.05": (dict(w_local=0.05, w_local_first=0.05), 76.8),
-        "lambda_g 0.005": (dict(w_global=0.005), 77.4),
-        "lambda_g 0.02": (dict(w_global=0.02), 77.6),
-        "lambda_g 0.05": (dict(w_global=0.05), 77.1)}),
+        **{f"lambda_l {w}": (dict(w_local=w, w_local_first=w), paper)
+           for w, paper in ((0.005, 77.7), (0.02, 77.2), (0.05, 76.8))},
+        **{f"lambda_g {w}": (dict(w_global=w), paper)
+           for w, paper in ((0.005, 77.4), (0.02, 77.6), (0.05, 77.1))}}),
 }
 WEAKER = [*(("drop", ratio) for ratio in (0.0, 0.25, 0.5, 0.75)),        # Fig. 8, ratios of ours
           *(("shrink", ratio) for ratio in (0.25, 0.5, 0.75, 1.0))]
@@ -998,19 +987,20 @@ FIGURES = {
                    for path in PATHS for kind, ratio in WEAKER}),
 }
 USUAL_ROW = dict(method="pfa", augment="both", pce="moves", figure=0)
+NETWORKS = {name: changes for name, changes in TABLES[3].rows.items() if isinstance(changes, dict)}
 
 
 def run_table(cfg, machine):
     """--table, --figure: every row is a run in OUT/rows/. Returns {row: [metrics, one a seed]}."""
-    kind, number = ("figure", cfg.figure) if cfg.figure else ("table", cfg.table)
+    number = cfg.figure or cfg.table
     table = FIGURES[number] if cfg.figure else TABLES[number]
     rows = networks_of_table_3(cfg) if cfg.table == 3 else table.rows
-    usual = replace(cfg, table=0, seeds=1, **USUAL_ROW)
-    folders = {name: tables.folder_of_changes(changes, usual) or "pfa" for name, changes in rows.items()}
-    for changes in rows.values():
-        check_config(replace(usual, **changes))
-    rows = {name: USUAL_ROW | changes for name, changes in rows.items()}
-    results = tables.train_rows(rows, cfg, train, machine, folders.get)
+    usual = replace(cfg, **USUAL_ROW)
+    folders = {}
+    for name, changes in rows.items():
+        check_config(replace(usual, table=0, seeds=1, **changes))
+        folders[name] = tables.folder_of_changes(changes, usual) or "pfa"
+    results = tables.train_rows(rows, usual, train, machine, folders.get)
     shown = results
     if cfg.table == 3:
         shown = networks_compared(cfg, results)
@@ -1018,7 +1008,8 @@ def run_table(cfg, machine):
         shown = pfa_figures.rows_by_mode(results["both"])
         table = table._replace(rows=dict.fromkeys(shown, {}))
     elif cfg.table == 2 and machine.rank == 0:
-        data, predictors = open_full(cfg, cfg.test_split), {}
+        data = open_full(cfg, cfg.test_split)
+        predictors = {}
         for name in ("baseline", "local", "global", "both"):
             out = tables.row_out(cfg, folders[name], cfg.seed)
             predictors[name] = load_other(out, machine.device, data.classes)
@@ -1026,57 +1017,52 @@ def run_table(cfg, machine):
     elif cfg.figure and machine.rank == 0:
         pfa_figures.draw_curve(Path(cfg.out) / f"figure{number}.png", results, best_rate, table.title)
     headline = results[list(results)[-1]][0]["headline"]
-    paper = "plots no numbers" if cfg.figure else "has VOC 2012 val"
+    paper = "plots no numbers" if cfg.figure else "scores VOC 2012 val"
     about = (f"{cfg.iterations} iterations, {cfg.test_split} split, classes of local and global: "
-             f"{headline}, the paper {paper}")
-    tables.write_table(number, table, shown, cfg, machine, about, name=kind)
+             f"{headline}; the paper {paper}")
+    tables.write_table(number, table, shown, cfg, machine, about, name="figure" if cfg.figure else "table")
     return results
 
 
 def networks_of_table_3(cfg):
     """{row: changed options}: every network, with all pixels and with scribbles. UserError: no weights."""
     rows = {}
-    for name, changes in TABLES[3].rows.items():
-        if isinstance(changes, dict):
-            weights = weights_in(cfg.weights, changes["backbone"])       # missing ones are told now
-            for method in ("full", "pfa"):
-                rows[f"{name} {method}"] = changes | dict(weights=weights, method=method)
+    for name, changes in NETWORKS.items():
+        weights = weights_in(cfg.weights, changes["backbone"])           # UserError before any training
+        for method in ("full", "pfa"):
+            rows[f"{name} {method}"] = changes | dict(weights=weights, method=method)
     return rows
 
 
 def networks_compared(cfg, results):
     """Rows of Table 3: {network: [columns, one a seed]}."""
     rows = {}
-    for name, changes in TABLES[3].rows.items():
-        if isinstance(changes, dict):
-            full, scribble = results[f"{name} full"], results[f"{name} pfa"]
-            num_classes = len(full[0]["iou"]["plain"]["plain"])
-            parameters, multiply_adds = cost(replace(cfg, method="pce", **changes), num_classes)
-            counts = dict(parameters=parameters / 1e6, multiply_adds=multiply_adds)
-            rows[name] = [counts | dict(full=MIOU["plain"](first), scribble=best_rate(second))
-                          for first, second in zip(full, scribble)]
+    for name, changes in NETWORKS.items():
+        full, scribble = results[f"{name} full"], results[f"{name} pfa"]
+        counts = cost(replace(cfg, method="pce", **changes), len(full[0]["iou"]["plain"]["plain"]))
+        rows[name] = [dict(parameters=counts[0] / 1e6, multiply_adds=counts[1],
+                           full=MIOU["plain"](first), scribble=best_rate(second))
+                      for first, second in zip(full, scribble)]
     return rows
 
 
 def cost(cfg, num_classes, size=512):
-    """Parameters, and 1e9 multiply-adds of a size x size image as Table 3 counts them.
+    """Parameters, and 1e9 multiply-adds of an image as Table 3 counts them: without attention products.
 
-    That is without attention products, and with the all-MLP decoder in its printed order (project, enlarge,
-    concatenate, fuse). Ours fuses before it enlarges and needs 4.2e9 fewer for MiT-B1.
+    The all-MLP decoder counts in its printed order: project, enlarge, concatenate, fuse. Ours fuses before
+    it enlarges and needs 4.2e9 fewer for MiT-B1.
     """
     products = ("attention", "bmm")                                      # bmm: on the meta device
+    total = 0
     with torch.device("meta"), torch.no_grad():
         net = build_model(cfg, num_classes).eval()
-        levels, count = speed.counted(net.network.backbone, torch.empty(1, 3, size, size), products)
+        x, decoder = torch.empty(1, 3, size, size), net.network.head
         if cfg.head == "mlp":
-            E, cells = net.network.channels, [level[0, 0].numel() for level in levels]
-            count += sum(level.shape[1] * E * n for level, n in zip(levels, cells)) + 4 * E * E * cells[0]
-            features = torch.empty(1, E, *levels[0].shape[2:])
-        else:
-            features, more = speed.counted(net.network.head, levels, products)
-            count += more
-        count += speed.counted(net.classifier, features, products)[1]
-    return sum(p.numel() for p in net.parameters()), count / 1e9
+            decoder = heads.SegFormerHead(net.network.backbone.dims, net.network.channels)
+        for module in (net.network.backbone, decoder, net.classifier):
+            x, count = speed.counted(module, x, products)
+            total += count
+    return sum(p.numel() for p in net.parameters()), total / 1e9
 
 
 def main(cfg):
@@ -1090,10 +1076,9 @@ def main(cfg):
         return evaluate_run(cfg, machine)
     if not cfg.predict and not cfg.draw:
         return train(cfg, machine)
-    if machine.rank == 0 and cfg.predict:
-        predict(cfg, machine.device)
-    elif machine.rank == 0:
-        draw(cfg, machine.device)
+    if machine.rank == 0:
+        command = predict if cfg.predict else draw
+        command(cfg, machine.device)
 
 
 if __name__ == "__main__":                                               # worker processes import this file

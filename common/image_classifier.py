@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -27,17 +28,17 @@ from common.transforms import normalise, resize_to_square
 
 @dataclass
 class ClassifierConfig(RunConfig):
-    """Options of the classifier and of the scores; for the Config of a script to inherit."""
+    """Options of the classifier and of the scores, which the Config of a script inherits."""
     class_scores: str = opt("", "FILE.npz: image name -> scores of the classes, from a classifier of yours",
                             evaluation=True)
-    score_threshold: float = opt(0.5, "a class whose score is above counts as present", at_least=0,
+    score_threshold: float = opt(0.5, "a class whose score is above this counts as present", at_least=0,
                                  at_most=1, evaluation=True)
     train_classifier: bool = opt(False, "train a classifier of images on the strokes' classes when all else "
                                  "is done; with --eval-only for a run that has none", evaluation=True)
     classifier_backbone: str = opt("resnet50", "network of the image classifier", choices=EXTRACTORS)
-    classifier_weights: str = opt("imagenet", "pretrained weights of the image classifier: imagenet, file, "
-                                  "URL or none", source=True)
-    classifier_size: int = opt(448, "the image classifier sees squares of so many pixels a side", above=0)
+    classifier_weights: str = opt("imagenet", "pretrained weights of the image classifier: a file or URL, "
+                                  "imagenet or none", source=True)
+    classifier_size: int = opt(448, "side in pixels of the squares that the image classifier sees", above=0)
     classifier_iterations: int = opt(6600, "training steps of the image classifier, --batch-size images "
                                      "each", above=0, schedule=True)
     classifier_lr: float = opt(1e-4, "AdamW learning rate of the image classifier, falling to 0; its new "
@@ -81,26 +82,19 @@ def scores_of_file(cfg, data):
     return read_scores(cfg.class_scores, [data.name_of(i) for i in range(len(data))], data.num_classes)
 
 
-def save_scores(path, scores):
-    """{image name: (N,) float32} -> .npz for --class-scores."""
-    with run.replacing(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-        for name, row in scores.items():                 # numpy.savez would refuse an image called "file"
-            with archive.open(f"{name}.npy", "w") as entry:
-                np.lib.format.write_array(entry, row.numpy())
-
-
 def labelled_classes(mask, num_classes):
     """Mask uint8 (H,W), 255 = no label -> bool (N,): the classes that occur, the background always."""
-    occurs = torch.bincount(mask.flatten(), minlength=256)[:num_classes] > 0
-    occurs[0] = True
-    return occurs
+    present = torch.bincount(mask.flatten(), minlength=256)[:num_classes] > 0
+    present[0] = True
+    return present
 
 
 def scores_quality(scores, data, learned):
     """mAP of the scores against the classes of the labels (Table 4), over the classes learned (N,) bool."""
     rows = torch.stack([scores[data.name_of(i)] for i in range(len(data))])
     truth = torch.stack([labelled_classes(data.read_mask(i), data.num_classes) for i in range(len(data))])
-    columns = [c for c in learned.nonzero()[:, 0].tolist() if c]         # without the background
+    columns = learned.cpu().clone()
+    columns[0] = False                                   # the background
     return mean_average_precision(rows[:, columns], truth[:, columns])
 
 
@@ -124,7 +118,7 @@ class ImageLabels(Dataset):
 
 
 def build_classifier(cfg, num_classes, weights="none"):
-    """Images (B,3,S,S) -> logits (B,N-1) of the classes but the background; several may be there."""
+    """Images (B,3,S,S) -> logits (B,N-1) of all classes but the background, each a yes or no of its own."""
     extractor = build_extractor(cfg.classifier_backbone, weights)
     return nn.Sequential(extractor, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                          nn.Linear(extractor.channels, num_classes - 1))
@@ -138,7 +132,7 @@ def train_classifier(cfg, data, machine):
     torch.manual_seed(cfg.seed)
     net = build_classifier(cfg, data.num_classes, "none" if resumes else cfg.classifier_weights)
     net.to(device, memory_format=torch.channels_last)
-    model = run.distribute(net, machine)
+    model = run.distribute(net, machine).train()
     groups = [dict(params=net[0].parameters(), lr=cfg.classifier_lr),
               dict(params=net[-1].parameters(), lr=10 * cfg.classifier_lr)]
     optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
@@ -147,8 +141,6 @@ def train_classifier(cfg, data, machine):
     start = run.load_checkpoint(path, parts, device)["iteration"] if resumes else 0
     loader = train_loader(ImageLabels(data, cfg.classifier_size), cfg.batch_size, cfg.seed, start,
                           cfg.classifier_iterations, cfg.workers, device, machine.rank, machine.world)
-    criterion = nn.BCEWithLogitsLoss()
-    model.train()
     bar = tqdm(loader, total=cfg.classifier_iterations, initial=start, desc="classifier", leave=False,
                disable=machine.quiet)
     for iteration, batch in enumerate(bar, start + 1):
@@ -156,7 +148,7 @@ def train_classifier(cfg, data, machine):
         with run.autocast(device, cfg.amp):
             logits = model(x)
         optimizer.zero_grad(set_to_none=True)
-        criterion(logits.float(), classes[:, 1:].float()).backward()
+        F.binary_cross_entropy_with_logits(logits.float(), classes[:, 1:].float()).backward()
         optimizer.step()
         scheduler.step()
         if run.due(iteration, cfg.save_every, cfg.classifier_iterations):
@@ -165,10 +157,7 @@ def train_classifier(cfg, data, machine):
 
 
 def scores_of_classifier(cfg, train_set, test_set, machine):
-    """--train-classifier: {image name: (N,) float32} for the test set, by a classifier of the training set.
-
-    Written to OUT/class_scores-SPLIT.npz too, for --class-scores.
-    """
+    """--train-classifier: {image name: (N,) float32} of the test set; also in OUT/class_scores-SPLIT.npz."""
     net = train_classifier(cfg, train_set, machine)
     scores = {}
     for i in range(machine.rank, len(test_set), machine.world):
@@ -178,7 +167,11 @@ def scores_of_classifier(cfg, train_set, test_set, machine):
         dist.all_gather_object(every, scores)
         scores = {name: row for part in every for name, row in part.items()}
     if machine.rank == 0:
-        save_scores(Path(cfg.out) / f"class_scores-{test_set.split}.npz", scores)
+        path = Path(cfg.out) / f"class_scores-{test_set.split}.npz"
+        with run.replacing(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+            for name, row in scores.items():             # numpy.savez would refuse an image called "file"
+                with archive.open(f"{name}.npy", "w") as entry:
+                    np.lib.format.write_array(entry, row.numpy())
     return scores
 
 
@@ -191,26 +184,19 @@ def classify(net, image, cfg, device):
     return torch.cat([torch.ones(1), logits.sigmoid().cpu()])
 
 
-def load_classifier(cfg, num_classes, device):
-    """The classifier that --train-classifier left in cfg.out, in eval mode. UserError if there is none."""
+def scorer(cfg, files, num_classes, device):
+    """How --infer scores image files: a function of (file, image) -> scores (N,), or None without scores."""
+    if cfg.infer == "scores":
+        scores = read_scores(cfg.class_scores, [file.stem for file in files], num_classes)
+        return lambda file, image: scores[file.stem]
+    if cfg.infer != "classifier":
+        return lambda file, image: None
     path = Path(cfg.out) / "classifier.pt"
     if not path.exists():
         raise UserError(f"--infer classifier: {cfg.out} has no classifier.pt; make one with --eval-only "
                         "--train-classifier, or choose another --infer.")
-    net = build_classifier(cfg, num_classes).to(device, memory_format=torch.channels_last)
-    done = run.load_checkpoint(path, dict(model=net), device)["iteration"]
-    if done < cfg.classifier_iterations:
-        print(f"note: the classifier in {path} is not finished: iteration {done} of "
-              f"{cfg.classifier_iterations}")
-    return net.eval()
-
-
-def scorer(cfg, files, num_classes, device):
-    """How --infer scores image files: a function of (file, image) -> scores (N,), or None if it has none."""
-    if cfg.infer == "classifier":
-        net = load_classifier(cfg, num_classes, device)
-        return lambda file, image: classify(net, image, cfg, device)
-    if cfg.infer == "scores":
-        scores = read_scores(cfg.class_scores, [file.stem for file in files], num_classes)
-        return lambda file, image: scores[file.stem]
-    return lambda file, image: None
+    net = build_classifier(cfg, num_classes).to(device, memory_format=torch.channels_last).eval()
+    done, total = run.load_checkpoint(path, dict(model=net), device)["iteration"], cfg.classifier_iterations
+    if done < total:
+        print(f"note: the classifier in {path} is not finished: iteration {done} of {total}")
+    return lambda file, image: classify(net, image, cfg, device)

@@ -1,7 +1,7 @@
 """How pfa_scribble.py shows what it has learned: pictures, and words. Nothing here belongs to the method.
 
-A predictor is the script's Predictor: a trained network (net, with the method paths), its settings (cfg),
-and the methods of_image (what the plain branch makes of a picture), class_sets, keys, augmented and surest.
+A predictor is the script's Predictor: a trained network (net, with its method paths), its settings (cfg),
+and the methods of_image (the plain prediction of an image), class_sets, augmented, surest and attention.
 """
 import statistics
 from pathlib import Path
@@ -11,15 +11,16 @@ import torch.nn.functional as F
 
 from common import figures
 from common.figures import heatmap, in_colours, thumbnail
-from common.scribble_sets import open_full_train_set
-from common.segmentation import save_examples
+from common.run import UserError
+from common.scribble_sets import open_full
+from common.segmentation import labels_of_cells, save_examples
 
 
 def draw_figures(predictor, sets, scores, headline, baseline, log):
     """All figures of a run in OUT/figures; the README says what each shows.
 
-    sets: data sets "train" and "test". scores: {image name: (N,)} or None. headline: mode of class_sets that
-    stands for the run. baseline: another predictor or None. log: rows of log.csv.
+    sets: data sets "train" and "test". scores: {image name: (N,)} or None. headline: the run's mode of
+    class_sets. baseline: another predictor or None. log: rows of log.csv.
     """
     folder = Path(predictor.cfg.out) / "figures"
     draw_colours(folder / "colours.png", sets["test"].classes)
@@ -31,17 +32,17 @@ def draw_figures(predictor, sets, scores, headline, baseline, log):
         draw_attention(folder, predictor, sets["test"])
 
 
-def draw_colours(path, classes):
+def draw_colours(file, classes):
     """colours.png: what to paint the strokes of --draw with."""
     entries = []
     for c, (colour, name) in enumerate(zip(figures.palette(len(classes)).tolist(), classes)):
         entries.append((colour, f"{c} {name}: {', '.join(map(str, colour))}"))
     title = figures.text_piece("Colours of the classes (red, green, blue)", 700, 18)
-    figures.save_stack(path, [title, figures.legend_piece(entries, 700)])
+    figures.save_stack(file, [title, figures.legend_piece(entries, 700)])
 
 
 def widened(scribbles):
-    """uint8 (H,W) -> the same, strokes a pixel wider on all sides: they are still seen in a thumbnail."""
+    """uint8 (H,W) -> the same with strokes a pixel wider on all sides, which a thumbnail still shows."""
     nearest = -F.max_pool2d(-scribbles.float()[None, None], 3, 1, 1)     # 255 where no stroke is near
     return nearest[0, 0].to(torch.uint8)
 
@@ -51,14 +52,15 @@ def with_strokes(image, scribbles):
     return thumbnail(figures.overlay(image, widened(scribbles), opacity=1.0))
 
 
-def of_baseline(baseline, image):
-    """{caption: ids} of the run that --baseline names, {} without one."""
+def plain_cells(predictor, baseline, image):
+    """The plain prediction of an image, and {caption: ids}: it beside that of the run of --baseline."""
+    plain = predictor.of_image(image)
     if baseline is None:
-        return {}
-    return {f"baseline ({baseline.cfg.method})": baseline.of_image(image).ids}
+        return plain, {"plain": plain.ids}
+    return plain, {f"baseline ({baseline.cfg.method})": baseline.of_image(image).ids, "plain": plain.ids}
 
 
-def draw_examples(path, predictor, data, scores, headline, baseline):
+def draw_examples(file, predictor, data, scores, headline, baseline):
     """examples.png (Fig. 4, 9, 10): test images, predictions of every branch, true classes given, label."""
     source = f"classes > {predictor.cfg.filter} pixels"
     if headline in ("scores", "classifier"):
@@ -66,17 +68,15 @@ def draw_examples(path, predictor, data, scores, headline, baseline):
     paths = predictor.net.paths()
 
     def cells_of(i, image, label):
-        plain = predictor.of_image(image)
+        plain, cells = plain_cells(predictor, baseline, image)
         row = scores[data.name_of(i)] if scores else None
         present = predictor.class_sets(plain, [headline, "oracle"], label, row)
-        cells = of_baseline(baseline, image)
-        cells["plain"] = plain.ids
         for name, ids in predictor.augmented(plain, present[headline], paths).items():
             cells[f"{name}, {source}"] = ids
         for name, ids in predictor.augmented(plain, present["oracle"], paths[-1:]).items():
             cells[f"{name}, true classes given"] = ids
         return cells | {"label": label}
-    save_examples(path, data, cells_of, f"{data.split} images", count=5)
+    save_examples(file, data, cells_of, f"{data.split} images", count=5)
 
 
 def classes_of(predictor, plain, labels):
@@ -84,98 +84,81 @@ def classes_of(predictor, plain, labels):
     return predictor.class_sets(plain, ["oracle"], labels)["oracle"]
 
 
-def draw_training(path, predictor, data, baseline):
+def draw_training(file, predictor, data, baseline):
     """training.png (Fig. 4): training images with strokes, what becomes of them, the full label if any."""
-    full = open_full_train_set(predictor.cfg)
-    has_strokes = predictor.cfg.method != "full"
+    cfg = predictor.cfg
+    try:
+        full = open_full(cfg, cfg.train_split)
+    except UserError:                                                    # strokes are all there is
+        full = None
 
     def cells_of(i, image, scribbles):
-        plain = predictor.of_image(image)
-        cells = {"what is labelled": widened(scribbles) if has_strokes else scribbles}
-        cells |= of_baseline(baseline, image)
-        cells["plain"] = plain.ids
+        plain, cells = plain_cells(predictor, baseline, image)
         present = classes_of(predictor, plain, scribbles)
-        cells |= predictor.augmented(plain, present, predictor.net.paths())
-        if full is not None:
-            cells["label"] = full.read_mask(i)
-        return cells
+        labelled = {"what is labelled": scribbles if cfg.method == "full" else widened(scribbles)}
+        label = {} if full is None else {"label": full.read_mask(i)}
+        return labelled | cells | predictor.augmented(plain, present, predictor.net.paths()) | label
     title = "training images; augmented with the classes of the strokes"
-    save_examples(path, data, cells_of, title, count=5)
+    save_examples(file, data, cells_of, title, count=5)
 
 
-def draw_log(path, log, split):
+def draw_log(file, log, split):
     """miou.png: val mIoU of the predictions over the training."""
     if not log:
         return
-    series = {}
-    for name in ("plain", "local", "global"):
-        rates = [row[f"val_{name}"] for row in log]
-        if any(rate is not None for rate in rates):
-            series[name] = rates
-    figures.save_bars(path, series, [f"{row['iteration']} {row['phase']}" for row in log],
+    series = {name: [row[f"val_{name}"] for row in log] for name in ("plain", "local", "global")}
+    series = {name: rates for name, rates in series.items() if set(rates) != {None}}
+    figures.save_bars(file, series, [f"{row['iteration']} {row['phase']}" for row in log],
                       title=f"{split} mIoU by iteration and phase; classes by the filter")
 
 
-def a_few(data, count=4):
-    """Numbers of a few images of a data set."""
+def spread_over(data, count=4):
+    """Numbers of a few images, spread over a data set."""
     return range(0, len(data), max(1, len(data) // count))[:count]
 
 
-def some_classes(present, most):
-    """Ids of a few classes present (N,) bool: the background and the last ones."""
+def shown_classes(present, most):
+    """Ids of the classes present (N,) bool, at most so many: the background and the last ones."""
     ids = present.nonzero()[:, 0].tolist()
     return ids[:1] + ids[1:][-(most - 1):]
 
 
-def draw_confidence(path, predictor, data):
+def draw_confidence(file, predictor, data):
     """confidence.png: how sure each pixel is of classes with a stroke; the K pixels of their prototypes."""
     rows = []
-    for i in a_few(data):
+    for i in spread_over(data):
         image, scribbles = data.read(i)
         plain = predictor.of_image(image)
         present = classes_of(predictor, plain, scribbles)
         confidence, chosen = predictor.surest(plain, present)                            # (N,h,w) each
-        cells = [(with_strokes(image, scribbles), f"{data.name_of(i)}: strokes")]
-        for c in some_classes(present, 4):
+        rows.append([(with_strokes(image, scribbles), f"{data.name_of(i)}: strokes")])
+        for c in shown_classes(present, 4):
             surest = torch.where(chosen[c], c, 255)[None, None].float()
             surest = F.interpolate(surest, image.shape[1:])[0, 0]
             heat = heatmap(thumbnail(image), confidence[c], vmin=0, vmax=1)
-            cells.append((heat, f"{data.classes[c]}: confidence"))
-            cells.append((in_colours(image, surest), f"its {int(chosen[c].sum())} surest pixels"))
-        rows.append(cells)
-    figures.save_grid(path, rows, cell=200,
+            rows[-1].append((heat, f"{data.classes[c]}: confidence"))
+            rows[-1].append((in_colours(image, surest), f"its {int(chosen[c].sum())} surest pixels"))
+    figures.save_grid(file, rows, cell=200,
                       title="Confidence, and the pixels that form the local prototype (Eq. 1 to 3)")
 
 
-@torch.inference_mode()
-def attention(predictor, path, plain, present):
-    """omega of Eq. (6), (h,w,M), and which of the M keys count, bool (M,); on the CPU."""
-    keys, mask = predictor.keys(path, plain.features, plain.logits, present)
-    augmenter = predictor.net.augmenter
-    e_f, e_fp = augmenter.embed(plain.features)[1], augmenter.project_prototype(keys)
-    omega = augmenter.attention(e_f, e_fp, mask)[0].cpu()
-    return omega.unflatten(0, plain.features.shape[2:]), mask[0].cpu()
-
-
 def draw_attention(folder, predictor, data):
-    """attention.png: how pixels attend to the prototypes of their image's classes, Eq. (6).
-
-    And attention_matrix.png, of the last of these images that has labels.
-    """
-    name, N = predictor.net.paths()[-1], data.num_classes
-    rows, last = [], None
-    for i in a_few(data):
+    """attention.png: how pixels attend to prototypes (Eq. 6); attention_matrix.png: the last as numbers."""
+    name = predictor.net.paths()[-1]
+    N = data.num_classes
+    rows = []
+    last = None
+    for i in spread_over(data):
         image, label = data.read(i)
         plain = predictor.of_image(image)
         present = classes_of(predictor, plain, label)
-        omega, mask = attention(predictor, name, plain, present)                         # (h,w,M), (M,)
+        omega, mask = predictor.attention(name, plain, present)                          # (h,w,M), (M,)
         of_class = omega.permute(2, 0, 1).unflatten(0, (N, -1)).sum(1)                   # (N,h,w)
-        cells = [(thumbnail(image), data.name_of(i))]
-        for c in some_classes(present, 5):
+        rows.append([(thumbnail(image), data.name_of(i))])
+        for c in shown_classes(present, 5):
             heat = heatmap(thumbnail(image), of_class[c], vmin=0, vmax=1)
-            cells.append((heat, f"to {data.classes[c]}"))
-        rows.append(cells)
-        small = F.interpolate(label[None, None].float(), omega.shape[:2], mode="nearest-exact")[0, 0]
+            rows[-1].append((heat, f"to {data.classes[c]}"))
+        small = labels_of_cells(label, omega.shape[:2])
         if (small < N).any():
             last = omega, mask, small
     figures.save_grid(folder / "attention.png", rows, cell=200,
@@ -185,28 +168,25 @@ def draw_attention(folder, predictor, data):
         draw_attention_matrix(folder / "attention_matrix.png", *last, data.classes, name)
 
 
-def draw_attention_matrix(path, omega, mask, label, classes, name):
+def draw_attention_matrix(file, omega, mask, label, classes, name):
     """attention_matrix.png: mean attention of a class's pixels to every prototype. label (h,w)."""
     slots = len(mask) // len(classes)
     ids = [c for c in range(len(classes)) if (label == c).any()]
     matrix = torch.stack([omega[label == c].mean(0) for c in ids])[:, mask]
-    keys = [(classes[k // slots], k % slots + 1) for k in mask.nonzero()[:, 0].tolist()]
-    columns = [f"{key} {slot}" if slots > 1 else key for key, slot in keys]
-    figures.save_matrix(path, matrix, [classes[c] for c in ids], columns, vmin=0, vmax=1,
+    keys = mask.nonzero()[:, 0].tolist()
+    columns = [f"{classes[k // slots]} {k % slots + 1}" if slots > 1 else classes[k] for k in keys]
+    figures.save_matrix(file, matrix, [classes[c] for c in ids], columns, vmin=0, vmax=1,
                         title=f"Mean attention of a class's pixels (rows) to the {name} prototypes")
 
 
 def save_drawing(stem, image, scribbles, before, after, classes, steps):
-    """What --draw writes and says: STEM.png, STEM_overlay.png, STEM_before_after.png.
-
-    scribbles uint8 (H,W). before: plain ids (H,W). after: {caption: ids}, of which the last one counts.
-    """
+    """What --draw writes and says. before: plain ids (H,W); after: {caption: ids}, the last one counts."""
     last = list(after.values())[-1]
     figures.save_prediction(stem.parent, stem.name, image, last.to(torch.uint8).cpu())
-    cells = [(with_strokes(image, scribbles), "strokes"), (in_colours(image, before), "before")]
-    cells += [(in_colours(image, ids), caption) for caption, ids in after.items()]
-    drawn = set()
-    for ids in (scribbles, before, *after.values()):
+    cells = [(with_strokes(image, scribbles), "strokes")]
+    drawn = set(scribbles.unique().tolist())
+    for caption, ids in {"before": before, **after}.items():
+        cells.append((in_colours(image, ids), caption))
         drawn |= set(ids.unique().tolist())
     legend = {c: classes[c] for c in sorted(drawn - {255})}
     figures.save_grid(f"{stem}_before_after.png", [cells], legend=legend)
@@ -216,45 +196,38 @@ def save_drawing(stem, image, scribbles, before, after, classes, steps):
           f"steps; see {stem}_before_after.png; ids in {stem}.png")
 
 
-def draw_components(path, predictors, data, threshold):
-    """components.png (Fig. 4, 11): test images, the last prediction of the rows of Table 2, label.
-
-    predictors: {row: Predictor}. threshold: the classes are those with more predicted pixels.
-    """
+def draw_components(file, predictors, data, threshold):
+    """components.png (Fig. 4, 11): test images, last prediction of the rows of Table 2, {row: Predictor}."""
     mode = f"filter_{threshold}"
 
     def cells_of(i, image, label):
         cells = {}
         for row, predictor in predictors.items():
             plain = predictor.of_image(image)
-            predictions = {"plain": plain.ids}
             present = predictor.class_sets(plain, [mode])[mode]
-            predictions |= predictor.augmented(plain, present, predictor.net.paths()[-1:])
-            name, ids = list(predictions.items())[-1]
-            cells[f"{row}: {name} prediction"] = ids
+            augmented = predictor.augmented(plain, present, predictor.net.paths()[-1:])
+            for name, ids in (augmented or {"plain": plain.ids}).items():
+                cells[f"{row}: {name} prediction"] = ids
         return cells | {"label": label}
-    save_examples(path, data, cells_of,
+    save_examples(file, data, cells_of,
                   f"Components (Fig. 4, 11); classes with more than {threshold} predicted pixels", count=5)
 
 
-def draw_curve(path, results, best_rate, title):
-    """figureN.png: mIoU of the plain and of the augmented prediction of every row, the mean over seeds.
+def draw_curve(file, results, best_rate, title):
+    """figureN.png: mIoU of the plain and the augmented prediction (best_rate) of every row, mean over seeds.
 
-    results: {row: [metrics, one a seed]}. Rows that end with ", local" and ", global" are compared with each
-    other instead. best_rate(metrics): mIoU of the augmented prediction.
+    results: {row: [metrics, one a seed]}; rows that end with ", local" and ", global" are compared instead.
     """
     augmented = {row: statistics.mean(map(best_rate, runs)) for row, runs in results.items()}
     names = [row.removesuffix(", local") for row in augmented if row.endswith(", local")]
     if names:
-        series = {}
-        for ending in ("local", "global"):
-            series[ending] = [augmented[f"{name}, {ending}"] for name in names]
+        series = {path: [augmented[f"{name}, {path}"] for name in names] for path in ("local", "global")}
     else:
         names = list(augmented)
         plain = [statistics.mean(metrics["miou"]["plain"]["plain"] for metrics in runs)
                  for runs in results.values()]
         series = {"plain": plain, "augmented": list(augmented.values())}
-    figures.save_bars(path, series, names, title=title)
+    figures.save_bars(file, series, names, title=title)
 
 
 # ---- in words and numbers --------------------------------------------------------------------------------
@@ -272,20 +245,21 @@ def rows_by_mode(runs):
 
 def summary(metrics, cfg):
     """What a run ends with, in words; filters that give the same rates share a line."""
-    lines, filters = [f"{cfg.test_split} mIoU: plain {metrics['miou']['plain']['plain']:.1f}"], {}
-    rates = {mode: ", ".join(f"{path} {rate:.1f}" for path, rate in predictions.items())
-             for mode, predictions in metrics["miou"].items()}
-    for mode, text in rates.items():
+    filters, others = {}, []                                             # filters: {rates: thresholds}
+    for mode, predictions in metrics["miou"].items():
+        text = ", ".join(f"{name} {rate:.1f}" for name, rate in predictions.items())
         if mode.startswith("filter_"):
             filters.setdefault(text, []).append(mode.removeprefix("filter_"))
+        elif mode == "oracle":
+            others.append(f"TRUE CLASSES GIVEN (oracle: an upper bound, not a result): {text}")
+        elif mode != "plain":
+            source = "--class-scores" if mode == "scores" else "the trained classifier"
+            others.append(f"classes from {source} (mAP {metrics['class_map']:.1f}): {text}")
+    lines = [f"{cfg.test_split} mIoU: plain {metrics['miou']['plain']['plain']:.1f}"]
     for text, thresholds in filters.items():
-        lines.append(f"  classes with more than {' or '.join(thresholds)} predicted pixels: {text}")
-    for mode, source in (("scores", "--class-scores"), ("classifier", "the trained classifier")):
-        if mode in rates:
-            lines.append(f"  classes from {source} (mAP {metrics['class_map']:.1f}): {rates[mode]}")
-    if "oracle" in rates:
-        lines.append(f"  TRUE CLASSES GIVEN (oracle: an upper bound, not a result): {rates['oracle']}")
+        lines.append(f"classes with more than {' or '.join(thresholds)} predicted pixels: {text}")
+    lines += others
     if cfg.method == "pfa" and cfg.augment != "local" and metrics["iterations_until_bank_full"] is None:
-        lines.append("  the memory never filled in time, so that no global prediction was trained: train "
+        lines.append("the memory never filled in time, so that no global prediction was trained: train "
                      "longer, or lower --warmup or --slots")
-    return "\n".join(lines) + f"\nsee {cfg.out}/metrics.json and {cfg.out}/figures"
+    return "\n  ".join(lines) + f"\nsee {cfg.out}/metrics.json and {cfg.out}/figures"

@@ -1114,7 +1114,7 @@ def test_the_checkpoint_holds_the_memory_and_when_it_was_full(base):
     assert torch.equal(saved["model"]["memory.bank"], last.bank) and last.bank.any()
     assert torch.equal(saved["model"]["memory.count"], last.count)
     assert saved["model"]["occurs"].tolist() == [True, True, True, False, True]
-    assert saved["progress"]["full_at"] == base.metrics["iterations_until_bank_full"]
+    assert saved["progress"]["phases"] == base.metrics["phases"]
 
 
 def test_resume_of_a_finished_run_repeats_its_report(base, tmp_path, no_figures):
@@ -1758,10 +1758,9 @@ def test_drawing_steps_along_the_loss_of_the_strokes_at_the_pictures_own_size(pa
         present = pfa.classes_in(labels, N)
         features, logits = net(seen)
         prototypes = pfa.extract_prototypes(features, logits.softmax(1), present)
-        keys = {"local": (prototypes, present), "global": pfa.global_keys(net.memory, present)}
         loss = pfa.partial_cross_entropy(logits, labels)
         for path in paths:
-            augmented = net.augmented(features, **{path: keys[path]})[path]
+            augmented = net.augmented(features, prototypes, present, [path])[path]
             loss = loss + pfa.partial_cross_entropy(augmented, labels)
         net.zero_grad()
         loss.backward()
