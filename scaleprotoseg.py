@@ -28,7 +28,7 @@ G_{c,g}    group_activations  B,C*G,h,w exp of the weighted sum of similarities 
 w_h_group  groups.last_layer  C,C*G     stage 2: group activations -> logits               Sec. 12
 L_ent      entropy_loss       scalar    few prototypes in a group                          Sec. 9, code
 alpha      threshold          scalar    smaller group weights are dropped after training   Sec. 9, Table 7
-p_th       equivariance       scalar    do two scales light up alike (IoU above IoU_th)?   Sec. 11, Eq. (10)
+p_th       quantiles          2         above it a map is active: do two scales agree?     Sec. 11, Eq. (10)
 
 Phases: warmup -> joint -> project -> finetune (stage 1), group_warmup -> group_joint (stage 2). An
 "iteration" is an optimizer step on the whole batch (10 images).
@@ -43,22 +43,23 @@ Where we do something else, or had to choose ([D*] marks the line):
 [D5] A class without prototypes has no groups; its logit comes from the other classes' groups alone.
 [D6] EM: entropy weight 0.25 as printed in Sec. 7; the code has 0.05. The two cuts are ours (seeds 1 and 2).
 [D7] ProtoSeg's pruning leaves void pixels out on all data sets (the code forgets to on three of them).
-[D8] Consistency and stability binarise above a quantile over the pixels of the class; 0.7, 0.8, 0.9 are our
-     choice, the paper's list and the code's quantile are not released. Component centroids are rounded; the
-     background's is no keypoint (in the code it is). Images in which a class shows no keypoint are left out
-     of stability. All classes of Pascal with parts count; the code drops cow, probably meaning dining table.
+[D8] Consistency and stability binarise above quantiles over the pixels of the class; 0.7, 0.8, 0.9 are ours:
+     neither the paper's list nor the code's quantile is released. Component centroids are rounded, and the
+     background's is no keypoint (in the code it is). Images in which a class shows no keypoint are left out.
+     All classes of Pascal with parts count; the code drops cow, probably meaning dining table.
 [D9] Validation sees whole images; the code crops and scales them at random. The last weights are kept.
 [D10] Where the backbone is frozen batch norm is in eval mode, also where it is trained (U-Net, tiny).
 [D11] The plain network is trained as the prototype models are (Adam, same phases, no CRF); Table 6's
      DeepLabv2 has SGD and equals the published number with a CRF.
-[D12] Sec. 11 leaves open how IoUs are averaged: per pair, a mean over the images that hold the class, in at
-     least 10 cells of the grid on which the maps meet: of fewer cells any two maps pick the same. At most
-     --equivariance images of the projection split are looked at, the paper takes all training images.
+[D12] Sec. 11 leaves open how IoUs are averaged: ours is a mean over the images that hold the class in 10 or
+     more cells of the common grid; of fewer cells any two maps pick the same. We take --equivariance images
+     of the projection split, the paper all training images.
 [D13] Toy scenes have no pretrained backbone: tiny is trained from scratch in the joint phase.
 [D14] Projection and analyses run in float32; training, evaluation and prediction on CUDA in bfloat16 up to
      the ASPP maps.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,12 +69,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from common import datasets, figures, files, loaders, run, segmentation, speed
 from common import scaleprotoseg_figures as gallery, scaleprotoseg_measures as measures
 from common.backbones import DENSE, build_dense, norm_parameters
 from common.loaders import to_device
+from common.metrics import row_quantile
 from common.parts import check_parts
 from common.run import RunConfig, UserError, opt
 from common.scaleprotoseg_measures import part_presence     # noqa: F401 (others import it from this file)
@@ -241,8 +244,7 @@ def members_by_key(key, num_keys):
 
 def pair_table(prototype_class, prototype_scale):
     """(C,S,K): prototypes of each class and scale, -1 where there are fewer than K."""
-    num_classes = int(prototype_class.max()) + 1
-    num_scales = int(prototype_scale.max()) + 1
+    num_classes, num_scales = (int(ids.max()) + 1 for ids in (prototype_class, prototype_scale))
     table = members_by_key(prototype_class * num_scales + prototype_scale, num_classes * num_scales)
     return table.unflatten(0, (num_classes, num_scales))
 
@@ -259,8 +261,6 @@ def diversity_loss(d2, labels, prototype_class, prototype_scale, table=None):
     """
     table = pair_table(prototype_class, prototype_scale) if table is None else table      # (C,S,K)
     num_classes, num_scales, K = table.shape
-    if K < 2:
-        return 0 * d2.sum()
     B = len(d2)
     label = labels.flatten(1).long()                                 # (B,h*w)
     inside = label < num_classes                                     # neither void nor without prototypes
@@ -618,15 +618,14 @@ def train_step(model, net, optimizer, scheduler, x, labels, phase, cfg):
 def build_optimizer(net, phase, cfg, device):
     """A fresh Adam over what the phase trains (Sec. 6), and its schedule; nothing else gets a gradient."""
     net.requires_grad_(False)
-    aspp = dict(params=list(net.aspp.parameters()), lr=cfg.lr, weight_decay=cfg.weight_decay)        # [D3]
-    prototypes = [dict(params=[net.prototypes], lr=cfg.lr)] if isinstance(net, ScaleProtoSeg) else []
-    if phase == "warmup":
-        groups = [aspp, *prototypes]
-    elif phase == "joint":
-        fixed = {id(p) for p in norm_parameters(net.backbone)} if cfg.frozen_bn else ()
-        backbone = [p for p in net.backbone.parameters() if id(p) not in fixed]
-        backbone = dict(params=backbone, lr=cfg.backbone_lr, weight_decay=cfg.weight_decay)
-        groups = [backbone, aspp, *prototypes]
+    if phase in ("warmup", "joint"):
+        groups = [dict(params=list(net.aspp.parameters()), lr=cfg.lr, weight_decay=cfg.weight_decay)]   # [D3]
+        if isinstance(net, ScaleProtoSeg):
+            groups.append(dict(params=[net.prototypes], lr=cfg.lr))
+        if phase == "joint":
+            fixed = {id(p) for p in norm_parameters(net.backbone)} if cfg.frozen_bn else ()
+            backbone = [p for p in net.backbone.parameters() if id(p) not in fixed]
+            groups.insert(0, dict(params=backbone, lr=cfg.backbone_lr, weight_decay=cfg.weight_decay))
     elif phase == "finetune":
         groups = [dict(params=[net.last_layer.weight], lr=cfg.finetune_lr)]
     elif phase == "group_warmup":
@@ -933,13 +932,15 @@ def report(net, cfg, sets, progress, machine):
         iou = dict(zip(data.classes, score["iou"]))
         entries[stage] = dict(miou=score["miou"], pixel_acc=score["pixel_acc"], iou=iou)
     if cfg.method != "deeplab":
-        entries |= progress["counts"] | measures.analyse(net, data, sets["project"], cfg, device)
+        entries |= progress["counts"] | measures.analyse(net, data, cfg, device)
+        if net.groups is not None and cfg.equivariance:
+            entries["equivariance"] = equivariance(net, sets["project"], cfg, device)
     iterations = {phase: getattr(cfg, phase) for phase in PHASES[cfg.method] if phase != "project"}
     entries |= run.facts(cfg, net, progress, machine, "method", "threshold") | dict(
         images_per_second=measures.images_per_second(net, data, cfg, device), split=cfg.test_split,
         iterations=iterations, finished=is_finished(cfg, progress))
     run.write_json(Path(cfg.out) / "metrics.json", entries)
-    gallery.draw_figures(gallery.Drawing(net, cfg, progress, data, sets["project"], device), entries)
+    gallery.draw_figures(gallery.Drawing(net, cfg, progress, device, data, sets["project"]), entries)
     text = ", ".join(f"{stage} {score['miou']:.1f}" for stage, score in scores.items())
     if "prototypes" in entries:
         text += f"; {entries['prototypes']} prototypes"
@@ -952,6 +953,66 @@ def report(net, cfg, sets, progress, machine):
 def is_finished(cfg, progress):
     last = PHASES[cfg.method][-1]
     return progress["phase"] == last and progress["iteration"] == getattr(cfg, last)
+
+
+# ---- quasi-equivariant prototypes (Sec. 11) --------------------------------------------------------------
+
+@torch.no_grad()
+def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_cells=10):
+    """Eq. (10): prototypes of two scales that light up alike if the image's size makes up for their rates.
+
+    With r(s) = rate s / rate 1, prototype i of scale s sees the image shrunk by r(t), prototype j of scale
+    t > s sees it shrunk by r(s). Both maps go to the larger one's grid and are binarised at a quantile p_th
+    over the class's cells. A pair is quasi-equivariant if its mean IoU is above IoU_th = `least`. Returns
+    {p_th: dict} with Fig. 7's ratios in percent and the pairs (i, j, IoU).
+    """
+    net.eval()
+    ratios = [rate / cfg.rates[0] for rate in cfg.rates]
+    count = min(cfg.equivariance, len(data))
+    chosen = Subset(loaders.TestView(data, 0), [k * len(data) // count for k in range(count)])      # [D12]
+    P = len(net.prototypes)
+    images = torch.zeros(P, P, device=device)                        # in how many images i and j are compared
+    iou = images.repeat(len(quantiles), 1, 1)                        # sums over these images
+    loader = loaders.eval_loader(chosen, cfg.workers, device)
+    for batch in tqdm(loader, desc="equivariance", leave=False, disable=None):
+        x, mask = to_device(batch, device, "image", "mask")
+        maps = [net.similarity(segmentation.shrunk(x, ratio))[0] for ratio in ratios]     # (P,h,w) each
+        for s, t in itertools.combinations(range(len(ratios)), 2):
+            large = maps[s]                                          # of the image shrunk by r(s), for scale t
+            small = segmentation.resized(maps[t][None], large.shape[1:])[0]               # for scale s
+            labels = nearest_label(mask, large.shape[1:])[0]
+            for c in labels.unique().tolist():
+                inside = labels == c
+                i, j = (((net.prototype_class == c) & (net.prototype_scale == k)).nonzero()[:, 0]
+                        for k in (s, t))
+                if inside.sum() < least_cells or not len(i) or not len(j):                # [D12]
+                    continue
+                images[i[:, None], j] += 1
+                for k, q in enumerate(quantiles):
+                    a, b = ((values >= row_quantile(values, q)[:, None]).float()          # (n,cells)
+                            for values in (small[i][:, inside], large[j][:, inside]))
+                    both = a @ b.T                                   # (n_i,n_j) cells active in both
+                    iou[k, i[:, None], j] += both / (a.sum(1)[:, None] + b.sum(1) - both)
+    iou = (iou / images.clamp(min=1)).cpu()                          # [D12]
+    return {f"{q:g}": equivariance_ratios(net, iou[k], least) for k, q in enumerate(quantiles)}
+
+
+def equivariance_ratios(net, iou, least):
+    """iou (P,P) on the CPU -> the ratios of Fig. 7 in percent, and the pairs; pairs that share a prototype
+    merge into a group."""
+    pairs = [(i, j, float(iou[i, j])) for i, j in (iou > least).nonzero().tolist()]
+    group = list(range(len(iou)))                                    # all of a group get its smallest number
+    for i, j, _ in pairs:
+        both = group[i], group[j]
+        group = [min(both) if number in both else number for number in group]
+    paired = sorted({p for i, j, _ in pairs for p in (i, j)})
+    num_groups = len({group[p] for p in paired})
+    num_classes = len(net.prototype_class.unique())                  # classes with prototypes
+    learned = num_classes * net.groups.weights.shape[1]
+    return dict(groups=num_groups, groups_to_learned_groups=100 * num_groups / learned,
+                prototypes_in_groups=100 * len(paired) / len(iou),
+                classes_with_groups=100 * len(net.prototype_class[paired].unique()) / num_classes,
+                pairs=sorted(pairs, key=lambda pair: -pair[2]))
 
 
 # ---- use a trained run -----------------------------------------------------------------------------------
@@ -976,7 +1037,7 @@ def load_run(cfg, device):
     test, source_images = (datasets.open_dataset(cfg.dataset, cfg.data, split)
                            for split in (cfg.test_split, cfg.project_split or cfg.train_split))
     net, progress = load_network(cfg, device, test.classes)
-    return gallery.Drawing(net, cfg, progress, test, source_images, device)
+    return gallery.Drawing(net, cfg, progress, device, test, source_images)
 
 
 @torch.no_grad()
@@ -1044,7 +1105,7 @@ def failures(cfg, device):
 def predict(cfg, device):
     """--predict: for every image OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png."""
     net, progress = load_network(cfg, device)
-    d = gallery.Drawing(net, cfg, progress, None, None, device)
+    d = gallery.Drawing(net, cfg, progress, device)
 
     def predict_file(path):
         image = files.read_image(path)
