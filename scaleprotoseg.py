@@ -201,9 +201,8 @@ def prototype_distances(features, prototypes, prototype_scale):
     """d2[b,p,y,x] = |f_s(x)[b,:,y,x] - p|^2 with s the scale of p, >= 0.
 
     features (B,S*D,h,w), prototypes (P,D), prototype_scale (P,) int64 -> (B,P,h,w) float32. One matrix
-    product for all scales: a prototype is a row of S*D numbers, zero outside its scale. Float32 also under
-    autocast, and a product for which torch leaves TF32 off (cuDNN's convolutions have it on): where a pixel
-    equals a prototype, an error of 1e-2 in d2 turns the similarity 9.2 into 4.6.
+    product for all scales: a prototype is a row of S*D numbers, zero outside its scale. Neither autocast nor
+    the TF32 of convolutions: where a pixel equals a prototype, an error of 1e-2 turns g = 9.2 into 4.6.
     """
     with torch.autocast(features.device.type, enabled=False):
         z = features.float().flatten(2)                              # (B,S*D,h*w)
@@ -291,8 +290,7 @@ def diversity_loss(d2, labels, prototype_class, prototype_scale, table=None):
 
 def off_class_l1(weight, class_of_column):
     """L_L1: sum of |w| where the row is not the column's class: weight (C,F), class_of_column (F,)."""
-    rows = torch.arange(len(weight), device=weight.device)[:, None]
-    return (weight.abs() * (rows != class_of_column)).sum()
+    return (weight.abs() * (1 - F.one_hot(class_of_column, len(weight)).T)).sum()
 
 
 # ---- groups, stage 2 (Sec. 9, 13; formulas: code) --------------------------------------------------------
@@ -370,7 +368,7 @@ class Groups(nn.Module):
         """After every optimizer step: rows back on the simplex of their class's members."""
         no_member = (self.members < 0)[:, None]                      # (C,1,N)
         low = self.weights.masked_fill(no_member, -1e4)              # so low that the projection makes it 0
-        self.weights.copy_(project_simplex(low).masked_fill(no_member, 0))   # needed where a class has none
+        self.weights.copy_(project_simplex(low).masked_fill(no_member, 0))   # but where a class has none
 
     def activations(self, similarity, alpha=0.0):
         """(B,P,h,w) -> (B,C*G,h,w); weights below alpha count as 0, classes without groups have 0 [D5]."""
@@ -491,9 +489,8 @@ class ScaleProtoSeg(DeepLab):
         return on_maps(self.last_layer.weight, similarity)
 
     def forward(self, x):
-        maps = self.maps(x)
+        d2 = [self.distances(maps) for maps in self.maps(x)]
         with torch.autocast(x.device.type, enabled=False):           # float32: see prototype_distances
-            d2 = [self.distances(m) for m in maps]
             return [(self.logits(log_similarity(d)), d) for d in d2]
 
     @torch.no_grad()
@@ -522,7 +519,6 @@ class ScaleProtoSeg(DeepLab):
         self.prototype_class = self.prototype_class[index]
         self.prototype_scale = self.prototype_scale[index]
         self.last_layer.weight = nn.Parameter(self.last_layer.weight[:, index])
-        self.last_layer.in_features = len(index)
         self.pairs = pair_table(self.prototype_class, self.prototype_scale)
 
     def start_groups(self, num_groups, seed=0):
@@ -543,11 +539,12 @@ class ScaleProtoSeg(DeepLab):
 
 def first_prototypes(cfg, num_classes):
     """Class and scale of every prototype, two lists of P: scale by scale, in a scale class by class."""
-    multiscale = cfg.method == "scaleprotoseg"
-    num_scales = len(cfg.rates) if multiscale else 1
-    each = cfg.prototypes if multiscale else cfg.protoseg_prototypes
-    places = [(c, s) for s in range(num_scales) for c in range(num_classes) for _ in range(each)]
-    return [c for c, _ in places], [s for _, s in places]
+    num_scales, each = 1, cfg.protoseg_prototypes
+    if cfg.method == "scaleprotoseg":
+        num_scales, each = len(cfg.rates), cfg.prototypes
+    prototype_class = torch.arange(num_classes).repeat_interleave(each).repeat(num_scales)
+    prototype_scale = torch.arange(num_scales).repeat_interleave(num_classes * each)
+    return prototype_class.tolist(), prototype_scale.tolist()
 
 
 def build_model(cfg, progress, weights="none"):
@@ -569,8 +566,7 @@ def build_model(cfg, progress, weights="none"):
 def losses_of(model, net, x, labels, phase, cfg):
     """The weighted terms of the loss of a phase for x (B,3,H,W), labels (B,H,W): dict of scalars.
 
-    Every size of the input is compared with labels at its own grid; the terms are means over the sizes.
-    Labels shrink, logits do not grow.
+    They are means over the sizes of the input. Labels shrink to the grid of each, logits do not grow.
     """
     with run.autocast(x.device, cfg.amp):
         outputs = model(x)
@@ -663,7 +659,7 @@ def project_prototypes(net, loader, device):
     P, D = net.prototypes.shape
     moved = net.prototypes.clone()
     best = torch.full((P,), math.inf, device=device)
-    where = torch.full((P, 3), -1, device=device)                    # image, row, column
+    places = torch.full((P, 3), -1, device=device)                   # image, row, column
     for batch in tqdm(loader, desc="project", leave=False, disable=None):
         x, mask = to_device(batch, device, "image", "mask")
         z = net.maps(x)[-1].float().sigmoid()                        # (1,S*D,h,w) [D14]
@@ -677,9 +673,9 @@ def project_prototypes(net, loader, device):
         best = torch.where(closer, nearest, best)
         moved = torch.where(closer[:, None], patch, moved)
         image = torch.full_like(row, int(batch["index"]))
-        where = torch.where(closer[:, None], torch.stack([image, row, column], 1), where)
+        places = torch.where(closer[:, None], torch.stack([image, row, column], 1), places)
     net.prototypes.copy_(moved)
-    return [Source(*place, distance) for place, distance in zip(where.tolist(), best.tolist())]
+    return [Source(*place, distance) for place, distance in zip(places.tolist(), best.tolist())]
 
 
 def remove_duplicates(prototypes, prototype_class, prototype_scale):
@@ -802,14 +798,11 @@ def stage1_of(cfg, classes):
 
 
 def announce(net, sets, progress, cfg, machine):
-    """Expected time and peak memory, measured on one iteration of the joint phase; changes nothing.
-
-    Iterations in which nothing but a last layer or groups learn count as a forward pass.
-    """
+    """Expected time and peak memory, measured on one iteration of the joint phase; changes nothing."""
     left = cfg.warmup + cfg.joint - progress["offset"] - progress["iteration"]
-    if left <= 0 or progress["phase"] not in ("warmup", "joint"):
+    if left <= 0:
         return
-    later = sum(getattr(cfg, phase) for phase in PHASES[cfg.method][3:])
+    later = sum(getattr(cfg, phase) for phase in PHASES[cfg.method][3:])     # each about a forward pass
     images = later * cfg.batch_size + (left + later) // cfg.eval_every * len(sets["val"]) + len(sets["test"])
     optimizer, scheduler = build_optimizer(net, "joint", cfg, machine.device)
 
@@ -845,30 +838,30 @@ def project(net, sets, log, cfg, machine):
     sources = project_prototypes(net, loader, machine.device)
     if dist.is_initialized():
         dist.broadcast(net.prototypes.data, 0)
-    moved = [source.image >= 0 for source in sources]
-    if not any(moved):
+    moved = torch.tensor([source.image >= 0 for source in sources], device=machine.device)
+    if not moved.any():
         raise UserError(f"no pixel of the {cfg.project_split or cfg.train_split} split is labelled at the "
                         "stride of the network, so no prototype can be projected: check the masks.")
-    absent = sorted({c for c, has_moved in zip(net.prototype_class.tolist(), moved) if not has_moved})
-    distinct = remove_duplicates(net.prototypes, net.prototype_class, net.prototype_scale)
-    kept = [p for p in distinct.tolist() if moved[p]]
-    net.keep(torch.tensor(kept, device=machine.device))
-    counts = dict(prototypes_at_first=len(sources), absent_classes=[progress["classes"][c] for c in absent],
-                  of_absent_classes=moved.count(False), duplicates=moved.count(True) - len(kept), pruned=0)
+    absent = [progress["classes"][c] for c in net.prototype_class[~moved].unique().tolist()]
+    kept = remove_duplicates(net.prototypes, net.prototype_class, net.prototype_scale)
+    kept = kept[moved[kept]]
+    net.keep(kept)
+    counts = dict(prototypes_at_first=len(sources), absent_classes=absent, pruned=0,
+                  of_absent_classes=int((~moved).sum()), duplicates=int(moved.sum()) - len(kept))
     if cfg.method == "protoseg":
-        passed = prune_prototypes(net, loader, machine.device).to(torch.uint8)
+        passed = prune_prototypes(net, loader, machine.device)
         if dist.is_initialized():
             dist.broadcast(passed, 0)
         if not passed.any():
             raise UserError("ProtoSeg's pruning left no prototype: train longer (--schedule, --joint).")
-        counts["pruned"] = passed.tolist().count(0)
-        kept = [p for p, passes in zip(kept, passed.tolist()) if passes]
+        counts["pruned"] = int((~passed).sum())
+        kept = kept[passed]
         net.keep(passed.nonzero()[:, 0])
-    progress |= dict(phase="project", counts=counts, sources=[list(sources[p]) for p in kept],
+    progress |= dict(phase="project", counts=counts, sources=[list(sources[p]) for p in kept.tolist()],
                      prototype_class=net.prototype_class.tolist(),
                      prototype_scale=net.prototype_scale.tolist())
     if machine.rank == 0:
-        names = f" ({', '.join(counts['absent_classes'])})" if absent else ""
+        names = f" ({', '.join(absent)})" if absent else ""
         print(f"projected {len(sources)} prototypes onto training images; {len(kept)} left: "
               f"{counts['duplicates']} duplicates, {counts['pruned']} pruned, {counts['of_absent_classes']} "
               f"of classes without a training pixel{names}", flush=True)
