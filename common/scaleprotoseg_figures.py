@@ -377,9 +377,10 @@ def explanation_text(explanation):
 
 
 @torch.no_grad()
-def draw_failures(d, c, most=3):
-    """OUT/failures/CLASS-N.png (Sec. 17): the test images with the most wrong pixels of class c, missed or
+def draw_failures(d, most=3):
+    """OUT/failures/CLASS-N.png (Sec. 17): the test images with the most wrong pixels of --failure, missed or
     invented, among those with an IoU of the class below --failure-iou. Returns all of these, dicts."""
+    c = segmentation.class_id(d.cfg.failure, d.classes, "--failure")
     failures = []
     for i in tqdm(range(len(d.test)), desc="failures", leave=False, disable=None):
         if not (d.test.read_mask(i) == c).any():

@@ -152,7 +152,7 @@ def part_purity(net, data, parts, cfg, device, most=10):
     return dict(purity=100 * share[counted].mean().item(), largest_part=100 * chance[counted].mean().item())
 
 
-# ---- groups (Sec. 9, 10, 12) -----------------------------------------------------------------------------
+# ---- groups (Sec. 9 to 12) -------------------------------------------------------------------------------
 
 def sparsity(net, cfg):
     """Tables 7, 8 and 10: prototypes in use, prototypes of a group on average, mean |w| of the last layer,
@@ -201,3 +201,21 @@ def mean_overlap(net, data, cfg, device):
             activation = resized(activation, mask.shape[1:], "bicubic")
             total += torch.stack(group_overlap(activation)).cpu().double()
     return float(100 * total[0] / total[1]) if total[1] > 0 else None
+
+
+def equivariance_ratios(net, iou, least):
+    """iou (P,P) on the CPU -> the ratios of Fig. 7 in percent, and the pairs; pairs that share a prototype
+    merge into a group."""
+    pairs = [(i, j, float(iou[i, j])) for i, j in (iou > least).nonzero().tolist()]
+    group = list(range(len(iou)))                                    # all of a group get its smallest number
+    for i, j, _ in pairs:
+        both = group[i], group[j]
+        group = [min(both) if number in both else number for number in group]
+    paired = sorted({p for i, j, _ in pairs for p in (i, j)})
+    num_groups = len({group[p] for p in paired})
+    num_classes = len(net.prototype_class.unique())                  # classes with prototypes
+    learned = num_classes * net.groups.weights.shape[1]
+    return dict(groups=num_groups, groups_to_learned_groups=100 * num_groups / learned,
+                prototypes_in_groups=100 * len(paired) / len(iou),
+                classes_with_groups=100 * len(net.prototype_class[paired].unique()) / num_classes,
+                pairs=sorted(pairs, key=lambda pair: -pair[2]))

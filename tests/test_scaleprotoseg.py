@@ -1488,7 +1488,7 @@ def test_pairs_that_share_a_prototype_merge_into_groups():
     iou[8, 9] = 0.5                                                     # not above
     iou[3, 5] = 0.875
     net.start_groups(3)
-    found = scaleprotoseg.equivariance_ratios(net, iou, 0.5)
+    found = measures.equivariance_ratios(net, iou, 0.5)
     assert found["pairs"][0] == (3, 5, 0.875)                           # the best first
     assert sorted(pair[:2] for pair in found["pairs"]) == [(0, 2), (0, 5), (1, 3), (3, 5), (6, 7)]
     assert found["groups"] == 2 and found["groups_to_learned_groups"] == pytest.approx(100 * 2 / 9)
