@@ -44,9 +44,8 @@ Where we do something else, or had to choose ([D*] marks the line):
 [D6] EM: entropy weight 0.25 as printed in Sec. 7; the code has 0.05. The two cuts are ours (seeds 1 and 2).
 [D7] ProtoSeg's pruning leaves void pixels out on all data sets (the code forgets to on three of them).
 [D8] Consistency and stability binarise above quantiles over the pixels of the class; 0.7, 0.8, 0.9 are ours:
-     neither the paper's list nor the code's quantile is released. Component centroids are rounded, and the
-     background's is no keypoint (in the code it is). Images in which a class shows no keypoint are left out.
-     All classes of Pascal with parts count; the code drops cow, probably meaning dining table.
+     the paper's are not known. The background has no keypoint (in the code it has), and images in which a
+     class has none are left out. All classes of Pascal with parts count; the code drops cow.
 [D9] Validation sees whole images; the code crops and scales them at random. The last weights are kept.
 [D10] Where the backbone is frozen batch norm is in eval mode, also where it is trained (U-Net, tiny).
 [D11] The plain network is trained as the others are (Adam, no CRF); Table 6's is one of SGD and a CRF.
@@ -226,8 +225,8 @@ def nearest_label(labels, size):
 # ---- losses of stage 1 (Sec. 6) --------------------------------------------------------------------------
 
 def members_by_key(key, num_keys):
-    """Table of the items that have each key, key (1, 0, 1) -> ((1, -1), (0, 2)): key (P,) int64 ->
-    (num_keys,N), rising numbers, then -1. N: the most items of one key, at least 1."""
+    """The items that have each key: key (P,) int64 -> (num_keys,N), rising numbers, then -1; N is the most
+    items of one key, at least 1. Key (1, 0, 1) gives ((1, -1), (0, 2))."""
     count = torch.bincount(key, minlength=num_keys)
     order = key.argsort(stable=True)                                 # items of key 0, then of key 1, ...
     begin = count.cumsum(0) - count                                  # where each key begins in `order`
@@ -446,9 +445,7 @@ class DeepLab(nn.Module):
 
 class ScaleProtoSeg(DeepLab):
     """ASPP maps -> similarities to prototypes -> logits, by the last layer or, in stage 2, by the groups.
-
-    forward(x) -> list as in DeepLab, of (logits (B,C,h,w), d2 (B,P,h,w)).
-    """
+    forward(x) -> list as in DeepLab, of (logits (B,C,h,w), d2 (B,P,h,w))."""
 
     def __init__(self, backbone, depth, rates, summed, input_scales, frozen_bn, prototype_class,
                  prototype_scale, num_classes):
@@ -530,9 +527,8 @@ class ScaleProtoSeg(DeepLab):
 
 def first_prototypes(cfg, num_classes):
     """Class and scale of every prototype, two lists of P: scale by scale, in a scale class by class."""
-    num_scales, each = 1, cfg.protoseg_prototypes
-    if cfg.method == "scaleprotoseg":
-        num_scales, each = len(cfg.rates), cfg.prototypes
+    multiscale = cfg.method == "scaleprotoseg"
+    num_scales, each = (len(cfg.rates), cfg.prototypes) if multiscale else (1, cfg.protoseg_prototypes)
     prototype_class = torch.arange(num_classes).repeat_interleave(each).repeat(num_scales)
     prototype_scale = torch.arange(num_scales).repeat_interleave(num_classes * each)
     return prototype_class.tolist(), prototype_scale.tolist()
@@ -555,10 +551,8 @@ def build_model(cfg, progress, weights="none"):
 # ---- a training step -------------------------------------------------------------------------------------
 
 def losses_of(model, net, x, labels, phase, cfg):
-    """The weighted terms of the loss of a phase for x (B,3,H,W), labels (B,H,W): dict of scalars.
-
-    They are means over the sizes of the input. Labels shrink to the grid of each, logits do not grow.
-    """
+    """The weighted terms of the loss of a phase, means over the sizes of the input: dict of scalars.
+    x (B,3,H,W), labels (B,H,W): labels shrink to the grid of the logits, logits do not grow."""
     with run.autocast(x.device, cfg.amp):
         outputs = model(x)
     share = 1 / len(outputs)
@@ -581,9 +575,7 @@ def losses_of(model, net, x, labels, phase, cfg):
 
 def train_step(model, net, optimizer, scheduler, x, labels, phase, cfg):
     """One iteration; returns the terms of the loss, detached, on the device. model: net, or DDP around it.
-
-    The batch goes through in parts of --micro-batch images, whose gradients add up.
-    """
+    The batch goes through in parts of --micro-batch images, whose gradients add up."""
     sums = {}
     size = cfg.micro_batch or len(x)
     parts = list(zip(x.split(size), labels.split(size)))
@@ -615,10 +607,10 @@ def build_optimizer(net, phase, cfg, device):
             groups.insert(0, dict(params=backbone, lr=cfg.backbone_lr, weight_decay=cfg.weight_decay))
     elif phase == "finetune":
         groups = [dict(params=[net.last_layer.weight], lr=cfg.finetune_lr)]
-    else:
+    elif phase == "group_warmup":
         groups = [dict(params=[net.groups.weights], lr=cfg.group_lr)]
-        if phase == "group_joint":
-            groups[0]["params"].append(net.groups.last_layer.weight)
+    else:
+        groups = [dict(params=[net.groups.weights, net.groups.last_layer.weight], lr=cfg.group_lr)]
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_(True)
@@ -687,7 +679,9 @@ def train(cfg, machine):
     """All phases of the method, then the report. Returns what metrics.json holds (None where rank > 0)."""
     sets = open_sets(cfg)
     net, progress = prepare(cfg, sets, machine)
-    announce(net, sets, progress, cfg, machine)
+    view = loaders.TrainView(sets["train"], 0, cfg.crop, (cfg.scale_min, cfg.scale_max), photometric=False,
+                             crop_retries=0)
+    announce(net, view, sets, progress, cfg, machine)
     log = run.Log(cfg.out, progress, machine)
     phases = PHASES[cfg.method]
     for phase in phases[phases.index(progress["phase"]):]:
@@ -696,14 +690,14 @@ def train(cfg, machine):
             continue
         if phase.startswith("group") and net.groups is None:
             net.start_groups(cfg.groups, cfg.seed)
-        train_phase(net, phase, sets, log, cfg, machine)
+        train_phase(net, phase, view, sets["val"], log, cfg, machine)
         progress["offset"] += getattr(cfg, phase)
         if phase == "finetune" and cfg.method == "scaleprotoseg":
             run.save_checkpoint(Path(cfg.out) / "stage1.pt", dict(model=net), progress)   # for --stage1
     return report(net, cfg, sets, progress, machine)
 
 
-def train_phase(net, phase, sets, log, cfg, machine):
+def train_phase(net, phase, view, val, log, cfg, machine):
     """The iterations of one phase, with log and checkpoints; a resumed one goes on where it stood."""
     progress = log.progress
     total = getattr(cfg, phase)
@@ -715,7 +709,6 @@ def train_phase(net, phase, sets, log, cfg, machine):
     elif progress["iteration"]:
         run.load_checkpoint(Path(cfg.out) / "last.pt", parts, machine.device)
     start, offset = progress["iteration"], progress["offset"]
-    view = training_view(sets["train"], cfg)
     loader = loaders.train_loader(view, cfg.batch_size, cfg.seed, offset + start, offset + total,
                                   cfg.workers, *machine)
     model.train()
@@ -725,7 +718,7 @@ def train_phase(net, phase, sets, log, cfg, machine):
         x, labels = to_device(batch, machine.device, "image", "mask")
         log.add(train_step(model, net, optimizer, scheduler, x, labels, phase, cfg))
         if run.due(iteration, cfg.eval_every, total):
-            log_row(net, sets["val"], log, iteration, scheduler.get_last_lr()[0], cfg, machine)
+            log_row(net, val, log, iteration, scheduler.get_last_lr()[0], cfg, machine)
         if run.due(iteration, cfg.save_every, total):
             log.save("last.pt", parts, iteration=iteration)
     torch.backends.cudnn.benchmark = False
@@ -743,10 +736,6 @@ def open_sets(cfg):
     opened = {name: datasets.open_dataset(cfg.dataset, cfg.data, name) for name in names}
     check_parts(opened[cfg.test_split], cfg.parts)
     return {use: opened[name] for use, name in splits.items()}
-
-
-def training_view(data, cfg):
-    return loaders.TrainView(data, 0, cfg.crop, (cfg.scale_min, cfg.scale_max), False, crop_retries=0)
 
 
 def prepare(cfg, sets, machine):
@@ -788,7 +777,7 @@ def stage1_of(cfg, classes):
     return net, saved["progress"] | dict(phase="group_warmup", iteration=0)
 
 
-def announce(net, sets, progress, cfg, machine):
+def announce(net, view, sets, progress, cfg, machine):
     """Expected time and peak memory, measured on one iteration of the joint phase; changes nothing."""
     left = cfg.warmup + cfg.joint - progress["offset"] - progress["iteration"]
     if left <= 0:
@@ -804,7 +793,7 @@ def announce(net, sets, progress, cfg, machine):
     net.train()
     torch.backends.cudnn.benchmark = True
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
-    speed.announce(step, training_view(sets["train"], cfg), parts, left, images, cfg, machine)
+    speed.announce(step, view, parts, left, images, cfg, machine)
 
 
 def log_row(net, data, log, iteration, lr, cfg, machine):
@@ -817,10 +806,8 @@ def log_row(net, data, log, iteration, lr, cfg, machine):
 
 
 def project(net, sets, log, cfg, machine):
-    """The end of stage 1's training: projection, absent classes [D4], duplicates, ProtoSeg's pruning.
-
-    All processes do the same and end with the first one's prototypes: near ties may differ between GPUs.
-    """
+    """The end of stage 1's training: projection, absent classes [D4], duplicates, ProtoSeg's pruning. All
+    processes do the same and end with the first one's prototypes: near ties may differ between GPUs."""
     progress = log.progress
     if progress["phase"] == "project":                               # a resumed run has done it
         return
@@ -875,8 +862,7 @@ def prune_prototypes(net, loader, device, neighbours=6, least=3):
         d2 = net.distances(net.maps(x)[-1])[0]                       # (P,h,w)
         void = nearest_label(mask, d2.shape[1:]) == 255              # (1,h,w)
         nearest, cell = d2.masked_fill(void, math.inf).flatten(1).min(1)                  # (P,)
-        inside = torch.zeros(other + 1, *mask.shape[1:], device=device)
-        inside = inside.scatter_(0, mask.clamp(max=other), 1)        # (C+1,H,W)
+        inside = torch.zeros(other + 1, *mask.shape[1:], device=device).scatter_(0, mask.clamp(max=other), 1)
         inside = F.adaptive_max_pool2d(inside, d2.shape[1:]).flatten(1)                   # (C+1,h*w)
         distance.append(nearest)
         hit.append(inside[net.prototype_class, cell].bool() & nearest.isfinite())
@@ -888,10 +874,8 @@ def prune_prototypes(net, loader, device, neighbours=6, least=3):
 # ---- evaluation ------------------------------------------------------------------------------------------
 
 def evaluate(net, data, stages, cfg, machine):
-    """{stage: rates in percent (common/metrics.py)} over a split, summed over processes; void never counts.
-
-    stages: net.stages, or one name for the network as it predicts. Logits grow to the label, then argmax.
-    """
+    """{stage: rates in percent (common/metrics.py)} over a split, summed over processes. stages: net.stages,
+    or one name for the network as it predicts. Logits are resized to the label; void never counts."""
     def predict(batch):
         x, = to_device(batch, machine.device, "image")
         logits = [net.final_logits(x, cfg)] if len(stages) == 1 else net.logits_of_stages(x, cfg)
@@ -924,10 +908,8 @@ def report(net, cfg, sets, progress, machine):
     run.write_json(Path(cfg.out) / "metrics.json", entries)
     gallery.draw_figures(gallery.Drawing(net, cfg, progress, device, data, sets["project"]), entries)
     text = ", ".join(f"{stage} {score['miou']:.1f}" for stage, score in scores.items())
-    if "prototypes" in entries:
-        text += f"; {entries['prototypes']} prototypes"
-    if "group_average" in entries:
-        text += f", {entries['group_average']:.1f} a group"
+    text += f"; {entries['prototypes']} prototypes" if "prototypes" in entries else ""
+    text += f", {entries['group_average']:.1f} a group" if "group_average" in entries else ""
     print(f"{cfg.test_split} mIoU: {text}; see {cfg.out}/metrics.json and {cfg.out}/figures")
     return entries
 
@@ -937,16 +919,14 @@ def is_finished(cfg, progress):
     return progress["phase"] == last and progress["iteration"] == getattr(cfg, last)
 
 
-# ---- quasi-equivariant prototypes (Sec. 11) --------------------------------------------------------------
-
 @torch.no_grad()
 def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_cells=10):
     """Eq. (10): prototypes of two scales that light up alike if the image's size makes up for their rates.
 
     With r(s) = rate s / rate 1, prototype i of scale s sees the image shrunk by r(t), prototype j of scale
     t > s sees it shrunk by r(s). Both maps go to the larger one's grid and are binarised at a quantile p_th
-    over the class's cells. A pair is quasi-equivariant if its mean IoU is above IoU_th = `least`. Returns
-    {p_th: dict} with Fig. 7's ratios in percent and the pairs (i, j, IoU).
+    over the class's cells. A pair is quasi-equivariant if its mean IoU is above `least`, the paper's IoU_th.
+    Returns {p_th: dict} with Fig. 7's ratios in percent and the pairs (i, j, IoU).
     """
     ratios = [rate / cfg.rates[0] for rate in cfg.rates]
     count = min(cfg.equivariance, len(data))
@@ -997,8 +977,8 @@ def load_run(cfg, device):
     if cfg.method == "deeplab":
         raise UserError(f"the run in {cfg.out} is a plain network, which has no prototypes to explain it: "
                         "pass a run of scaleprotoseg or protoseg.")
-    test, source_images = (datasets.open_dataset(cfg.dataset, cfg.data, split)
-                           for split in (cfg.test_split, cfg.project_split or cfg.train_split))
+    splits = (cfg.test_split, cfg.project_split or cfg.train_split)
+    test, source_images = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in splits)
     net, progress = load_network(cfg, device, test.classes)
     return gallery.Drawing(net, cfg, progress, device, test, source_images)
 
@@ -1029,9 +1009,9 @@ def explain_cell(net, similarity, c, cell, alpha=0.0):
         if groups is None:
             part["prototype"] = f
         else:
-            part["group"] = k
-            part["members"] = [dict(prototype=p, weight=w, scale=int(net.prototype_scale[p]),
-                                    similarity=float(s[p])) for p, w in groups.members_of(c, k, alpha)]
+            members = [dict(prototype=p, weight=w, scale=int(net.prototype_scale[p]), similarity=float(s[p]))
+                       for p, w in groups.members_of(c, k, alpha)]
+            part |= dict(group=k, members=members)
         own.append(part)
     lowest = others.masked_fill(owner == c, math.inf).argsort()[:3].tolist()
     against = [{"class": int(owner[f]), "contribution": float(others[f])} for f in lowest if others[f] < 0]
@@ -1042,15 +1022,14 @@ def explain_cell(net, similarity, c, cell, alpha=0.0):
 @torch.no_grad()
 def explain(d):
     """--explain IMAGE: OUT/explanations/NAME-CLASS.png and .json. Returns the numbers."""
-    cfg = d.cfg
-    image = files.read_image(Path(cfg.explain))
+    image = files.read_image(Path(d.cfg.explain))
     similarity = d.similarity(image)                                 # (P,h,w)
-    logits = d.net.logits(similarity[None], cfg.threshold)[0]        # (C,h,w)
-    c, cell = segmentation.class_and_cell(logits, image.shape[1:], cfg.class_, d.classes, cfg.pixel)
+    logits = d.net.logits(similarity[None], d.cfg.threshold)[0]      # (C,h,w)
+    c, cell = segmentation.class_and_cell(logits, image.shape[1:], d.cfg.class_, d.classes, d.cfg.pixel)
     y0, y1, x0, x1 = figures.cell_block(cell, logits.shape[1:], image.shape[1:])
     predicted = d.classes[int(logits[:, cell[0], cell[1]].argmax())]
     explanation = {"class": d.classes[c], "predicted": predicted, "x": (x0 + x1) // 2, "y": (y0 + y1) // 2}
-    explanation |= explain_cell(d.net, similarity, c, cell, cfg.threshold)
+    explanation |= explain_cell(d.net, similarity, c, cell, d.cfg.threshold)
     for part in explanation["against"]:
         part["class"] = d.classes[part["class"]]
     picture = gallery.draw_explanation(d, image, similarity, logits, c, cell, explanation)
@@ -1096,8 +1075,8 @@ TABLES = {
                     {"group overlap": "group_overlap"}, PAPER, {
         "off": (NO_ENTROPY, 47.45, 61.65, 50.25),
         "on": (OURS, 28.29, 43.48, 42.74)}),
-    10: beside_paper("Table 10: last layer and cost: mean abs w, parameters beyond DeepLabv2, images a second "
-                     "(ours: one, synchronised)", COST, PAPER, {
+    10: beside_paper("Table 10: last layer and cost: mean abs w, parameters beyond DeepLabv2, images a "
+                     "second (ours: one, synchronised)", COST, PAPER, {
         "protoseg": (METHODS["protoseg"], "0.527 / 12100 / 20.70", "0.523 / 9900 / 52.50",
                      "0.503 / 238200 / 51.90"),
         "scaleprotoseg": (OURS, "0.063 / 9100 / 15.60", "0.071 / 7600 / 5.10", "0.437 / 135400 / 14.50")}),

@@ -32,17 +32,13 @@ class Tile(NamedTuple):
 
 @dataclass
 class Drawing:
-    """A trained network with all that its figures need; to predict alone needs no images.
-
-    progress: classes, and of each prototype p its sources[p]: image, row, column. source_images: those that
-    prototypes were projected to.
-    """
+    """A trained network with all that its figures need; to predict alone needs no images."""
     net: nn.Module
     cfg: object
-    progress: dict
+    progress: dict                                       # classes; sources[p]: image, row, column of prototype p
     device: torch.device
     test: SegmentationSet = None
-    source_images: SegmentationSet = None
+    source_images: SegmentationSet = None                # those that prototypes were projected to
     tiles: dict = field(default_factory=dict)            # {p: Tile}, drawn when first asked for
 
     @property
@@ -82,9 +78,9 @@ class Drawing:
             i, *cell = self.progress["sources"][p][:3]
             image, mask = self.source_images.read(i)
             similarity = self.native_similarity(image)[p].cpu()                           # (h,w)
-            box = region_box(similarity, cell, mask == self.class_of(p))
+            box = y0, y1, x0, x1 = region_box(similarity, cell, mask == self.class_of(p))
             marked = figures.draw_box(image, cell_block(cell, similarity.shape, mask.shape), width=1)
-            patch = thumbnail(marked[:, box[0]:box[1], box[2]:box[3]])
+            patch = thumbnail(marked[:, y0:y1, x0:x1])
             rate = f", rate {self.cfg.rates[self.scale_of(p)]}" if self.cfg.method == "scaleprotoseg" else ""
             caption = f"p{p}, {self.classes[self.class_of(p)]}{rate}"
             self.tiles[p] = Tile((patch, caption), (framed(image, box), caption),
@@ -95,11 +91,8 @@ class Drawing:
 # ---- pieces ----------------------------------------------------------------------------------------------
 
 def region_box(similarity, cell, mask, margin=5):
-    """y0, y1, x0, x1 of what a map (h,w) points at around a cell, in pixels of mask (H,W) bool.
-
-    The connected region above the map's 95th percentile inside the mask that touches the cell, and `margin`
-    pixels (the paper's code). Ends are exclusive.
-    """
+    """y0, y1, x0, x1, ends exclusive, of what a map (h,w) points at around a cell, in pixels of mask (H,W) bool:
+    the region above the map's 95th percentile in the mask that touches the cell, and `margin` pixels (code)."""
     H, W = mask.shape
     values = resized(similarity[None, None], (H, W), "bicubic")[0, 0].cpu() * mask
     active = values > row_quantile(values.flatten()[None], 0.95)[0]
@@ -143,10 +136,7 @@ def value_of(values, cell):
 
 def group_rows(d, classes, image, similarity, most=3, cell=None):
     """Rows for save_grid: activation of a group on an image, then the members that add most to its exponent.
-
-    All group maps have one colour scale, and all members' maps one. cell: give the numbers there, not the
-    highest ones.
-    """
+    All groups share a colour scale, all members another. cell: give the numbers at it, not the highest ones."""
     groups, num_groups = d.net.groups, d.cfg.groups
     activation = groups.activations(similarity[None], d.cfg.threshold)[0]                 # (C*G,h,w)
     members = {}                                         # (class, group) -> (prototype, weight), as they add
@@ -248,7 +238,7 @@ def draw_nearest_patches(d, shown, used, folder, most=3):
         chosen += [p for p, _ in weight.most_common(1)]
     if not chosen:
         return
-    best = []
+    best = []                                            # of every image the highest similarity of each
     for i in tqdm(range(len(d.test)), desc="nearest patches", leave=False, disable=None):
         best.append(d.native_similarity(d.test.read(i)[0])[chosen].flatten(1).amax(1).cpu())
     top = torch.stack(best).topk(min(most, len(best)), dim=0).indices                     # (most,classes)
@@ -343,9 +333,7 @@ def draw_entropy(path, runs, most=6):
 
 def draw_explanation(d, image, similarity, logits, c, cell, explanation):
     """OUT/explanations/NAME-CLASS.png: the groups (ProtoSeg: prototypes) of class c at a cell; its path.
-
-    similarity (P,h,w), logits (C,h,w) of the image; explanation: the numbers, as they are written beside it.
-    """
+    similarity (P,h,w), logits (C,h,w) of the image; explanation: the numbers, as they are written beside it."""
     prediction = d.predict(image)
     cells = [(framed(image, cell_block(cell, logits.shape[1:], image.shape[1:])), "the pixel"),
              (in_colours(image, prediction), "prediction"),

@@ -36,13 +36,11 @@ def analyse(net, data, cfg, device):
 @torch.no_grad()
 def images_per_second(net, data, cfg, device):
     """Table 10 "It/s": whole test images from input to labels, the clock read when the device is done."""
+    net.eval()
     sample = test_view(data, cfg)[0]
     x = sample["image"][None].to(device, memory_format=torch.channels_last)
-    net.eval()
-
-    def label():
-        return resized(net.final_logits(x, cfg), sample["mask"].shape).argmax(1)
-    return 1 / speed.measured_speed(label, {}, device, repeats=11)
+    return 1 / speed.measured_speed(
+        lambda: resized(net.final_logits(x, cfg), sample["mask"].shape).argmax(1), {}, device, repeats=11)
 
 
 # ---- parts (Sec. 6; formulas: code) [D8] -----------------------------------------------------------------
@@ -52,7 +50,7 @@ def part_presence(similarity, class_mask, keypoints, num_parts, quantile=0.8):
 
     similarity (P,H,W) of P prototypes of a class at the image's size, class_mask (H,W) bool, keypoints
     (K,3): part id 1..Q, x, y -> present (P,Q) bool: some keypoint of the part lies on an active pixel;
-    exists (Q,) bool: the image has a keypoint of it. Active: above the map's quantile in the class [D8].
+    exists (Q,) bool: the image has a keypoint of it. Active: above the map's quantile in the class.
     """
     pixels = similarity[:, class_mask]                               # (P,n)
     part, x, y = keypoints.long().unbind(1)
@@ -126,7 +124,7 @@ def part_purity(net, data, parts, cfg, device, most=10):
     for i in tqdm(with_parts, desc="purity", leave=False, disable=None):
         part_map = parts.part_map(i)
         if part_map is None:
-            continue
+            return {}
         sample = view[i]
         s = net.similarity(sample["image"][None].to(device))[0].cpu()                     # (P,h,w)
         labels = labels_of_cells(sample["mask"], s.shape[1:])
