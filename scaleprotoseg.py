@@ -1003,7 +1003,7 @@ def explain_cell(net, similarity, c, cell, alpha=0.0):
         nothing = (groups.members >= 0).any(1)[owner].to(s.dtype)    # 1, or 0 without members
     terms = weight * activation
     others = weight * (activation - nothing)
-    own = []
+    parts = []                                                       # the class's own groups
     for k, f in enumerate((owner == c).nonzero()[:, 0].tolist()):
         part = dict(weight=float(weight[f]), activation=float(activation[f]), contribution=float(terms[f]))
         if groups is None:
@@ -1012,10 +1012,10 @@ def explain_cell(net, similarity, c, cell, alpha=0.0):
             members = [dict(prototype=p, weight=w, scale=int(net.prototype_scale[p]), similarity=float(s[p]))
                        for p, w in groups.members_of(c, k, alpha)]
             part |= dict(group=k, members=members)
-        own.append(part)
+        parts.append(part)
     lowest = others.masked_fill(owner == c, math.inf).argsort()[:3].tolist()
     against = [{"class": int(owner[f]), "contribution": float(others[f])} for f in lowest if others[f] < 0]
-    return dict(logit=float(terms.sum()), own=own, constant=float((weight * nothing)[owner != c].sum()),
+    return dict(logit=float(terms.sum()), own=parts, constant=float((weight * nothing)[owner != c].sum()),
                 others=float(others[owner != c].sum()), against=against)
 
 

@@ -35,7 +35,7 @@ class Drawing:
     """A trained network with all that its figures need; to predict alone needs no images."""
     net: nn.Module
     cfg: object
-    progress: dict                                       # classes; sources[p]: image, row, column of prototype p
+    progress: dict                                       # its sources[p]: image, row, column of prototype p
     device: torch.device
     test: SegmentationSet = None
     source_images: SegmentationSet = None                # those that prototypes were projected to
@@ -91,8 +91,8 @@ class Drawing:
 # ---- pieces ----------------------------------------------------------------------------------------------
 
 def region_box(similarity, cell, mask, margin=5):
-    """y0, y1, x0, x1, ends exclusive, of what a map (h,w) points at around a cell, in pixels of mask (H,W) bool:
-    the region above the map's 95th percentile in the mask that touches the cell, and `margin` pixels (code)."""
+    """y0, y1, x0, x1, ends exclusive, of what a map (h,w) points at around a cell, in pixels of mask (H,W):
+    the region above the 95th percentile in the mask that touches the cell, and `margin` pixels (code)."""
     H, W = mask.shape
     values = resized(similarity[None, None], (H, W), "bicubic")[0, 0].cpu() * mask
     active = values > row_quantile(values.flatten()[None], 0.95)[0]
@@ -136,7 +136,7 @@ def value_of(values, cell):
 
 def group_rows(d, classes, image, similarity, most=3, cell=None):
     """Rows for save_grid: activation of a group on an image, then the members that add most to its exponent.
-    All groups share a colour scale, all members another. cell: give the numbers at it, not the highest ones."""
+    All groups share a colour scale, all members another. cell: give its numbers, not the highest ones."""
     groups, num_groups = d.net.groups, d.cfg.groups
     activation = groups.activations(similarity[None], d.cfg.threshold)[0]                 # (C*G,h,w)
     members = {}                                         # (class, group) -> (prototype, weight), as they add
@@ -229,12 +229,11 @@ def draw_groups(d, c, i, folder):
 
 def draw_nearest_patches(d, shown, used, folder, most=3):
     """nearest_patches.png (Fig. 14 to 19): a prototype of each class, its nearest patches in test images."""
-    groups = d.net.groups
     chosen = []
     for c in shown:                                      # the heaviest in the groups, or the first
         weight = Counter({p: 0.0 for p in range(len(used)) if d.class_of(p) == c and used[p]})
-        for g in range(d.cfg.groups if groups is not None else 0):
-            weight.update(dict(groups.members_of(c, g, d.cfg.threshold)))
+        for g in range(d.cfg.groups if d.net.groups is not None else 0):
+            weight.update(dict(d.net.groups.members_of(c, g, d.cfg.threshold)))
         chosen += [p for p, _ in weight.most_common(1)]
     if not chosen:
         return
@@ -333,7 +332,7 @@ def draw_entropy(path, runs, most=6):
 
 def draw_explanation(d, image, similarity, logits, c, cell, explanation):
     """OUT/explanations/NAME-CLASS.png: the groups (ProtoSeg: prototypes) of class c at a cell; its path.
-    similarity (P,h,w), logits (C,h,w) of the image; explanation: the numbers, as they are written beside it."""
+    similarity (P,h,w), logits (C,h,w) of the image; explanation: the numbers that are written beside it."""
     prediction = d.predict(image)
     cells = [(framed(image, cell_block(cell, logits.shape[1:], image.shape[1:])), "the pixel"),
              (in_colours(image, prediction), "prediction"),

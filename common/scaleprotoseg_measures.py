@@ -169,11 +169,8 @@ def sparsity(net, cfg):
 
 
 def group_overlap(activation, percentile=95):
-    """Table 9 for one image: activation (R,G,H,W) of groups of R classes -> intersection, union in pixels.
-
-    Every map is binarised above its own percentile over the image; the counts are sums over classes and
-    pairs of groups. Sums over the images give the overlap: intersection / union.
-    """
+    """Table 9 for one image: activation (R,G,H,W) of groups of R classes -> intersection, union in pixels,
+    sums over classes and pairs of groups. Every map is binarised above its own percentile over the image."""
     maps = activation.flatten(2)                                     # (R,G,n)
     active = (maps > row_quantile(maps.flatten(0, 1), percentile / 100).view(*maps.shape[:2], 1)).float()
     both = active @ active.transpose(1, 2)                           # (R,G,G) pixels active in both
@@ -185,7 +182,7 @@ def group_overlap(activation, percentile=95):
 
 @torch.no_grad()
 def mean_overlap(net, data, cfg, device):
-    """Table 9: overlap of a class's groups over the images that hold the class, in percent."""
+    """Table 9: overlap of a class's groups in percent: intersection / union, summed over the images with it."""
     groups = net.groups
     total = torch.zeros(2, dtype=torch.float64)          # intersection, union
     filled = (groups.weights >= cfg.threshold).any(2).flatten()[:, None, None]            # others are all 1
