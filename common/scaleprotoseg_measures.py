@@ -182,7 +182,7 @@ def group_overlap(activation, percentile=95):
 
 @torch.no_grad()
 def mean_overlap(net, data, cfg, device):
-    """Table 9: overlap of a class's groups in percent: intersection / union, summed over the images with it."""
+    """Table 9: overlap of a class's groups in percent: intersection / union, summed over its images."""
     groups = net.groups
     total = torch.zeros(2, dtype=torch.float64)          # intersection, union
     filled = (groups.weights >= cfg.threshold).any(2).flatten()[:, None, None]            # others are all 1
