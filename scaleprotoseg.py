@@ -93,7 +93,7 @@ class Config(RunConfig):
     test_split: str = opt("val", "split that is evaluated at the end and by --eval-only", evaluation=True)
     parts: str = opt("", "part annotations of the test split (data/README.md); toy: none", runtime=True)
     backbone: str = opt("resnet101", "network before the ASPP", choices=DENSE)
-    weights: str = opt("imagenet", "backbone's: imagenet (downloaded), a file, a URL or none", source=True)
+    weights: str = opt("imagenet", "backbone weights: imagenet (downloaded), file, URL or none", source=True)
     frozen_bn: bool = opt(True, "batch norm keeps its pretrained statistics and scales (Sec. 6)")
     output_stride: int = opt(8, "pixels a side that a cell of the feature map stands for; the U-Net has 1")
     unet_width: int = opt(64, "channels of the U-Net's first level; 16 for a CPU", above=0)

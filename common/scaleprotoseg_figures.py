@@ -17,6 +17,7 @@ from tqdm import tqdm
 from common import figures, segmentation
 from common.datasets import SegmentationSet
 from common.figures import cell_block, framed, heat, in_colours, thumbnail
+from common.loaders import counts_of_masks
 from common.metrics import row_quantile
 from common.regions import connected_components
 from common.segmentation import labels_of_cells, network_input, resized, shrunk
@@ -111,8 +112,7 @@ def framed_region(image, similarity, cell):
 
 def exemplars(data, most=20):
     """{class id: number of the image that shows most of it}, for the `most` classes with the most pixels."""
-    counts = torch.stack([torch.bincount(data.read_mask(i).flatten(), minlength=256)[:data.num_classes]
-                          for i in range(len(data))])    # (images,C)
+    counts = torch.stack(list(counts_of_masks(data)))[:, :data.num_classes]               # (images,C)
     order = counts.sum(0).argsort(descending=True, stable=True)[:most].tolist()
     return {c: int(counts[:, c].argmax()) for c in sorted(order) if counts[:, c].any()}
 
@@ -237,7 +237,7 @@ def draw_nearest_patches(d, shown, used, folder, most=3):
         chosen += [p for p, _ in weight.most_common(1)]
     if not chosen:
         return
-    best = []                                            # of every image the highest similarity of each
+    best = []                                            # of every image the highest similarities
     for i in tqdm(range(len(d.test)), desc="nearest patches", leave=False, disable=None):
         best.append(d.native_similarity(d.test.read(i)[0])[chosen].flatten(1).amax(1).cpu())
     top = torch.stack(best).topk(min(most, len(best)), dim=0).indices                     # (most,classes)
