@@ -139,7 +139,7 @@ def group_rows(d, classes, image, similarity, most=3, cell=None):
     All groups share a colour scale, all members another. cell: give its numbers, not the highest ones."""
     groups, num_groups = d.net.groups, d.cfg.groups
     activation = groups.activations(similarity[None], d.cfg.threshold)[0]                 # (C*G,h,w)
-    members = {}                                         # (class, group) -> (prototype, weight) pairs, best first
+    members = {}                                         # of each group (prototype, weight), best first
     for c, g in itertools.product(classes, range(num_groups)):
         pairs = groups.members_of(c, g, d.cfg.threshold)
         members[c, g] = sorted(pairs, key=lambda pair: -pair[1] * value_of(similarity[pair[0]], cell))
