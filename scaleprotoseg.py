@@ -28,37 +28,35 @@ G_{c,g}    group_activations  B,C*G,h,w exp of the weighted sum of similarities 
 w_h_group  groups.last_layer  C,C*G     stage 2: group activations -> logits               Sec. 12
 L_ent      entropy_loss       scalar    few prototypes in a group                          Sec. 9, code
 alpha      threshold          scalar    smaller group weights are dropped after training   Sec. 9, Table 7
-p_th       equivariance       scalar    do two scales light up alike (IoU above IoU_th)?   Sec. 11, Eq. (10)
+p_th       quantiles          2         above it a map is active: do two scales agree?     Sec. 11, Eq. (10)
 
 Phases: warmup -> joint -> project -> finetune (stage 1), group_warmup -> group_joint (stage 2). An
 "iteration" is an optimizer step on the whole batch (10 images).
 
 Where we do something else, or had to choose ([D*] marks the line):
 [D1] ResNet-101 has the stride of a block on its 3x3 convolution (torchvision), not on its first 1x1 (Caffe).
-[D2] The diversity loss takes the class's own pixels. ProtoSeg's code is off by one there (class c's pixels
-     train class c+1), so a ProtoSeg trained here is not the one of the printed tables.
+[D2] The diversity loss takes the class's own pixels. ProtoSeg's code is off by one: class c's pixels train
+     class c+1. So a ProtoSeg trained here is not the one of the printed tables.
 [D3] Weight decay acts on backbone and ASPP only (code); Sec. 6 does not say on what.
 [D4] A class without a pixel in the projection images cannot be projected: its prototypes are dropped and the
      run says so. The code moves them all to one corner of the first image.
 [D5] A class without prototypes has no groups; its logit comes from the other classes' groups alone.
 [D6] EM: entropy weight 0.25 as printed in Sec. 7; the code has 0.05. The two cuts are ours (seeds 1 and 2).
 [D7] ProtoSeg's pruning leaves void pixels out on all data sets (the code forgets to on three of them).
-[D8] Consistency and stability binarise above a quantile over the pixels of the class; 0.7, 0.8, 0.9 are our
-     choice, the paper's list and the code's quantile are not released. Component centroids are rounded; the
-     background's is no keypoint (in the code it is). Images in which a class shows no keypoint are left out
-     of stability. All classes of Pascal with parts count; the code drops cow, probably meaning dining table.
+[D8] Consistency and stability binarise above quantiles over the pixels of the class; 0.7, 0.8, 0.9 are ours:
+     the paper's are not known. The background has no keypoint (in the code it has), and images in which a
+     class has none are left out. All classes of Pascal with parts count; the code drops cow.
 [D9] Validation sees whole images; the code crops and scales them at random. The last weights are kept.
 [D10] Where the backbone is frozen batch norm is in eval mode, also where it is trained (U-Net, tiny).
-[D11] The plain network is trained as the prototype models are (Adam, same phases, no CRF); Table 6's
-     DeepLabv2 has SGD and equals the published number with a CRF.
-[D12] Sec. 11 leaves open how IoUs are averaged: per pair, a mean over the images that hold the class, in at
-     least 10 cells of the grid on which the maps meet: of fewer cells any two maps pick the same. At most
-     --equivariance images of the projection split are looked at, the paper takes all training images.
+[D11] The plain network is trained as the others are (Adam, no CRF); Table 6's is one of SGD and a CRF.
+[D12] Sec. 11 leaves open how IoUs are averaged: ours is a mean over the images that hold the class in 10 or
+     more cells of the common grid; of fewer cells any two maps pick the same. We take --equivariance images
+     of the projection split, the paper all training images.
 [D13] Toy scenes have no pretrained backbone: tiny is trained from scratch in the joint phase.
-[D14] Projection and analyses run in float32; training, evaluation and prediction on CUDA in bfloat16 up to
-     the ASPP maps.
+[D14] Projection and analyses are in float32; all else on CUDA is in bfloat16 up to the ASPP maps.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,16 +66,18 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from common import datasets, figures, files, loaders, run, segmentation, speed
 from common import scaleprotoseg_figures as gallery, scaleprotoseg_measures as measures
 from common.backbones import DENSE, build_dense, norm_parameters
 from common.loaders import to_device
+from common.metrics import row_quantile
 from common.parts import check_parts
 from common.run import RunConfig, UserError, opt
 from common.scaleprotoseg_measures import part_presence     # noqa: F401 (others import it from this file)
-from common.tables import Table, row_configs, train_rows, write_table
+from common.tables import Table, beside_paper, row_configs, train_rows, write_table
 
 
 # ---- options and recipes ---------------------------------------------------------------------------------
@@ -87,42 +87,42 @@ class Config(RunConfig):
     method: str = opt("scaleprotoseg", "protoseg = one summed scale, no groups; deeplab = plain network",
                       choices=("scaleprotoseg", "protoseg", "deeplab"))
     dataset: str = opt("cityscapes", "reader of --data", choices=datasets.DATASETS)
-    train_split: str = opt("train", "trained on")
-    project_split: str = opt("", "images that prototypes are projected to (default: --train-split)")
-    val_split: str = opt("val", "evaluated while training")
-    test_split: str = opt("val", "evaluated at the end and by --eval-only", evaluation=True)
+    train_split: str = opt("train", "split that is trained on")
+    project_split: str = opt("", "split that prototypes are projected to (default: --train-split)")
+    val_split: str = opt("val", "split that is evaluated while training")
+    test_split: str = opt("val", "split that is evaluated at the end and by --eval-only", evaluation=True)
     parts: str = opt("", "part annotations of the test split (data/README.md); toy: none", runtime=True)
     backbone: str = opt("resnet101", "network before the ASPP", choices=DENSE)
-    weights: str = opt("imagenet", "of the backbone: imagenet (downloaded), file, URL or none", source=True)
+    weights: str = opt("imagenet", "backbone weights: imagenet (downloaded), file, URL or none", source=True)
     frozen_bn: bool = opt(True, "batch norm keeps its pretrained statistics and scales (Sec. 6)")
     output_stride: int = opt(8, "pixels a side that a cell of the feature map stands for; the U-Net has 1")
     unet_width: int = opt(64, "channels of the U-Net's first level; 16 for a CPU", above=0)
     rates: list = opt((6, 12, 18, 24), "dilation of the ASPP convolutions: scales, small to large", each=int)
     depth: int = opt(64, "D, channels of a scale's features and of its prototypes", above=0)
-    input_scales: list = opt((), "sizes to look at the image in as well", each=float, above=0, below=4)
+    input_scales: list = opt((), "further sizes of the image, as factors", each=float, above=0, below=4)
     crop: int = opt(513, "training crop in pixels; lower it if memory runs out", above=0)
-    scale_min: float = opt(0.5, "training images are resized by a random factor from here ...", above=0)
-    scale_max: float = opt(1.5, "... to here")
+    scale_min: float = opt(0.5, "smallest factor by which training images are resized at random", above=0)
+    scale_max: float = opt(1.5, "largest factor by which training images are resized at random")
     test_size: int = opt(0, "short side of test images; 0 = the image's own", at_least=0)
     test_square: bool = opt(False, "test images are resized to test-size x test-size (Pascal)")
     batch_size: int = opt(10, "images an iteration, over all GPUs", above=0)
     micro_batch: int = opt(0, "images at once on a GPU, to save memory; 0 = the whole batch", at_least=0)
     prototypes: int = opt(3, "K, prototypes of a class and scale", above=0)
-    protoseg_prototypes: int = opt(10, "the same for --method protoseg, which has one scale", above=0)
+    protoseg_prototypes: int = opt(10, "prototypes of a class with --method protoseg", above=0)
     groups: int = opt(3, "G, groups of a class", above=0)
-    warmup: int = opt(3000, "iterations: ASPP and prototypes", schedule=True, at_least=0)
-    joint: int = opt(30000, "iterations: all convolutions and prototypes", schedule=True, at_least=0)
-    finetune: int = opt(2000, "iterations after the projection: last layer", schedule=True, at_least=0)
-    group_warmup: int = opt(2000, "iterations of stage 2: group weights", schedule=True, at_least=0)
-    group_joint: int = opt(30000, "iterations of stage 2: and their last layer", schedule=True, at_least=0)
+    warmup: int = opt(3000, "iterations in which ASPP and prototypes learn", schedule=True, at_least=0)
+    joint: int = opt(30000, "iterations in which all convolutions learn too", schedule=True, at_least=0)
+    finetune: int = opt(2000, "iterations in which the last layer learns", schedule=True, at_least=0)
+    group_warmup: int = opt(2000, "iterations in which group weights learn", schedule=True, at_least=0)
+    group_joint: int = opt(30000, "iterations in which their last layer learns", schedule=True, at_least=0)
     lr: float = opt(2.5e-4, "Adam learning rate of ASPP, prototypes; poly decay in the joint steps", above=0)
     backbone_lr: float = opt(2.5e-5, "learning rate of the backbone", above=0)
     finetune_lr: float = opt(1e-5, "learning rate of the last layer", above=0)
     group_lr: float = opt(2.5e-4, "learning rate of stage 2", above=0)
-    weight_decay: float = opt(5e-4, "of convolutions [D3]", at_least=0)
+    weight_decay: float = opt(5e-4, "weight decay of convolutions [D3]", at_least=0)
     w_diversity: float = opt(0.25, "lambda_J, weight of the diversity loss", at_least=0)
-    w_l1: float = opt(1e-4, "lambda_L1, of the last layer's off-class weights, in fine-tuning", at_least=0)
-    w_l1_group: float = opt(1e-3, "the same in stage 2", at_least=0)
+    w_l1: float = opt(1e-4, "lambda_L1 in fine-tuning, of the last layer's off-class weights", at_least=0)
+    w_l1_group: float = opt(1e-3, "lambda_L1 in stage 2, of its last layer's off-class weights", at_least=0)
     w_entropy: float = opt(0.05, "lambda_ent, of the entropy loss: higher = sparser groups", at_least=0)
     threshold: float = opt(0.05, "alpha: smaller group weights are dropped after training", at_least=0,
                            below=1, evaluation=True)
@@ -137,9 +137,9 @@ class Config(RunConfig):
     predict: str = opt("", "image or folder: index PNGs, overlays into OUT/predictions", uses_run=True)
     explain: str = opt("", "image: draw why a pixel of it got its class, by the run in OUT", uses_run=True)
     class_: str = opt("", "class that --explain explains (default: the predicted one)", runtime=True)
-    pixel: list = opt((), "x y of that pixel (default: the strongest of the class)", each=int, runtime=True)
-    failure: str = opt("", "class: draw test images, IoU below --failure-iou (Sec. 17)", uses_run=True)
-    failure_iou: float = opt(0.2, "epsilon_IoU of Sec. 17", runtime=True)
+    pixel: list = opt((), "x y to explain (default: the strongest of the class)", each=int, runtime=True)
+    failure: str = opt("", "class whose worst test images are drawn (Sec. 17)", uses_run=True)
+    failure_iou: float = opt(0.2, "epsilon_IoU of Sec. 17: images below it fail", runtime=True)
     table: int = opt(0, "train and evaluate this table's rows", choices=(0, 5, 7, 8, 9, 10), runtime=True)
 
 
@@ -198,9 +198,8 @@ def prototype_distances(features, prototypes, prototype_scale):
     """d2[b,p,y,x] = |f_s(x)[b,:,y,x] - p|^2 with s the scale of p, >= 0.
 
     features (B,S*D,h,w), prototypes (P,D), prototype_scale (P,) int64 -> (B,P,h,w) float32. One matrix
-    product for all scales: a prototype is a row of S*D numbers, zero outside its scale. Float32 also under
-    autocast, and a product for which torch leaves TF32 off (cuDNN's convolutions have it on): where a pixel
-    equals a prototype, an error of 1e-2 in d2 turns the similarity 9.2 into 4.6.
+    product for all scales: a prototype is a row of S*D numbers, zero outside its scale. Neither autocast nor
+    the TF32 of convolutions: where a pixel equals a prototype, an error of 1e-2 turns g = 9.2 into 4.6.
     """
     with torch.autocast(features.device.type, enabled=False):
         z = features.float().flatten(2)                              # (B,S*D,h*w)
@@ -226,10 +225,8 @@ def nearest_label(labels, size):
 # ---- losses of stage 1 (Sec. 6) --------------------------------------------------------------------------
 
 def members_by_key(key, num_keys):
-    """Table of the items that have each key: key (P,) int64 -> (num_keys,N), rising numbers, then -1.
-
-    N: the most items of one key, at least 1. Key (1, 0, 1) -> ((1, -1), (0, 2)).
-    """
+    """The items that have each key: key (P,) int64 -> (num_keys,N), rising numbers, then -1; N is the most
+    items of one key, at least 1. Key (1, 0, 1) gives ((1, -1), (0, 2))."""
     count = torch.bincount(key, minlength=num_keys)
     order = key.argsort(stable=True)                                 # items of key 0, then of key 1, ...
     begin = count.cumsum(0) - count                                  # where each key begins in `order`
@@ -241,8 +238,7 @@ def members_by_key(key, num_keys):
 
 def pair_table(prototype_class, prototype_scale):
     """(C,S,K): prototypes of each class and scale, -1 where there are fewer than K."""
-    num_classes = int(prototype_class.max()) + 1
-    num_scales = int(prototype_scale.max()) + 1
+    num_classes, num_scales = (int(ids.max()) + 1 for ids in (prototype_class, prototype_scale))
     table = members_by_key(prototype_class * num_scales + prototype_scale, num_classes * num_scales)
     return table.unflatten(0, (num_classes, num_scales))
 
@@ -259,8 +255,6 @@ def diversity_loss(d2, labels, prototype_class, prototype_scale, table=None):
     """
     table = pair_table(prototype_class, prototype_scale) if table is None else table      # (C,S,K)
     num_classes, num_scales, K = table.shape
-    if K < 2:
-        return 0 * d2.sum()
     B = len(d2)
     label = labels.flatten(1).long()                                 # (B,h*w)
     inside = label < num_classes                                     # neither void nor without prototypes
@@ -291,8 +285,7 @@ def diversity_loss(d2, labels, prototype_class, prototype_scale, table=None):
 
 def off_class_l1(weight, class_of_column):
     """L_L1: sum of |w| where the row is not the column's class: weight (C,F), class_of_column (F,)."""
-    rows = torch.arange(len(weight), device=weight.device)[:, None]
-    return (weight.abs() * (rows != class_of_column)).sum()
+    return (weight.abs() * (1 - F.one_hot(class_of_column, len(weight)).T)).sum()
 
 
 # ---- groups, stage 2 (Sec. 9, 13; formulas: code) --------------------------------------------------------
@@ -370,7 +363,7 @@ class Groups(nn.Module):
         """After every optimizer step: rows back on the simplex of their class's members."""
         no_member = (self.members < 0)[:, None]                      # (C,1,N)
         low = self.weights.masked_fill(no_member, -1e4)              # so low that the projection makes it 0
-        self.weights.copy_(project_simplex(low).masked_fill(no_member, 0))   # needed where a class has none
+        self.weights.copy_(project_simplex(low).masked_fill(no_member, 0))   # but where a class has none
 
     def activations(self, similarity, alpha=0.0):
         """(B,P,h,w) -> (B,C*G,h,w); weights below alpha count as 0, classes without groups have 0 [D5]."""
@@ -431,16 +424,14 @@ class DeepLab(nn.Module):
 
     def maps(self, x):
         """(B,3,H,W) -> list of maps, see the class."""
-        full = self.one_size(x)
-        if not self.input_scales:
-            return [full]
-        others = [self.one_size(F.interpolate(x, scale_factor=s, mode="bilinear", align_corners=False))
-                  for s in self.input_scales]
-        largest = full
-        for other in others:
-            other = F.interpolate(other, full.shape[2:], mode="bilinear", align_corners=False)
-            largest = torch.maximum(largest, other)
-        return [full, *others, largest] if self.training else [largest]
+        maps = [self.one_size(x)]
+        largest = maps[0]
+        for scale in self.input_scales:
+            smaller = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+            maps.append(self.one_size(smaller))
+            grown = F.interpolate(maps[-1], largest.shape[2:], mode="bilinear", align_corners=False)
+            largest = torch.maximum(largest, grown)
+        return [*maps, largest] if self.training and self.input_scales else [largest]
 
     def forward(self, x):
         return [(maps, None) for maps in self.maps(x)]
@@ -451,16 +442,10 @@ class DeepLab(nn.Module):
         with run.autocast(x.device, cfg.amp):
             return self(x)[-1][0].float()
 
-    def readouts(self, x, cfg):
-        """Logits of all `stages`, a list."""
-        return [self.final_logits(x, cfg)]
-
 
 class ScaleProtoSeg(DeepLab):
     """ASPP maps -> similarities to prototypes -> logits, by the last layer or, in stage 2, by the groups.
-
-    forward(x) -> list as in DeepLab, of (logits (B,C,h,w), d2 (B,P,h,w)).
-    """
+    forward(x) -> list as in DeepLab, of (logits (B,C,h,w), d2 (B,P,h,w))."""
 
     def __init__(self, backbone, depth, rates, summed, input_scales, frozen_bn, prototype_class,
                  prototype_scale, num_classes):
@@ -468,8 +453,8 @@ class ScaleProtoSeg(DeepLab):
         self.prototypes = nn.Parameter(torch.rand(len(prototype_class), depth))  # in [0, 1], as features
         self.register_buffer("prototype_class", torch.as_tensor(prototype_class))         # (P,)
         self.register_buffer("prototype_scale", torch.as_tensor(prototype_scale))         # (P,)
-        pairs = pair_table(self.prototype_class, self.prototype_scale)
-        self.register_buffer("pairs", pairs, persistent=False)
+        table = pair_table(self.prototype_class, self.prototype_scale)                    # (C,S,K)
+        self.register_buffer("pairs", table, persistent=False)
         self.last_layer = nn.Linear(len(prototype_class), num_classes, bias=False)        # w_h_proto
         self.last_layer.weight.data.copy_(initial_head(self.prototype_class, num_classes))
         self.groups = None                                           # until stage 2
@@ -491,9 +476,8 @@ class ScaleProtoSeg(DeepLab):
         return on_maps(self.last_layer.weight, similarity)
 
     def forward(self, x):
-        maps = self.maps(x)
+        d2 = [self.distances(maps) for maps in self.maps(x)]
         with torch.autocast(x.device.type, enabled=False):           # float32: see prototype_distances
-            d2 = [self.distances(m) for m in maps]
             return [(self.logits(log_similarity(d)), d) for d in d2]
 
     @torch.no_grad()
@@ -507,7 +491,8 @@ class ScaleProtoSeg(DeepLab):
         return ("stage1_projected", "stage1_finetuned", *groups)
 
     @torch.no_grad()
-    def readouts(self, x, cfg):
+    def logits_of_stages(self, x, cfg):
+        """(B,3,H,W) -> the logits (B,C,h,w) of each of `stages`, a list."""
         similarity = self.similarity(x, cfg.amp)
         head = initial_head(self.prototype_class, len(self.last_layer.weight))
         logits = [on_maps(head, similarity), on_maps(self.last_layer.weight, similarity)]
@@ -522,7 +507,6 @@ class ScaleProtoSeg(DeepLab):
         self.prototype_class = self.prototype_class[index]
         self.prototype_scale = self.prototype_scale[index]
         self.last_layer.weight = nn.Parameter(self.last_layer.weight[:, index])
-        self.last_layer.in_features = len(index)
         self.pairs = pair_table(self.prototype_class, self.prototype_scale)
 
     def start_groups(self, num_groups, seed=0):
@@ -544,10 +528,10 @@ class ScaleProtoSeg(DeepLab):
 def first_prototypes(cfg, num_classes):
     """Class and scale of every prototype, two lists of P: scale by scale, in a scale class by class."""
     multiscale = cfg.method == "scaleprotoseg"
-    num_scales = len(cfg.rates) if multiscale else 1
-    each = cfg.prototypes if multiscale else cfg.protoseg_prototypes
-    places = [(c, s) for s in range(num_scales) for c in range(num_classes) for _ in range(each)]
-    return [c for c, _ in places], [s for _, s in places]
+    num_scales, each = (len(cfg.rates), cfg.prototypes) if multiscale else (1, cfg.protoseg_prototypes)
+    prototype_class = torch.arange(num_classes).repeat_interleave(each).repeat(num_scales)
+    prototype_scale = torch.arange(num_scales).repeat_interleave(num_classes * each)
+    return prototype_class.tolist(), prototype_scale.tolist()
 
 
 def build_model(cfg, progress, weights="none"):
@@ -567,11 +551,8 @@ def build_model(cfg, progress, weights="none"):
 # ---- a training step -------------------------------------------------------------------------------------
 
 def losses_of(model, net, x, labels, phase, cfg):
-    """The weighted terms of the loss of a phase for x (B,3,H,W), labels (B,H,W): dict of scalars.
-
-    Every size of the input is compared with labels at its own grid; the terms are means over the sizes.
-    Labels shrink, logits do not grow.
-    """
+    """The weighted terms of the loss of a phase, means over the sizes of the input: dict of scalars.
+    x (B,3,H,W), labels (B,H,W): labels shrink to the grid of the logits, logits do not grow."""
     with run.autocast(x.device, cfg.amp):
         outputs = model(x)
     share = 1 / len(outputs)
@@ -594,9 +575,7 @@ def losses_of(model, net, x, labels, phase, cfg):
 
 def train_step(model, net, optimizer, scheduler, x, labels, phase, cfg):
     """One iteration; returns the terms of the loss, detached, on the device. model: net, or DDP around it.
-
-    The batch goes through in parts of --micro-batch images, whose gradients add up.
-    """
+    The batch goes through in parts of --micro-batch images, whose gradients add up."""
     sums = {}
     size = cfg.micro_batch or len(x)
     parts = list(zip(x.split(size), labels.split(size)))
@@ -618,15 +597,14 @@ def train_step(model, net, optimizer, scheduler, x, labels, phase, cfg):
 def build_optimizer(net, phase, cfg, device):
     """A fresh Adam over what the phase trains (Sec. 6), and its schedule; nothing else gets a gradient."""
     net.requires_grad_(False)
-    aspp = dict(params=list(net.aspp.parameters()), lr=cfg.lr, weight_decay=cfg.weight_decay)        # [D3]
-    prototypes = [dict(params=[net.prototypes], lr=cfg.lr)] if isinstance(net, ScaleProtoSeg) else []
-    if phase == "warmup":
-        groups = [aspp, *prototypes]
-    elif phase == "joint":
-        fixed = {id(p) for p in norm_parameters(net.backbone)} if cfg.frozen_bn else ()
-        backbone = [p for p in net.backbone.parameters() if id(p) not in fixed]
-        backbone = dict(params=backbone, lr=cfg.backbone_lr, weight_decay=cfg.weight_decay)
-        groups = [backbone, aspp, *prototypes]
+    if phase in ("warmup", "joint"):
+        groups = [dict(params=list(net.aspp.parameters()), lr=cfg.lr, weight_decay=cfg.weight_decay)]  # [D3]
+        if isinstance(net, ScaleProtoSeg):
+            groups.append(dict(params=[net.prototypes], lr=cfg.lr))
+        if phase == "joint":
+            fixed = {id(p) for p in norm_parameters(net.backbone)} if cfg.frozen_bn else ()
+            backbone = [p for p in net.backbone.parameters() if id(p) not in fixed]
+            groups.insert(0, dict(params=backbone, lr=cfg.backbone_lr, weight_decay=cfg.weight_decay))
     elif phase == "finetune":
         groups = [dict(params=[net.last_layer.weight], lr=cfg.finetune_lr)]
     elif phase == "group_warmup":
@@ -664,7 +642,7 @@ def project_prototypes(net, loader, device):
     P, D = net.prototypes.shape
     moved = net.prototypes.clone()
     best = torch.full((P,), math.inf, device=device)
-    where = torch.full((P, 3), -1, device=device)                    # image, row, column
+    places = torch.full((P, 3), -1, device=device)                   # image, row, column
     for batch in tqdm(loader, desc="project", leave=False, disable=None):
         x, mask = to_device(batch, device, "image", "mask")
         z = net.maps(x)[-1].float().sigmoid()                        # (1,S*D,h,w) [D14]
@@ -678,9 +656,9 @@ def project_prototypes(net, loader, device):
         best = torch.where(closer, nearest, best)
         moved = torch.where(closer[:, None], patch, moved)
         image = torch.full_like(row, int(batch["index"]))
-        where = torch.where(closer[:, None], torch.stack([image, row, column], 1), where)
+        places = torch.where(closer[:, None], torch.stack([image, row, column], 1), places)
     net.prototypes.copy_(moved)
-    return [Source(*place, distance) for place, distance in zip(where.tolist(), best.tolist())]
+    return [Source(*place, distance) for place, distance in zip(places.tolist(), best.tolist())]
 
 
 def remove_duplicates(prototypes, prototype_class, prototype_scale):
@@ -701,7 +679,9 @@ def train(cfg, machine):
     """All phases of the method, then the report. Returns what metrics.json holds (None where rank > 0)."""
     sets = open_sets(cfg)
     net, progress = prepare(cfg, sets, machine)
-    announce(net, sets, progress, cfg, machine)
+    view = loaders.TrainView(sets["train"], 0, cfg.crop, (cfg.scale_min, cfg.scale_max), photometric=False,
+                             crop_retries=0)
+    announce(net, view, sets, progress, cfg, machine)
     log = run.Log(cfg.out, progress, machine)
     phases = PHASES[cfg.method]
     for phase in phases[phases.index(progress["phase"]):]:
@@ -710,14 +690,14 @@ def train(cfg, machine):
             continue
         if phase.startswith("group") and net.groups is None:
             net.start_groups(cfg.groups, cfg.seed)
-        train_phase(net, phase, sets, log, cfg, machine)
+        train_phase(net, phase, view, sets["val"], log, cfg, machine)
         progress["offset"] += getattr(cfg, phase)
         if phase == "finetune" and cfg.method == "scaleprotoseg":
             run.save_checkpoint(Path(cfg.out) / "stage1.pt", dict(model=net), progress)   # for --stage1
     return report(net, cfg, sets, progress, machine)
 
 
-def train_phase(net, phase, sets, log, cfg, machine):
+def train_phase(net, phase, view, val, log, cfg, machine):
     """The iterations of one phase, with log and checkpoints; a resumed one goes on where it stood."""
     progress = log.progress
     total = getattr(cfg, phase)
@@ -729,7 +709,6 @@ def train_phase(net, phase, sets, log, cfg, machine):
     elif progress["iteration"]:
         run.load_checkpoint(Path(cfg.out) / "last.pt", parts, machine.device)
     start, offset = progress["iteration"], progress["offset"]
-    view = training_view(sets["train"], cfg)
     loader = loaders.train_loader(view, cfg.batch_size, cfg.seed, offset + start, offset + total,
                                   cfg.workers, *machine)
     model.train()
@@ -739,7 +718,7 @@ def train_phase(net, phase, sets, log, cfg, machine):
         x, labels = to_device(batch, machine.device, "image", "mask")
         log.add(train_step(model, net, optimizer, scheduler, x, labels, phase, cfg))
         if run.due(iteration, cfg.eval_every, total):
-            log_row(net, sets["val"], log, iteration, scheduler.get_last_lr()[0], cfg, machine)
+            log_row(net, val, log, iteration, scheduler.get_last_lr()[0], cfg, machine)
         if run.due(iteration, cfg.save_every, total):
             log.save("last.pt", parts, iteration=iteration)
     torch.backends.cudnn.benchmark = False
@@ -757,10 +736,6 @@ def open_sets(cfg):
     opened = {name: datasets.open_dataset(cfg.dataset, cfg.data, name) for name in names}
     check_parts(opened[cfg.test_split], cfg.parts)
     return {use: opened[name] for use, name in splits.items()}
-
-
-def training_view(data, cfg):
-    return loaders.TrainView(data, 0, cfg.crop, (cfg.scale_min, cfg.scale_max), False, crop_retries=0)
 
 
 def prepare(cfg, sets, machine):
@@ -791,10 +766,10 @@ def stage1_of(cfg, classes):
     other = run.read_config(Config, cfg.stage1)
     for name in ("method", "dataset", "train_split", "project_split", "backbone", "output_stride",
                  "unet_width", "rates", "depth", "input_scales", "frozen_bn"):
-        theirs = getattr(other, name)
-        if theirs != getattr(cfg, name):
+        theirs, ours = getattr(other, name), getattr(cfg, name)
+        if theirs != ours:
             raise UserError(f"--stage1 {cfg.stage1} was trained with {run.flag_of(name)} {theirs}, not "
-                            f"{getattr(cfg, name)}: use that run's settings.")
+                            f"{ours}: use that run's settings.")
     saved = run.read_checkpoint(Path(cfg.stage1) / "stage1.pt")
     run.check_classes(saved["progress"]["classes"], classes, cfg.stage1)
     net = build_model(cfg, saved["progress"])
@@ -802,15 +777,12 @@ def stage1_of(cfg, classes):
     return net, saved["progress"] | dict(phase="group_warmup", iteration=0)
 
 
-def announce(net, sets, progress, cfg, machine):
-    """Expected time and peak memory, measured on one iteration of the joint phase; changes nothing.
-
-    Iterations in which nothing but a last layer or groups learn count as a forward pass.
-    """
+def announce(net, view, sets, progress, cfg, machine):
+    """Expected time and peak memory, measured on one iteration of the joint phase; changes nothing."""
     left = cfg.warmup + cfg.joint - progress["offset"] - progress["iteration"]
-    if left <= 0 or progress["phase"] not in ("warmup", "joint"):
+    if left <= 0:
         return
-    later = sum(getattr(cfg, phase) for phase in PHASES[cfg.method][3:])
+    later = sum(getattr(cfg, phase) for phase in PHASES[cfg.method][3:])     # each about a forward pass
     images = later * cfg.batch_size + (left + later) // cfg.eval_every * len(sets["val"]) + len(sets["test"])
     optimizer, scheduler = build_optimizer(net, "joint", cfg, machine.device)
 
@@ -821,7 +793,7 @@ def announce(net, sets, progress, cfg, machine):
     net.train()
     torch.backends.cudnn.benchmark = True
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
-    speed.announce(step, training_view(sets["train"], cfg), parts, left, images, cfg, machine)
+    speed.announce(step, view, parts, left, images, cfg, machine)
 
 
 def log_row(net, data, log, iteration, lr, cfg, machine):
@@ -834,10 +806,8 @@ def log_row(net, data, log, iteration, lr, cfg, machine):
 
 
 def project(net, sets, log, cfg, machine):
-    """The end of stage 1's training: projection, absent classes [D4], duplicates, ProtoSeg's pruning.
-
-    All processes do the same and end with the first one's prototypes: near ties may differ between GPUs.
-    """
+    """The end of stage 1's training: projection, absent classes [D4], duplicates, ProtoSeg's pruning. All
+    processes do the same and end with the first one's prototypes: near ties may differ between GPUs."""
     progress = log.progress
     if progress["phase"] == "project":                               # a resumed run has done it
         return
@@ -846,30 +816,30 @@ def project(net, sets, log, cfg, machine):
     sources = project_prototypes(net, loader, machine.device)
     if dist.is_initialized():
         dist.broadcast(net.prototypes.data, 0)
-    moved = [source.image >= 0 for source in sources]
-    if not any(moved):
+    moved = torch.tensor([source.image >= 0 for source in sources], device=machine.device)
+    if not moved.any():
         raise UserError(f"no pixel of the {cfg.project_split or cfg.train_split} split is labelled at the "
                         "stride of the network, so no prototype can be projected: check the masks.")
-    absent = sorted({c for c, has_moved in zip(net.prototype_class.tolist(), moved) if not has_moved})
-    distinct = remove_duplicates(net.prototypes, net.prototype_class, net.prototype_scale)
-    kept = [p for p in distinct.tolist() if moved[p]]
-    net.keep(torch.tensor(kept, device=machine.device))
-    counts = dict(prototypes_at_first=len(sources), absent_classes=[progress["classes"][c] for c in absent],
-                  of_absent_classes=moved.count(False), duplicates=moved.count(True) - len(kept), pruned=0)
+    absent = [progress["classes"][c] for c in net.prototype_class[~moved].unique().tolist()]
+    kept = remove_duplicates(net.prototypes, net.prototype_class, net.prototype_scale)
+    kept = kept[moved[kept]]
+    net.keep(kept)
+    counts = dict(prototypes_at_first=len(sources), absent_classes=absent, pruned=0,
+                  of_absent_classes=int((~moved).sum()), duplicates=int(moved.sum()) - len(kept))
     if cfg.method == "protoseg":
-        passed = prune_prototypes(net, loader, machine.device).to(torch.uint8)
+        passed = prune_prototypes(net, loader, machine.device)
         if dist.is_initialized():
             dist.broadcast(passed, 0)
         if not passed.any():
             raise UserError("ProtoSeg's pruning left no prototype: train longer (--schedule, --joint).")
-        counts["pruned"] = passed.tolist().count(0)
-        kept = [p for p, passes in zip(kept, passed.tolist()) if passes]
+        counts["pruned"] = int((~passed).sum())
+        kept = kept[passed]
         net.keep(passed.nonzero()[:, 0])
-    progress |= dict(phase="project", counts=counts, sources=[list(sources[p]) for p in kept],
+    progress |= dict(phase="project", counts=counts, sources=[list(sources[p]) for p in kept.tolist()],
                      prototype_class=net.prototype_class.tolist(),
                      prototype_scale=net.prototype_scale.tolist())
     if machine.rank == 0:
-        names = f" ({', '.join(counts['absent_classes'])})" if absent else ""
+        names = f" ({', '.join(absent)})" if absent else ""
         print(f"projected {len(sources)} prototypes onto training images; {len(kept)} left: "
               f"{counts['duplicates']} duplicates, {counts['pruned']} pruned, {counts['of_absent_classes']} "
               f"of classes without a training pixel{names}", flush=True)
@@ -892,8 +862,7 @@ def prune_prototypes(net, loader, device, neighbours=6, least=3):
         d2 = net.distances(net.maps(x)[-1])[0]                       # (P,h,w)
         void = nearest_label(mask, d2.shape[1:]) == 255              # (1,h,w)
         nearest, cell = d2.masked_fill(void, math.inf).flatten(1).min(1)                  # (P,)
-        inside = torch.zeros(other + 1, *mask.shape[1:], device=device)
-        inside = inside.scatter_(0, mask.clamp(max=other), 1)        # (C+1,H,W)
+        inside = torch.zeros(other + 1, *mask.shape[1:], device=device).scatter_(0, mask.clamp(max=other), 1)
         inside = F.adaptive_max_pool2d(inside, d2.shape[1:]).flatten(1)                   # (C+1,h*w)
         distance.append(nearest)
         hit.append(inside[net.prototype_class, cell].bool() & nearest.isfinite())
@@ -905,19 +874,15 @@ def prune_prototypes(net, loader, device, neighbours=6, least=3):
 # ---- evaluation ------------------------------------------------------------------------------------------
 
 def evaluate(net, data, stages, cfg, machine):
-    """{stage: rates in percent (common/metrics.py)} over a split, summed over processes.
-
-    stages: net.stages, or ["final"] for the network as it predicts. Logits are resized to the label
-    bilinearly, then argmax; void pixels do not count.
-    """
+    """{stage: rates in percent (common/metrics.py)} over a split, summed over processes. stages: net.stages,
+    or one name for the network as it predicts. Logits are resized to the label; void never counts."""
     def predict(batch):
         x, = to_device(batch, machine.device, "image")
-        logits = net.readouts(x, cfg) if stages == net.stages else [net.final_logits(x, cfg)]
-        grown = [segmentation.resized(maps, batch["mask"].shape[1:]) for maps in logits]
-        return {stage: maps.argmax(1) for stage, maps in zip(stages, grown)}
+        logits = [net.final_logits(x, cfg)] if len(stages) == 1 else net.logits_of_stages(x, cfg)
+        size = batch["mask"].shape[1:]
+        return {stage: segmentation.resized(maps, size).argmax(1) for stage, maps in zip(stages, logits)}
 
-    view = loaders.TestView(data, cfg.test_size, cfg.test_square)
-    loader = loaders.eval_loader(view, cfg.workers, *machine)
+    loader = loaders.eval_loader(measures.test_view(data, cfg), cfg.workers, *machine)
     return segmentation.evaluate(net, loader, data.num_classes, stages, predict, machine)
 
 
@@ -933,18 +898,18 @@ def report(net, cfg, sets, progress, machine):
         iou = dict(zip(data.classes, score["iou"]))
         entries[stage] = dict(miou=score["miou"], pixel_acc=score["pixel_acc"], iou=iou)
     if cfg.method != "deeplab":
-        entries |= progress["counts"] | measures.analyse(net, data, sets["project"], cfg, device)
+        entries |= progress["counts"] | measures.analyse(net, data, cfg, device)
+        if net.groups is not None and cfg.equivariance:
+            entries["equivariance"] = equivariance(net, sets["project"], cfg, device)
     iterations = {phase: getattr(cfg, phase) for phase in PHASES[cfg.method] if phase != "project"}
     entries |= run.facts(cfg, net, progress, machine, "method", "threshold") | dict(
         images_per_second=measures.images_per_second(net, data, cfg, device), split=cfg.test_split,
         iterations=iterations, finished=is_finished(cfg, progress))
     run.write_json(Path(cfg.out) / "metrics.json", entries)
-    gallery.draw_figures(gallery.Drawing(net, cfg, progress, data, sets["project"], device), entries)
+    gallery.draw_figures(gallery.Drawing(net, cfg, progress, device, data, sets["project"]), entries)
     text = ", ".join(f"{stage} {score['miou']:.1f}" for stage, score in scores.items())
-    if "prototypes" in entries:
-        text += f"; {entries['prototypes']} prototypes"
-    if "group_average" in entries:
-        text += f", {entries['group_average']:.1f} a group"
+    text += f"; {entries['prototypes']} prototypes" if "prototypes" in entries else ""
+    text += f", {entries['group_average']:.1f} a group" if "group_average" in entries else ""
     print(f"{cfg.test_split} mIoU: {text}; see {cfg.out}/metrics.json and {cfg.out}/figures")
     return entries
 
@@ -952,6 +917,45 @@ def report(net, cfg, sets, progress, machine):
 def is_finished(cfg, progress):
     last = PHASES[cfg.method][-1]
     return progress["phase"] == last and progress["iteration"] == getattr(cfg, last)
+
+
+@torch.no_grad()
+def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_cells=10):
+    """Eq. (10): prototypes of two scales that light up alike if the image's size makes up for their rates.
+
+    With r(s) = rate s / rate 1, prototype i of scale s sees the image shrunk by r(t), prototype j of scale
+    t > s sees it shrunk by r(s). Both maps go to the larger one's grid and are binarised at a quantile p_th
+    over the class's cells. A pair is quasi-equivariant if its mean IoU is above `least`, the paper's IoU_th.
+    Returns {p_th: dict} with Fig. 7's ratios in percent and the pairs (i, j, IoU).
+    """
+    ratios = [rate / cfg.rates[0] for rate in cfg.rates]
+    count = min(cfg.equivariance, len(data))
+    chosen = Subset(loaders.TestView(data, 0), [k * len(data) // count for k in range(count)])  # [D12]
+    P = len(net.prototypes)
+    images = torch.zeros(P, P, device=device)                        # in which i and j are compared
+    iou = images.repeat(len(quantiles), 1, 1)                        # sums over these images
+    loader = loaders.eval_loader(chosen, cfg.workers, device)
+    for batch in tqdm(loader, desc="equivariance", leave=False, disable=None):
+        x, mask = to_device(batch, device, "image", "mask")
+        maps = [net.similarity(segmentation.shrunk(x, ratio))[0] for ratio in ratios]     # (P,h,w) each
+        for s, t in itertools.combinations(range(len(ratios)), 2):
+            large = maps[s]                                          # image shrunk by r(s): for scale t
+            small = segmentation.resized(maps[t][None], large.shape[1:])[0]               # for scale s
+            labels = nearest_label(mask, large.shape[1:])[0]
+            for c in labels.unique().tolist():
+                inside = labels == c
+                i, j = (((net.prototype_class == c) & (net.prototype_scale == k)).nonzero()[:, 0]
+                        for k in (s, t))
+                if inside.sum() < least_cells or not len(i) or not len(j):                # [D12]
+                    continue
+                images[i[:, None], j] += 1
+                for k, q in enumerate(quantiles):
+                    a, b = ((values >= row_quantile(values, q)[:, None]).float()
+                            for values in (small[i][:, inside], large[j][:, inside]))     # (n,cells)
+                    both = a @ b.T                                   # cells that are active in both
+                    iou[k, i[:, None], j] += both / (a.sum(1)[:, None] + b.sum(1) - both)
+    iou = (iou / images.clamp(min=1)).cpu()                          # [D12]
+    return {f"{q:g}": measures.equivariance_ratios(net, iou[k], least) for k, q in enumerate(quantiles)}
 
 
 # ---- use a trained run -----------------------------------------------------------------------------------
@@ -973,21 +977,20 @@ def load_run(cfg, device):
     if cfg.method == "deeplab":
         raise UserError(f"the run in {cfg.out} is a plain network, which has no prototypes to explain it: "
                         "pass a run of scaleprotoseg or protoseg.")
-    test, source_images = (datasets.open_dataset(cfg.dataset, cfg.data, split)
-                           for split in (cfg.test_split, cfg.project_split or cfg.train_split))
+    splits = (cfg.test_split, cfg.project_split or cfg.train_split)
+    test, source_images = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in splits)
     net, progress = load_network(cfg, device, test.classes)
-    return gallery.Drawing(net, cfg, progress, test, source_images, device)
+    return gallery.Drawing(net, cfg, progress, device, test, source_images)
 
 
 @torch.no_grad()
 def explain_cell(net, similarity, c, cell, alpha=0.0):
     """Why does a cell (row, column) have its logit of class c? similarity (P,h,w) -> dict of plain numbers.
 
-    logit = sum of the contributions of own + constant + others, exactly as the network computes it. Of an
-    own group: contribution = weight x activation, activation = exp(sum over members of weight x similarity).
-    The groups of other classes have activation 1 where they see nothing: constant = the sum of their
-    weights, others = the sum of weight x (activation - 1), against = the three that lower the logit most.
-    ProtoSeg: prototypes in place of groups, similarities in place of activations; constant = 0.
+    logit = contributions of the class's own groups (weight x activation) + constant + others. A group of
+    another class has activation 1 where it sees nothing: constant = the sum of these weights, others = the
+    sum of weight x (activation - 1), against = the three that lower the logit most. ProtoSeg: prototypes in
+    place of groups, similarities in place of activations, constant = 0.
     """
     groups = net.groups
     s = similarity[:, cell[0], cell[1]]                              # (P,)
@@ -1000,34 +1003,33 @@ def explain_cell(net, similarity, c, cell, alpha=0.0):
         nothing = (groups.members >= 0).any(1)[owner].to(s.dtype)    # 1, or 0 without members
     terms = weight * activation
     others = weight * (activation - nothing)
-    own = []
+    parts = []                                                       # the class's own groups
     for k, f in enumerate((owner == c).nonzero()[:, 0].tolist()):
         part = dict(weight=float(weight[f]), activation=float(activation[f]), contribution=float(terms[f]))
         if groups is None:
             part["prototype"] = f
         else:
-            part["group"] = k
-            part["members"] = [dict(prototype=p, weight=w, scale=int(net.prototype_scale[p]),
-                                    similarity=float(s[p])) for p, w in groups.members_of(c, k, alpha)]
-        own.append(part)
+            members = [dict(prototype=p, weight=w, scale=int(net.prototype_scale[p]), similarity=float(s[p]))
+                       for p, w in groups.members_of(c, k, alpha)]
+            part |= dict(group=k, members=members)
+        parts.append(part)
     lowest = others.masked_fill(owner == c, math.inf).argsort()[:3].tolist()
     against = [{"class": int(owner[f]), "contribution": float(others[f])} for f in lowest if others[f] < 0]
-    return dict(logit=float(terms.sum()), own=own, constant=float((weight * nothing)[owner != c].sum()),
+    return dict(logit=float(terms.sum()), own=parts, constant=float((weight * nothing)[owner != c].sum()),
                 others=float(others[owner != c].sum()), against=against)
 
 
 @torch.no_grad()
-def explain(cfg, device):
+def explain(d):
     """--explain IMAGE: OUT/explanations/NAME-CLASS.png and .json. Returns the numbers."""
-    d = load_run(cfg, device)
-    image = files.read_image(Path(cfg.explain))
+    image = files.read_image(Path(d.cfg.explain))
     similarity = d.similarity(image)                                 # (P,h,w)
-    logits = d.net.logits(similarity[None], cfg.threshold)[0]        # (C,h,w)
-    c, cell = segmentation.class_and_cell(logits, image.shape[1:], cfg.class_, d.classes, cfg.pixel)
+    logits = d.net.logits(similarity[None], d.cfg.threshold)[0]      # (C,h,w)
+    c, cell = segmentation.class_and_cell(logits, image.shape[1:], d.cfg.class_, d.classes, d.cfg.pixel)
     y0, y1, x0, x1 = figures.cell_block(cell, logits.shape[1:], image.shape[1:])
     predicted = d.classes[int(logits[:, cell[0], cell[1]].argmax())]
     explanation = {"class": d.classes[c], "predicted": predicted, "x": (x0 + x1) // 2, "y": (y0 + y1) // 2}
-    explanation |= explain_cell(d.net, similarity, c, cell, cfg.threshold)
+    explanation |= explain_cell(d.net, similarity, c, cell, d.cfg.threshold)
     for part in explanation["against"]:
         part["class"] = d.classes[part["class"]]
     picture = gallery.draw_explanation(d, image, similarity, logits, c, cell, explanation)
@@ -1035,16 +1037,10 @@ def explain(cfg, device):
     return explanation
 
 
-def failures(cfg, device):
-    """--failure CLASS (Sec. 17): pictures of the test images that miss or invent it most, and their list."""
-    d = load_run(cfg, device)
-    return gallery.draw_failures(d, segmentation.class_id(cfg.failure, d.classes, "--failure"))
-
-
 def predict(cfg, device):
     """--predict: for every image OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png."""
     net, progress = load_network(cfg, device)
-    d = gallery.Drawing(net, cfg, progress, None, None, device)
+    d = gallery.Drawing(net, cfg, progress, device)
 
     def predict_file(path):
         image = files.read_image(path)
@@ -1058,8 +1054,7 @@ METHODS = {name: dict(method=name) for name in ("deeplab", "protoseg", "scalepro
 OURS = METHODS["scaleprotoseg"]
 EM_CUTS = {f"{name} {k}": dict(method=name, train_split=f"train-{k}", val_split=f"val-{k}",
                                test_split=f"val-{k}") for name in METHODS for k in (1, 2)}        # [D6]
-THRESHOLDS = {"0.0": OURS, "0.05": OURS, "0.1": OURS}
-ENTROPY = {"off": OURS | dict(w_entropy=0.0), "on": OURS}
+NO_ENTROPY = OURS | dict(w_entropy=0.0)
 SPARSE = {"prototypes": "prototypes", "of a group": "group_average", "mIoU": "miou"}
 COST = {"mean abs w": "mean_abs_weight", "parameters": "extra_parameters", "images/s": "images_per_second"}
 DIGITS = {"of a group": 2, "mIoU": 2, "group overlap": 2, "mean abs w": 3, "images/s": 2}
@@ -1067,29 +1062,30 @@ PAPER = ("paper Pascal", "paper Cityscapes", "paper ADE20K")
 ON = ("131 / 3.70 / 72.26", "111 / 3.39 / 69.22", "1132 / 4.08 / 34.32")    # in the order of SPARSE
 TABLES = {
     5: Table("Table 5: three methods (the paper: mean of 3 runs on EM, no plain network)", METHODS,
-             {"mIoU": "miou"}, ("paper EM",), digits=DIGITS,
-             paper={"protoseg 1": (77.63,), "protoseg 2": (78.92,), "scaleprotoseg 1": (77.97,),
-                    "scaleprotoseg 2": (79.29,)}),
-    7: Table("Table 7: thresholds of the group weights", THRESHOLDS, SPARSE, PAPER, digits=DIGITS,
-             paper={"0.0": ("133 / 4.00 / 72.11", "114 / 3.68 / 69.20", "1168 / 4.53 / 34.03"), "0.05": ON,
-                    "0.1": ("126 / 3.21 / 72.12", "109 / 3.10 / 69.03", "1067 / 3.48 / 34.16")}),
-    8: Table("Table 8: entropy loss of the groups, off and on", ENTROPY, SPARSE, PAPER, digits=DIGITS,
-             paper={"off": ("146 / 5.59 / 72.22", "132 / 5.79 / 69.22", "1405 / 6.06 / 33.40"), "on": ON}),
-    9: Table("Table 9: overlap of a class's groups, entropy loss off and on", ENTROPY,
-             {"group overlap": "group_overlap"}, PAPER, digits=DIGITS,
-             paper={"off": (47.45, 61.65, 50.25), "on": (28.29, 43.48, 42.74)}),
-    10: Table("Table 10: last layer and cost: mean abs w, parameters beyond DeepLabv2, images a second "
-              "(ours: one, synchronised)", {"protoseg": METHODS["protoseg"], "scaleprotoseg": OURS}, COST,
-              PAPER, digits=DIGITS, paper={
-                  "protoseg": ("0.527 / 12100 / 20.70", "0.523 / 9900 / 52.50", "0.503 / 238200 / 51.90"),
-                  "scaleprotoseg": ("0.063 / 9100 / 15.60", "0.071 / 7600 / 5.10",
-                                    "0.437 / 135400 / 14.50")}),
+             {"mIoU": "miou"}, ("paper EM",), {"protoseg 1": (77.63,), "protoseg 2": (78.92,),
+                                               "scaleprotoseg 1": (77.97,), "scaleprotoseg 2": (79.29,)}),
+    7: beside_paper("Table 7: thresholds of the group weights", SPARSE, PAPER, {
+        "0.0": (OURS, "133 / 4.00 / 72.11", "114 / 3.68 / 69.20", "1168 / 4.53 / 34.03"),
+        "0.05": (OURS, *ON),
+        "0.1": (OURS, "126 / 3.21 / 72.12", "109 / 3.10 / 69.03", "1067 / 3.48 / 34.16")}),
+    8: beside_paper("Table 8: entropy loss of the groups, off and on", SPARSE, PAPER, {
+        "off": (NO_ENTROPY, "146 / 5.59 / 72.22", "132 / 5.79 / 69.22", "1405 / 6.06 / 33.40"),
+        "on": (OURS, *ON)}),
+    9: beside_paper("Table 9: overlap of a class's groups, entropy loss off and on",
+                    {"group overlap": "group_overlap"}, PAPER, {
+        "off": (NO_ENTROPY, 47.45, 61.65, 50.25),
+        "on": (OURS, 28.29, 43.48, 42.74)}),
+    10: beside_paper("Table 10: last layer and cost: mean abs w, parameters beyond DeepLabv2, images a "
+                     "second (ours: one, synchronised)", COST, PAPER, {
+        "protoseg": (METHODS["protoseg"], "0.527 / 12100 / 20.70", "0.523 / 9900 / 52.50",
+                     "0.503 / 238200 / 51.90"),
+        "scaleprotoseg": (OURS, "0.063 / 9100 / 15.60", "0.071 / 7600 / 5.10", "0.437 / 135400 / 14.50")}),
 }
 
 
 def run_table(cfg, machine):
     """--table: its rows as runs in OUT/rows/, then OUT/tableN.md. Tables share rows, finished ones stay."""
-    table = TABLES[cfg.table]
+    table = TABLES[cfg.table]._replace(digits=DIGITS)
     if cfg.table == 5 and cfg.dataset == "em":
         table = table._replace(rows=EM_CUTS)
     special = {7: thresholds, 8: entropy_rows, 9: entropy_rows}
@@ -1140,10 +1136,14 @@ def main(cfg):
         sets = open_sets(cfg)
         net, progress = load_network(cfg, machine.device, sets["test"].classes)
         return report(net, cfg, sets, progress, machine)
-    for task, asked in ((predict, cfg.predict), (explain, cfg.explain), (failures, cfg.failure)):
-        if asked:
-            return None if machine.rank else task(cfg, machine.device)
-    return train(cfg, machine)
+    if not (cfg.predict or cfg.explain or cfg.failure):
+        return train(cfg, machine)
+    if machine.rank:
+        return None
+    if cfg.predict:
+        return predict(cfg, machine.device)
+    d = load_run(cfg, machine.device)
+    return explain(d) if cfg.explain else gallery.draw_failures(d)
 
 
 if __name__ == "__main__":                                           # worker processes import this file

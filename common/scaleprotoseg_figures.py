@@ -4,7 +4,9 @@ The network is asked by its methods alone: net.similarity(x), net.final_logits(x
 net.groups.activations(similarity, alpha), net.groups.members_of(c, g, alpha). The README says what each
 figure shows.
 """
+import itertools
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,74 +17,83 @@ from tqdm import tqdm
 from common import figures, segmentation
 from common.datasets import SegmentationSet
 from common.figures import cell_block, framed, heat, in_colours, thumbnail
+from common.loaders import counts_of_masks
 from common.metrics import row_quantile
 from common.regions import connected_components
 from common.segmentation import labels_of_cells, network_input, resized, shrunk
 from common.transforms import normalise
 
 
-class Drawing(NamedTuple):
-    """A trained network with all that its figures need.
+class Tile(NamedTuple):
+    """Cells (picture uint8 (3,h,w), caption) of a projected prototype for save_grid."""
+    patch: tuple                                         # what it was projected to, the cell framed
+    boxed: tuple                                         # the whole image, a frame around the patch
+    heat: tuple                                          # its activation on this image
 
-    progress: classes, and of each prototype p its sources[p]: image, row, column. source_images: those that
-    prototypes were projected to. To predict alone needs no images.
-    """
+
+@dataclass
+class Drawing:
+    """A trained network with all that its figures need; to predict alone needs no images."""
     net: nn.Module
     cfg: object
-    progress: dict
-    test: SegmentationSet
-    source_images: SegmentationSet
+    progress: dict                                       # its sources[p]: image, row, column of prototype p
     device: torch.device
+    test: SegmentationSet = None
+    source_images: SegmentationSet = None                # those that prototypes were projected to
+    tiles: dict = field(default_factory=dict)            # {p: Tile}, drawn when first asked for
 
     @property
     def classes(self):
         return self.progress["classes"]
 
     def class_of(self, p):
-        return int(self.net.prototype_class[p])
+        return self.progress["prototype_class"][p]
 
     def scale_of(self, p):
-        return int(self.net.prototype_scale[p])
+        return self.progress["prototype_scale"][p]
 
     def file_name(self, c):
         return self.classes[c].replace(" ", "-").replace("/", "-")
 
-    def caption(self, p):
-        scale = f", rate {self.cfg.rates[self.scale_of(p)]}" if self.cfg.method == "scaleprotoseg" else ""
-        return f"p{p}, {self.classes[self.class_of(p)]}{scale}"
+    def input_of(self, image):
+        """The network's input for an image uint8 (3,H,W) as it is tested -> (1,3,h,w)."""
+        return network_input(image, self.cfg.test_size, self.cfg.test_square).to(self.device)
 
     def similarity(self, image):
         """Of an image as it is tested, uint8 (3,H,W) -> (P,h,w)."""
-        x = network_input(image, self.cfg.test_size, self.cfg.test_square)
-        return self.net.similarity(x.to(self.device))[0]
+        return self.net.similarity(self.input_of(image))[0]
+
+    def native_similarity(self, image):
+        """The same of an image in its own size."""
+        return self.net.similarity(normalise(image)[None].to(self.device))[0]
 
     def predict(self, image):
         """uint8 (3,H,W) -> class ids (H,W) uint8 on the CPU."""
-        x = network_input(image, self.cfg.test_size, self.cfg.test_square).to(self.device)
-        logits = resized(self.net.final_logits(x, self.cfg), image.shape[1:])
+        logits = resized(self.net.final_logits(self.input_of(image), self.cfg), image.shape[1:])
         return logits.argmax(1)[0].to(torch.uint8).cpu()
 
-    def native_similarity(self, image):
-        """Of an image in its own size."""
-        return self.net.similarity(normalise(image)[None].to(self.device))[0]
-
-
-class Tile(NamedTuple):
-    """Pictures of a projected prototype, uint8 (3,h,w)."""
-    patch: torch.Tensor                                  # what it was projected to, the cell framed
-    boxed: torch.Tensor                                  # the whole image, a frame around the patch
-    heat: torch.Tensor                                   # its activation on this image
-    caption: str                                         # "p12, car, rate 6"
+    @torch.no_grad()
+    def tile(self, p):
+        """The Tile of prototype p."""
+        if p not in self.tiles:
+            i, *cell = self.progress["sources"][p][:3]
+            image, mask = self.source_images.read(i)
+            similarity = self.native_similarity(image)[p].cpu()                           # (h,w)
+            box = y0, y1, x0, x1 = region_box(similarity, cell, mask == self.class_of(p))
+            marked = figures.draw_box(image, cell_block(cell, similarity.shape, mask.shape), width=1)
+            patch = thumbnail(marked[:, y0:y1, x0:x1])
+            rate = f", rate {self.cfg.rates[self.scale_of(p)]}" if self.cfg.method == "scaleprotoseg" else ""
+            caption = f"p{p}, {self.classes[self.class_of(p)]}{rate}"
+            self.tiles[p] = Tile((patch, caption), (framed(image, box), caption),
+                                 (heat(image, similarity), "activation"))
+        return self.tiles[p]
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------
 
 def region_box(similarity, cell, mask, margin=5):
-    """y0, y1, x0, x1 of what a map (h,w) points at around a cell, in pixels of mask (H,W) bool.
-
-    The connected region above the map's 95th percentile inside the mask that touches the cell, and `margin`
-    pixels (the paper's code). Ends are exclusive.
-    """
+    """y0, y1, x0, x1, ends exclusive, of what a map (h,w) points at around a cell, in pixels of mask (H,W):
+    the region above the 95th percentile in the mask that touches the cell, and `margin` pixels (code)."""
     H, W = mask.shape
     values = resized(similarity[None, None], (H, W), "bicubic")[0, 0].cpu() * mask
     active = values > row_quantile(values.flatten()[None], 0.95)[0]
@@ -94,34 +105,16 @@ def region_box(similarity, cell, mask, margin=5):
             max(int(x.min()) - margin, 0), min(int(x.max()) + 1 + margin, W))
 
 
-def label_name(label, classes):
-    return "void" if label == 255 else classes[label]
+def framed_region(image, similarity, cell):
+    """The image with a frame around the region of region_box, anywhere in the image."""
+    return framed(image, region_box(similarity, cell, torch.ones(image.shape[1:], dtype=torch.bool)))
 
 
 def exemplars(data, most=20):
     """{class id: number of the image that shows most of it}, for the `most` classes with the most pixels."""
-    counts = torch.stack([torch.bincount(data.read_mask(i).flatten(), minlength=256)[:data.num_classes]
-                          for i in range(len(data))])    # (images,C)
+    counts = torch.stack(list(counts_of_masks(data)))[:, :data.num_classes]               # (images,C)
     order = counts.sum(0).argsort(descending=True, stable=True)[:most].tolist()
     return {c: int(counts[:, c].argmax()) for c in sorted(order) if counts[:, c].any()}
-
-
-@torch.no_grad()
-def prototype_tiles(d, prototypes):
-    """{p: Tile} for these prototypes."""
-    by_image, tiles = {}, {}
-    for p in prototypes:
-        by_image.setdefault(d.progress["sources"][p][0], []).append(p)
-    for i, members in by_image.items():
-        image, mask = d.source_images.read(i)
-        similarity = d.native_similarity(image).cpu()
-        for p in members:
-            cell = d.progress["sources"][p][1:3]
-            box = region_box(similarity[p], cell, mask == d.class_of(p))
-            marked = figures.draw_box(image, cell_block(cell, similarity.shape[1:], mask.shape), width=1)
-            patch = thumbnail(marked[:, box[0]:box[1], box[2]:box[3]])
-            tiles[p] = Tile(patch, framed(image, box), heat(image, similarity[p]), d.caption(p))
-    return tiles
 
 
 def label_cells(image, name, label, prediction):
@@ -132,8 +125,8 @@ def label_cells(image, name, label, prediction):
 
 def legend_of(d, *maps):
     """{class id: name} of all that these maps of class ids show."""
-    present = {c for ids in maps for c in ids.unique().tolist()} - {255}
-    return {c: d.classes[c] for c in sorted(present)}
+    present = torch.cat([ids.flatten() for ids in maps]).unique().tolist()
+    return {c: d.classes[c] for c in present if c != 255}
 
 
 def value_of(values, cell):
@@ -141,44 +134,36 @@ def value_of(values, cell):
     return float(values.max() if cell is None else values[tuple(cell)])
 
 
-def group_rows(d, classes, image, similarity, tiles, most=3, cell=None):
+def group_rows(d, classes, image, similarity, most=3, cell=None):
     """Rows for save_grid: activation of a group on an image, then the members that add most to its exponent.
-
-    All group maps have one colour scale, and all members' maps one. cell: give the numbers there, not the
-    highest ones.
-    """
-    groups, alpha = d.net.groups, d.cfg.threshold
-    num_groups = groups.weights.shape[1]
-    activation = groups.activations(similarity[None], alpha)[0]                           # (C*G,h,w)
-    group_of = {}                                        # (class, group) -> members, what adds most first
-    for c in classes:
-        for g in range(num_groups):
-            added = [(w * value_of(similarity[p], cell), p, w) for p, w in groups.members_of(c, g, alpha)]
-            added.sort(key=lambda entry: -entry[0])
-            group_of[c, g] = [(p, w) for _, p, w in added]
-    of_classes = torch.isin(groups.class_of_group.cpu(), torch.tensor(classes))
-    top = float(activation[of_classes].max().log())
-    shown = [p for members in group_of.values() for p, _ in members[:most]]
+    All groups share a colour scale, all members another. cell: give its numbers, not the highest ones."""
+    groups, num_groups = d.net.groups, d.cfg.groups
+    activation = groups.activations(similarity[None], d.cfg.threshold)[0]                 # (C*G,h,w)
+    members = {}                                         # of each group (prototype, weight), best first
+    for c, g in itertools.product(classes, range(num_groups)):
+        pairs = groups.members_of(c, g, d.cfg.threshold)
+        members[c, g] = sorted(pairs, key=lambda pair: -pair[1] * value_of(similarity[pair[0]], cell))
+    top = float(activation.unflatten(0, (-1, num_groups))[classes].max().log())
+    shown = [p for pairs in members.values() for p, _ in pairs[:most]]
     top_member = max([float(similarity[p].max()) for p in shown], default=1.0)
     at_most = "at most " if cell is None else ""
     rows = []
-    for (c, g), members in group_of.items():
+    for (c, g), pairs in members.items():
         f = c * num_groups + g
         weight, value = float(groups.last_layer.weight[c, f]), value_of(activation[f], cell)
         row = [(heat(image, activation[f].log(), top), f"{d.classes[c]}, group {g + 1}: {weight:.2f} x "
                 f"{at_most}{value:.1f} = {weight * value:.2f}")]
-        for p, w in members[:most]:
-            row += [(tiles[p].patch, tiles[p].caption),
-                    (heat(image, similarity[p], top_member),
-                     f"weight {w:.2f} x {at_most}{value_of(similarity[p], cell):.2f}")]
-        if len(members) > most:
+        for p, w in pairs[:most]:
+            row += [d.tile(p).patch, (heat(image, similarity[p], top_member),
+                    f"weight {w:.2f} x {at_most}{value_of(similarity[p], cell):.2f}")]
+        if len(pairs) > most:
             picture, caption = row[-1]
-            row[-1] = (picture, f"{caption}; {len(members) - most} more members")
+            row[-1] = (picture, f"{caption}; {len(pairs) - most} more members")
         rows.append(row)
     return rows
 
 
-def prototype_rows(d, prototypes, image, similarity, tiles, cell=None):
+def prototype_rows(d, prototypes, image, similarity, cell=None):
     """The same for ProtoSeg, which has no groups: a row for each prototype."""
     top = max([float(similarity[p].max()) for p in prototypes], default=1.0)
     at_most = "at most " if cell is None else ""
@@ -186,13 +171,14 @@ def prototype_rows(d, prototypes, image, similarity, tiles, cell=None):
     for p in prototypes:
         weight = float(d.net.last_layer.weight[d.class_of(p), p])
         value = value_of(similarity[p], cell)
-        rows.append([(tiles[p].boxed, tiles[p].caption), (heat(image, similarity[p], top),
-                     f"{weight:.2f} x {at_most}{value:.2f} = {weight * value:.2f}")])
+        text = f"{weight:.2f} x {at_most}{value:.2f} = {weight * value:.2f}"
+        rows.append([d.tile(p).boxed, (heat(image, similarity[p], top), text)])
     return rows
 
 
 # ---- figures of a run ------------------------------------------------------------------------------------
 
+@torch.no_grad()
 def draw_figures(d, entries):
     """All figures of a run, in OUT/figures. entries: those of metrics.json."""
     d.net.eval()
@@ -203,109 +189,100 @@ def draw_figures(d, entries):
     if d.cfg.method == "deeplab":
         return
     shown = exemplars(d.test)
-    tiles = prototype_tiles(d, [p for p, c in enumerate(d.net.prototype_class.tolist()) if c in shown])
-    draw_prototypes(d, shown, tiles, folder)
-    draw_nearest_patches(d, shown, tiles, folder)
-    draw_nearest_prototypes(d, tiles, folder)
-    if d.net.groups is not None:
-        for c, i in shown.items():
-            draw_groups(d, c, i, tiles, folder)
-    if "equivariance" in entries:
-        draw_equivariance(d, entries["equivariance"], tiles, folder)
-
-
-def draw_prototypes(d, shown, tiles, folder):
-    """prototypes-CLASS.png: a row for each scale; prototypes in their source images, activations there."""
     used = d.net.used(d.cfg.threshold).tolist()
-    for c in shown:
-        rows = []
-        for s in range(len(d.cfg.rates)):
-            row = []
-            for p in sorted(tiles):
-                if (d.class_of(p), d.scale_of(p)) == (c, s):
-                    caption = tiles[p].caption if used[p] else f"{tiles[p].caption} (in no group)"
-                    row += [(tiles[p].boxed, caption), (tiles[p].heat, "activation")]
-            rows += [row[k:k + 6] for k in range(0, len(row), 6)]
-        if rows:
-            figures.save_grid(folder / f"prototypes-{d.file_name(c)}.png", rows, cell=170,
-                              title=f"Prototypes of {d.classes[c]}: the training image that each is a patch "
-                              "of, and its activation there")
+    for c, i in shown.items():
+        draw_prototypes(d, c, used, folder)
+        if d.net.groups is not None:
+            draw_groups(d, c, i, folder)
+    draw_nearest_patches(d, shown, used, folder)
+    draw_nearest_prototypes(d, folder)
+    if "equivariance" in entries:
+        draw_equivariance(d, entries["equivariance"], folder)
 
 
-@torch.no_grad()
-def draw_groups(d, c, i, tiles, folder):
+def draw_prototypes(d, c, used, folder):
+    """prototypes-CLASS.png: a row for each scale; prototypes in their source images, their activations."""
+    rows = []
+    for s in range(len(d.cfg.rates)):
+        row = []
+        for p in range(len(used)):
+            if (d.class_of(p), d.scale_of(p)) == (c, s):
+                picture, caption = d.tile(p).boxed
+                row += [(picture, caption if used[p] else f"{caption} (in no group)"), d.tile(p).heat]
+        rows += [row[k:k + 6] for k in range(0, len(row), 6)]
+    if rows:
+        figures.save_grid(folder / f"prototypes-{d.file_name(c)}.png", rows, cell=170,
+                          title=f"Prototypes of {d.classes[c]}: the training image that each is a patch of, "
+                          "and its activation there")
+
+
+def draw_groups(d, c, i, folder):
     """groups-CLASS.png (Fig. 11 to 13, 26): every group on the test image i, with its members."""
     image, mask = d.test.read(i)
     only = [torch.where(ids == c, ids, 255) for ids in (mask.long(), d.predict(image))]
     first = label_cells(image, d.test.name_of(i), *only)
-    rows = [first, *group_rows(d, [c], image, d.similarity(image), tiles)]
-    figures.save_grid(folder / f"groups-{d.file_name(c)}.png", rows, cell=160,
-                      title=f"The groups of {d.test.classes[c]}: activation (logarithm), and the members "
-                      "that add most: patch, weight x similarity at their strongest cell")
+    figures.save_grid(folder / f"groups-{d.file_name(c)}.png",
+                      [first, *group_rows(d, [c], image, d.similarity(image))], cell=160,
+                      title=f"The groups of {d.classes[c]}: activation (logarithm), and the members that "
+                      "add most: patch, weight x similarity at their strongest cell")
 
 
-@torch.no_grad()
-def draw_nearest_patches(d, shown, tiles, folder, most=3):
+def draw_nearest_patches(d, shown, used, folder, most=3):
     """nearest_patches.png (Fig. 14 to 19): a prototype of each class, its nearest patches in test images."""
-    used, groups = d.net.used(d.cfg.threshold).tolist(), d.net.groups
     chosen = []
     for c in shown:                                      # the heaviest in the groups, or the first
-        weight = Counter({p: 0.0 for p in sorted(tiles) if d.class_of(p) == c and used[p]})
-        for g in range(groups.weights.shape[1] if groups is not None else 0):
-            weight.update(dict(groups.members_of(c, g, d.cfg.threshold)))
+        weight = Counter({p: 0.0 for p in range(len(used)) if d.class_of(p) == c and used[p]})
+        for g in range(d.cfg.groups if d.net.groups is not None else 0):
+            weight.update(dict(d.net.groups.members_of(c, g, d.cfg.threshold)))
         chosen += [p for p, _ in weight.most_common(1)]
-    best = []
+    if not chosen:
+        return
+    best = []                                            # of every image the highest similarities
     for i in tqdm(range(len(d.test)), desc="nearest patches", leave=False, disable=None):
         best.append(d.native_similarity(d.test.read(i)[0])[chosen].flatten(1).amax(1).cpu())
     top = torch.stack(best).topk(min(most, len(best)), dim=0).indices                     # (most,classes)
     rows = []
     for k, p in enumerate(chosen):
-        row = [(tiles[p].boxed, tiles[p].caption), (tiles[p].heat, "activation")]
+        row = [d.tile(p).boxed, d.tile(p).heat]
         for i in top[:, k].tolist():
             image, mask = d.test.read(i)
             s = d.native_similarity(image)[p].cpu()
             cell = divmod(int(s.argmax()), s.shape[1])
             label = int(labels_of_cells(mask, s.shape)[cell])
-            box = region_box(s, cell, torch.ones_like(mask, dtype=torch.bool))
-            row += [(framed(image, box), "void" if label == 255 else f"on {d.test.classes[label]}"),
+            row += [(framed_region(image, s, cell), "void" if label == 255 else f"on {d.classes[label]}"),
                     (heat(image, s), f"up to {s.max():.1f}")]
         rows.append(row)
-    if rows:
-        figures.save_grid(folder / "nearest_patches.png", rows, cell=130,
-                          title=f"Prototypes and their nearest patches in {d.cfg.test_split} images "
-                          "(Fig. 14 to 19)")
+    figures.save_grid(folder / "nearest_patches.png", rows, cell=130,
+                      title=f"Prototypes and their nearest patches in {d.cfg.test_split} images "
+                      "(Fig. 14 to 19)")
 
 
-@torch.no_grad()
-def draw_nearest_prototypes(d, tiles, folder, images=2, patches=3):
+def draw_nearest_prototypes(d, folder, images=2, patches=3):
     """nearest_prototypes-N.png (Fig. 20 to 25): random patches of an image, their nearest prototypes."""
-    generator, used = torch.Generator().manual_seed(d.cfg.seed), d.net.used(d.cfg.threshold)
+    generator = torch.Generator().manual_seed(d.cfg.seed)
+    used = d.net.used(d.cfg.threshold)
     for n in range(images):
         i = int(torch.randint(len(d.test), (), generator=generator))
         image, mask = d.test.read(i)
         similarity = d.native_similarity(image)          # (P,h,w)
         labels = labels_of_cells(mask, similarity.shape[1:])
-        everywhere = torch.ones_like(mask, dtype=torch.bool)
         rows = []
         for _ in range(patches):
             cell = [int(torch.randint(side, (), generator=generator)) for side in labels.shape]
             of_cell = similarity[:, cell[0], cell[1]].masked_fill(~used, -1)
-            order = of_cell.topk(min(3, int(used.sum()))).indices.tolist()
-            tiles = tiles | prototype_tiles(d, [p for p in order if p not in tiles])
+            label = int(labels[cell[0], cell[1]])
             row = [(framed(image, cell_block(cell, labels.shape, mask.shape)),
-                    label_name(int(labels[cell[0], cell[1]]), d.test.classes))]
-            for p in order:
-                box = region_box(similarity[p].cpu(), cell, everywhere)
-                row += [(tiles[p].boxed, tiles[p].caption),
-                        (framed(image, box), f"similarity {of_cell[p]:.1f}")]
+                    "void" if label == 255 else d.classes[label])]
+            for p in of_cell.topk(min(3, int(used.sum()))).indices.tolist():
+                row += [d.tile(p).boxed,
+                        (framed_region(image, similarity[p], cell), f"similarity {of_cell[p]:.1f}")]
             rows.append(row)
         figures.save_grid(folder / f"nearest_prototypes-{n + 1}.png", rows, cell=150,
                           title=f"Random patches of {d.test.name_of(i)}, the prototypes nearest to them, "
                           "and the region around the patch that each of these lights up (Fig. 20 to 25)")
 
 
-@torch.no_grad()
-def draw_equivariance(d, ratios, tiles, folder, most=8):
+def draw_equivariance(d, ratios, folder, most=8):
     """equivariance.png (Fig. 7): the ratios. equivariant_pairs.png (Fig. 8 to 10): the best pairs."""
     names = dict(groups_to_learned_groups="groups / learned groups",
                  prototypes_in_groups="prototypes in a group", classes_with_groups="classes with a group")
@@ -316,46 +293,59 @@ def draw_equivariance(d, ratios, tiles, folder, most=8):
     best = {}                                            # class -> its best pair
     for i, j, iou in ratios[quantile]["pairs"]:
         best.setdefault(d.class_of(i), (i, j, iou))
-    rates, rows = d.cfg.rates, []
+    rows = []
     for c, (i, j, iou) in list(best.items())[:most]:
         image, mask = d.source_images.read(d.progress["sources"][j][0])     # an image of the class
-        tiles = tiles | prototype_tiles(d, [p for p in (i, j) if p not in tiles])
         row = []
         for p, other in ((i, j), (j, i)):
-            factor = rates[d.scale_of(other)] / rates[0]                                  # the other's ratio
+            factor = d.cfg.rates[d.scale_of(other)] / d.cfg.rates[0]        # see equivariance
             x = shrunk(normalise(image)[None], factor).to(d.device)
             s = resized(d.net.similarity(x)[:, [p]], mask.shape)[0, 0].cpu()
             bright = (mask == c) & (s >= row_quantile(s[mask == c][None], float(quantile)))
-            row += [(tiles[p].boxed, tiles[p].caption), (thumbnail(torch.where(bright, image, image // 3)),
-                     f"image shrunk by {factor:g}, IoU {iou:.2f}")]
+            row += [d.tile(p).boxed, (thumbnail(torch.where(bright, image, image // 3)),
+                                      f"image shrunk by {factor:g}, IoU {iou:.2f}")]
         rows.append(row)
     if rows:
         figures.save_grid(folder / "equivariant_pairs.png", rows, cell=180, title="Quasi-equivariant pairs: "
                           "either prototype, and its most active part of the class (bright) (Fig. 8 to 10)")
 
 
+@torch.no_grad()
+def draw_entropy(path, runs, most=6):
+    """Fig. 6: groups of some classes without (left) and with the entropy loss; runs: {off, on: Drawing}."""
+    data = runs["on"].test
+    rows = []
+    for c, i in list(exemplars(data).items())[-most:]:
+        image, _ = data.read(i)
+        row = [(thumbnail(image), data.classes[c])]
+        for name, d in runs.items():
+            activation = d.net.groups.activations(d.native_similarity(image)[None], d.cfg.threshold)[0].log()
+            of_class = activation.unflatten(0, (-1, d.cfg.groups))[c]                     # (G,h,w)
+            top = float(of_class.max())
+            row += [(heat(image, s, top), f"entropy {name}, group {g}") for g, s in enumerate(of_class, 1)]
+        rows.append(row)
+    figures.save_grid(path, rows, cell=150,
+                      title="Group activations (logarithm) without and with the entropy loss (Fig. 6)")
+
+
 # ---- why a pixel got its class, why a class is missed -----------------------------------------------------
 
 def draw_explanation(d, image, similarity, logits, c, cell, explanation):
     """OUT/explanations/NAME-CLASS.png: the groups (ProtoSeg: prototypes) of class c at a cell; its path.
-
-    similarity (P,h,w), logits (C,h,w) of the image; explanation: the numbers, as they are written beside it.
-    """
+    similarity (P,h,w), logits (C,h,w) of the image; explanation: the numbers that are written beside it."""
     prediction = d.predict(image)
     cells = [(framed(image, cell_block(cell, logits.shape[1:], image.shape[1:])), "the pixel"),
              (in_colours(image, prediction), "prediction"),
              (figures.heatmap(thumbnail(image), logits[c]), f"logit of {d.classes[c]}")]
     if d.net.groups is None:
         strongest = sorted(explanation["own"], key=lambda part: -part["contribution"])[:6]
-        prototypes = [part["prototype"] for part in strongest]
-        rows = prototype_rows(d, prototypes, image, similarity, prototype_tiles(d, prototypes), cell)
+        rows = prototype_rows(d, [part["prototype"] for part in strongest], image, similarity, cell)
     else:
-        members = {member["prototype"] for part in explanation["own"] for member in part["members"]}
-        rows = group_rows(d, [c], image, similarity, prototype_tiles(d, sorted(members)), cell=cell)
+        rows = group_rows(d, [c], image, similarity, cell=cell)
     target = Path(d.cfg.out) / "explanations" / f"{Path(d.cfg.explain).stem}-{d.file_name(c)}.png"
-    figures.save_grid(target, [cells, *rows], cell=170, title=explanation_text(explanation),
-                      legend=legend_of(d, prediction))
-    print(f"{explanation_text(explanation)}; see {target}")
+    text = explanation_text(explanation)
+    figures.save_grid(target, [cells, *rows], cell=170, title=text, legend=legend_of(d, prediction))
+    print(f"{text}; see {target}")
     return target
 
 
@@ -374,9 +364,10 @@ def explanation_text(explanation):
 
 
 @torch.no_grad()
-def draw_failures(d, c, most=3):
-    """OUT/failures/CLASS-N.png (Sec. 17): the test images with the most wrong pixels of class c, missed or
+def draw_failures(d, most=3):
+    """OUT/failures/CLASS-N.png (Sec. 17): the test images with the most wrong pixels of --failure, missed or
     invented, among those with an IoU of the class below --failure-iou. Returns all of these, dicts."""
+    c = segmentation.class_id(d.cfg.failure, d.classes, "--failure")
     failures = []
     for i in tqdm(range(len(d.test)), desc="failures", leave=False, disable=None):
         if not (d.test.read_mask(i) == c).any():
@@ -399,42 +390,25 @@ def draw_failures(d, c, most=3):
         path = Path(d.cfg.out) / "failures" / f"{d.file_name(c)}-{n}.png"
         draw_failure(d, c, failure, path)
         print(f"{failure['name']}: IoU {100 * failure['iou']:.0f} %, confused with "
-              f"{d.test.classes[failure['confused_with']]}; see {path}")
+              f"{d.classes[failure['confused_with']]}; see {path}")
     return failures
 
 
 def draw_failure(d, c, failure, path):
     """Fig. 27 to 35: label and prediction, then the groups (ProtoSeg: prototypes) of both classes."""
     image, mask = d.test.read(failure["image"])
-    prediction, similarity = d.predict(image), d.similarity(image)
+    prediction = d.predict(image)
+    similarity = d.similarity(image)
     both = [c, failure["confused_with"]]
-    candidates = torch.isin(d.net.prototype_class.cpu(), torch.tensor(both)).nonzero()[:, 0].tolist()
     if d.net.groups is not None:
-        rows = group_rows(d, both, image, similarity, prototype_tiles(d, candidates), most=2)
+        rows = group_rows(d, both, image, similarity, most=2)
     else:
-        strongest = sorted(candidates, key=lambda p: -float(similarity[p].max()))
+        strongest = similarity.flatten(1).amax(1).argsort(descending=True, stable=True).tolist()
         prototypes = []
         for k in both:
             prototypes += [p for p in strongest if d.class_of(p) == k][:3]
-        rows = prototype_rows(d, prototypes, image, similarity, prototype_tiles(d, prototypes))
+        rows = prototype_rows(d, prototypes, image, similarity)
     figures.save_grid(path, [label_cells(image, failure["name"], mask, prediction), *rows], cell=170,
                       legend=legend_of(d, mask, prediction),
-                      title=f"{d.test.classes[c]}: IoU {100 * failure['iou']:.0f} %, most often confused "
-                      f"with {d.test.classes[failure['confused_with']]} (Sec. 17)")
-
-
-@torch.no_grad()
-def draw_entropy(path, runs, most=6):
-    """Fig. 6: groups of some classes without (left) and with the entropy loss; runs: {off, on: Drawing}."""
-    data, rows = runs["on"].test, []
-    for c, i in list(exemplars(data).items())[-most:]:
-        image, _ = data.read(i)
-        row = [(thumbnail(image), data.classes[c])]
-        for name, d in runs.items():
-            activation = d.net.groups.activations(d.native_similarity(image)[None], d.cfg.threshold)[0].log()
-            of_class = activation.unflatten(0, (-1, d.cfg.groups))[c]                     # (G,h,w)
-            top = float(of_class.max())
-            row += [(heat(image, s, top), f"entropy {name}, group {g}") for g, s in enumerate(of_class, 1)]
-        rows.append(row)
-    figures.save_grid(path, rows, cell=150,
-                      title="Group activations (logarithm) without and with the entropy loss (Fig. 6)")
+                      title=f"{d.classes[c]}: IoU {100 * failure['iou']:.0f} %, most often confused with "
+                      f"{d.classes[failure['confused_with']]} (Sec. 17)")

@@ -1,19 +1,18 @@
-"""What scaleprotoseg.py measures on a trained network beside IoU: parts, overlap of groups, equivariance.
+"""What scaleprotoseg.py measures on a trained network beside IoU and Eq. (10): parts, sparsity, overlap.
 
 The network is asked by its methods alone: net.similarity(x) gives g_proto (B,P,h,w), net.used(alpha) the
-prototypes in use, net.groups.activations(similarity, alpha) the groups. cfg: the script's settings. The
-marks [D8] and [D12] are explained on top of the script.
+prototypes in use, net.groups.activations(similarity, alpha) the groups. cfg: the script's settings. What
+[D8] marks is explained on top of the script.
 """
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 from common import loaders, speed
 from common.loaders import to_device
 from common.metrics import row_quantile
 from common.parts import open_parts
-from common.segmentation import labels_of_cells, resized, shrunk
+from common.segmentation import labels_of_cells, resized
 
 
 def test_view(data, cfg):
@@ -22,11 +21,8 @@ def test_view(data, cfg):
 
 
 @torch.no_grad()
-def analyse(net, data, source_data, cfg, device):
-    """All measures that the data allow, as entries of metrics.json.
-
-    data: the test split; source_data: the images that prototypes were projected to.
-    """
+def analyse(net, data, cfg, device):
+    """All measures that a test split allows, as entries of metrics.json."""
     net.eval()
     entries = sparsity(net, cfg)
     parts = open_parts(data, cfg.parts)
@@ -34,21 +30,17 @@ def analyse(net, data, source_data, cfg, device):
         entries |= part_scores(net, data, parts, cfg, device) | part_purity(net, data, parts, cfg, device)
     if net.groups is not None:
         entries["group_overlap"] = mean_overlap(net, data, cfg, device)
-        if cfg.equivariance:
-            entries["equivariance"] = equivariance(net, source_data, cfg, device)
     return entries
 
 
 @torch.no_grad()
 def images_per_second(net, data, cfg, device):
     """Table 10 "It/s": whole test images from input to labels, the clock read when the device is done."""
+    net.eval()
     sample = test_view(data, cfg)[0]
     x = sample["image"][None].to(device, memory_format=torch.channels_last)
-    net.eval()
-
-    def label():
-        return resized(net.final_logits(x, cfg), sample["mask"].shape).argmax(1)
-    return 1 / speed.measured_speed(label, {}, device, repeats=11)
+    return 1 / speed.measured_speed(
+        lambda: resized(net.final_logits(x, cfg), sample["mask"].shape).argmax(1), {}, device, repeats=11)
 
 
 # ---- parts (Sec. 6; formulas: code) [D8] -----------------------------------------------------------------
@@ -58,7 +50,7 @@ def part_presence(similarity, class_mask, keypoints, num_parts, quantile=0.8):
 
     similarity (P,H,W) of P prototypes of a class at the image's size, class_mask (H,W) bool, keypoints
     (K,3): part id 1..Q, x, y -> present (P,Q) bool: some keypoint of the part lies on an active pixel;
-    exists (Q,) bool: the image has a keypoint of it. Active: above the map's quantile in the class [D8].
+    exists (Q,) bool: the image has a keypoint of it. Active: above the map's quantile in the class.
     """
     pixels = similarity[:, class_mask]                               # (P,n)
     part, x, y = keypoints.long().unbind(1)
@@ -66,7 +58,7 @@ def part_presence(similarity, class_mask, keypoints, num_parts, quantile=0.8):
     exists[part - 1] = True
     present = torch.zeros(len(similarity), num_parts, dtype=torch.int64, device=similarity.device)
     if pixels.shape[1] and len(part):
-        active = similarity[:, y, x] > row_quantile(pixels, quantile)[:, None]            # (P,K)
+        active = similarity[:, y, x] > row_quantile(pixels, quantile)[:, None]            # (P,K) [D8]
         present.index_add_(1, part - 1, (active & class_mask[y, x]).long())
     return present > 0, exists
 
@@ -81,16 +73,15 @@ def part_scores(net, data, parts, cfg, device):
     """
     generator = torch.Generator().manual_seed(cfg.seed)
     used = net.used(cfg.threshold)
-    seen = torch.zeros(len(used), parts.num_parts, device=device)    # images of p's class that show part q
-    hits = seen.repeat(len(cfg.quantiles), 1, 1)                     # those in which p lights up on q
+    images = torch.zeros(len(used), parts.num_parts, device=device)  # images of p's class that show part q
+    hits = images.repeat(len(cfg.quantiles), 1, 1)                   # those in which p lights up on q
     stable = torch.zeros(len(cfg.quantiles))
     pairs = 0
     view = loaders.TestView(data, 0)
-    for i in tqdm(range(len(data)), desc="parts", leave=False, disable=None):
-        if not parts.has(i):
-            continue
+    with_parts = [i for i in range(len(data)) if parts.has(i)]
+    for i in tqdm(with_parts, desc="parts", leave=False, disable=None):
         sample = view[i]
-        keypoints = parts.keypoints(i).to(device)                    # (K,4)
+        keypoints = parts.keypoints(i).to(device)                    # (K,4): class, part, x, y
         x, mask = sample["image"][None].to(device), sample["mask"].to(device)
         noise = 0.2 * torch.randn(x.shape, generator=generator).to(device)
         both = [net.similarity(image) for image in (x, x + noise)]
@@ -98,24 +89,23 @@ def part_scores(net, data, parts, cfg, device):
             index = ((net.prototype_class == c) & used).nonzero()[:, 0]
             points = keypoints[keypoints[:, 0] == c, 1:]
             if not len(index) or not len(points) or not (mask == c).any():
-                continue
+                continue                                             # [D8]
             maps = [F.interpolate(s[:, index], mask.shape, mode="nearest")[0] for s in both]
             for k, q in enumerate(cfg.quantiles):
                 clean, exists = part_presence(maps[0], mask == c, points, parts.num_parts, q)
                 noisy, _ = part_presence(maps[1], mask == c, points, parts.num_parts, q)
                 hits[k, index] += clean
                 stable[k] += (clean == noisy).all(1).sum().cpu()
-            seen[index] += exists
+            images[index] += exists
             pairs += len(index)
     if not pairs:
         return dict(consistency=None, stability=None)
-    rates = (hits / seen.clamp(min=1))[:, seen.sum(1) > 0].amax(2)   # (quantiles, prototypes)
-    consistency = 100 * (rates > 0.8).float().mean(1)
-    stability = 100 * stable / pairs
-    names = [f"{q:g}" for q in cfg.quantiles]
-    return dict(consistency=consistency.mean().item(), stability=stability.mean().item(),
-                consistency_by_quantile=dict(zip(names, consistency.tolist())),
-                stability_by_quantile=dict(zip(names, stability.tolist())))
+    rates = (hits / images.clamp(min=1))[:, images.sum(1) > 0].amax(2)      # (quantiles, prototypes)
+    scores = dict(consistency=100 * (rates > 0.8).float().mean(1), stability=100 * stable / pairs)
+    entries = {name: values.mean().item() for name, values in scores.items()}
+    for name, values in scores.items():
+        entries[f"{name}_by_quantile"] = {f"{q:g}": v for q, v in zip(cfg.quantiles, values.tolist())}
+    return entries
 
 
 @torch.no_grad()
@@ -123,18 +113,18 @@ def part_purity(net, data, parts, cfg, device, most=10):
     """Beyond the paper: is a prototype one part? In percent, over prototypes in use of classes with parts.
 
     purity: of the `most` images in which it is most similar to a pixel of its class, the share that holds
-    the same part at that pixel, whichever part is the most frequent. largest_part: the share of the part
-    that covers most of the class; chance lies above it, as purity takes the most frequent of ten. {} without
-    part maps.
+    the most frequent part at that pixel. largest_part: the share of the class that its largest part covers;
+    chance lies above it, as purity takes the most frequent of ten. {} without part maps.
     """
     prototype_class = net.prototype_class.cpu()
     similarity, part = [], []
     area = torch.zeros(data.num_classes, parts.num_parts + 1)        # pixels of each part in each class
     view = test_view(data, cfg)
-    for i in tqdm(range(len(data)), desc="purity", leave=False, disable=None):
-        part_map = parts.part_map(i) if parts.has(i) else None
+    with_parts = [i for i in range(len(data)) if parts.has(i)]
+    for i in tqdm(with_parts, desc="purity", leave=False, disable=None):
+        part_map = parts.part_map(i)
         if part_map is None:
-            continue
+            return {}
         sample = view[i]
         s = net.similarity(sample["image"][None].to(device))[0].cpu()                     # (P,h,w)
         labels = labels_of_cells(sample["mask"], s.shape[1:])
@@ -144,8 +134,7 @@ def part_purity(net, data, parts, cfg, device, most=10):
         similarity.append(highest)
         part.append(ids[cell])
         known = labels.flatten() < data.num_classes
-        bins = labels.flatten()[known] * area.shape[1] + ids[known]
-        area.view(-1).index_add_(0, bins, torch.ones(len(bins)))
+        area.index_put_((labels.flatten()[known], ids[known]), torch.tensor(1.0), accumulate=True)
     if not part:
         return {}
     similarity, part = torch.stack(similarity), torch.stack(part)    # (images,P)
@@ -161,7 +150,7 @@ def part_purity(net, data, parts, cfg, device, most=10):
     return dict(purity=100 * share[counted].mean().item(), largest_part=100 * chance[counted].mean().item())
 
 
-# ---- groups (Sec. 9, 10, 12) -----------------------------------------------------------------------------
+# ---- groups (Sec. 9 to 12) -------------------------------------------------------------------------------
 
 def sparsity(net, cfg):
     """Tables 7, 8 and 10: prototypes in use, prototypes of a group on average, mean |w| of the last layer,
@@ -180,11 +169,8 @@ def sparsity(net, cfg):
 
 
 def group_overlap(activation, percentile=95):
-    """Table 9 for one image: activation (R,G,H,W) of groups of R classes -> intersection, union in pixels.
-
-    Every map is binarised above its own percentile over the image; the counts are sums over classes and
-    pairs of groups. Sums over the images give the overlap: intersection / union.
-    """
+    """Table 9 for one image: activation (R,G,H,W) of groups of R classes -> intersection, union in pixels,
+    sums over classes and pairs of groups. Every map is binarised above its own percentile over the image."""
     maps = activation.flatten(2)                                     # (R,G,n)
     active = (maps > row_quantile(maps.flatten(0, 1), percentile / 100).view(*maps.shape[:2], 1)).float()
     both = active @ active.transpose(1, 2)                           # (R,G,G) pixels active in both
@@ -196,7 +182,7 @@ def group_overlap(activation, percentile=95):
 
 @torch.no_grad()
 def mean_overlap(net, data, cfg, device):
-    """Table 9: overlap of a class's groups over the images that hold the class, in percent."""
+    """Table 9: overlap of a class's groups in percent: intersection / union, summed over its images."""
     groups = net.groups
     total = torch.zeros(2, dtype=torch.float64)          # intersection, union
     filled = (groups.weights >= cfg.threshold).any(2).flatten()[:, None, None]            # others are all 1
@@ -212,66 +198,17 @@ def mean_overlap(net, data, cfg, device):
     return float(100 * total[0] / total[1]) if total[1] > 0 else None
 
 
-# ---- quasi-equivariant prototypes (Sec. 11) ---------------------------------------------------------------
-
-@torch.no_grad()
-def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_cells=10):
-    """Eq. (10): prototypes of two scales that light up alike if the image's size makes up for their rates.
-
-    With r(s) = rate s / rate 1, prototype i of scale s sees the image shrunk by r(t), prototype j of scale
-    t > s sees it shrunk by r(s); both maps go to the larger one's grid and are binarised at a quantile p_th
-    over the class's cells. A pair is quasi-equivariant if the mean IoU over the images of the class [D12] is
-    above `least`. Returns {p_th: dict} with Fig. 7's ratios in percent and the pairs (i, j, IoU).
-    """
-    factors = [rate / cfg.rates[0] for rate in cfg.rates]
-    count = min(cfg.equivariance, len(data))
-    chosen = Subset(loaders.TestView(data, 0), [k * len(data) // count for k in range(count)])
-    P = len(net.prototypes)
-    images = torch.zeros(P, P, device=device)            # in how many images i and j were compared
-    iou = images.repeat(len(quantiles), 1, 1)            # sums over these images
-    loader = loaders.eval_loader(chosen, cfg.workers, device)
-    for batch in tqdm(loader, desc="equivariance", leave=False, disable=None):
-        x, mask = to_device(batch, device, "image", "mask")
-        maps = [net.similarity(shrunk(x, factor))[0] for factor in factors]               # (P,h,w) each
-        for s, t in torch.combinations(torch.arange(len(factors))).tolist():
-            for_t = maps[s]                              # of the image shrunk by r(s): the larger maps
-            for_s = resized(maps[t][None], for_t.shape[1:])[0]
-            labels = labels_of_cells(mask[0], for_t.shape[1:])
-            for c in labels.unique().tolist():
-                inside = labels == c
-                of_class = net.prototype_class == c
-                i, j = ((of_class & (net.prototype_scale == k)).nonzero()[:, 0] for k in (s, t))
-                if inside.sum() < least_cells or not len(i) or not len(j):
-                    continue
-                images[i[:, None], j] += 1
-                a, b = for_s[i][:, inside], for_t[j][:, inside]      # (n_i,cells), (n_j,cells)
-                for k, q in enumerate(quantiles):
-                    active = [values >= row_quantile(values, q)[:, None] for values in (a, b)]
-                    iou[k, i[:, None], j] += pairwise_iou(*active)
-    iou = (iou / images.clamp(min=1)).cpu()
-    return {f"{q:g}": equivariance_ratios(net, iou[k], least) for k, q in enumerate(quantiles)}
-
-
-def pairwise_iou(a, b):
-    """IoU of every row of a (n,k) bool with every row of b (m,k) bool -> (n,m)."""
-    a, b = a.float(), b.float()
-    both = a @ b.T
-    return both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)
-
-
 def equivariance_ratios(net, iou, least):
-    """iou (P,P) on the CPU -> the ratios of Fig. 7 in percent, and the pairs.
-
-    Pairs that share a prototype merge into a group.
-    """
+    """iou (P,P) on the CPU -> the ratios of Fig. 7 in percent, and the pairs; pairs that share a prototype
+    merge into a group."""
     pairs = [(i, j, float(iou[i, j])) for i, j in (iou > least).nonzero().tolist()]
-    group = list(range(len(iou)))                        # in the end all of a group bear its smallest number
+    group = list(range(len(iou)))                                    # all of a group get its smallest number
     for i, j, _ in pairs:
         both = group[i], group[j]
         group = [min(both) if number in both else number for number in group]
     paired = sorted({p for i, j, _ in pairs for p in (i, j)})
     num_groups = len({group[p] for p in paired})
-    num_classes = len(net.prototype_class.unique())      # classes with prototypes
+    num_classes = len(net.prototype_class.unique())                  # classes with prototypes
     learned = num_classes * net.groups.weights.shape[1]
     return dict(groups=num_groups, groups_to_learned_groups=100 * num_groups / learned,
                 prototypes_in_groups=100 * len(paired) / len(iou),

@@ -1434,7 +1434,7 @@ def test_equivariant_prototypes_light_up_alike_when_the_picture_makes_up_for_the
     mask[:, :20] = 255                                                  # the quantiles are over the class
     small, whole = ["right", "up", "up", "up"], ["down", "right", "left", "right"]
     net = ramps(net, lambda w: small if w == half else whole)
-    found = measures.equivariance(net, Shades([mask] * 2), cfg, CPU)
+    found = scaleprotoseg.equivariance(net, Shades([mask] * 2), cfg, CPU)
     assert set(found) == {"0.6", "0.7"}
     for entry in found.values():
         assert [pair[:2] for pair in entry["pairs"]] == [(0, 1)] and entry["pairs"][0][2] == pytest.approx(1)
@@ -1456,7 +1456,7 @@ def test_equivariance_is_a_mean_over_the_pictures_of_the_class():
             return ["down", now.name, "left" if now.name == "right" else "right"]
         return ["right", "up", "up"]
 
-    found = measures.equivariance(ramps(net, maps_of), Shades(masks), cfg, CPU)
+    found = scaleprotoseg.equivariance(ramps(net, maps_of), Shades(masks), cfg, CPU)
     pairs = found["0.7"]["pairs"]
     assert [pair[:2] for pair in pairs] == [(0, 1)] and pairs[0][2] == pytest.approx(2 / 3, abs=1e-5)
 
@@ -1473,7 +1473,7 @@ def test_equivariance_looks_at_so_many_pictures_evenly_spaced_and_at_objects_of_
     net.similarity = lambda x: seen.append(x) or similarity(x)
     cfg = config("unused", rates=["1", "2"], equivariance=3)
     for least_cells, pairs in ((10, 1), (11, 0)):
-        found = measures.equivariance(net, Shades(masks), cfg, CPU, least_cells=least_cells)
+        found = scaleprotoseg.equivariance(net, Shades(masks), cfg, CPU, least_cells=least_cells)
         assert len(found["0.6"]["pairs"]) == pairs
     shades = [round(transforms.denormalise(x[0]).float().mean().item() / 20) for x in seen]
     assert shades == [0, 0, 2, 2, 4, 4] * 2                             # each in two sizes
