@@ -237,11 +237,16 @@ def write_png(path, picture):
     os.replace(beside, path)
 
 
+def index_picture(ids, colours):
+    """Class ids uint8 (H,W), an array -> Pillow image whose pixel values they are; colours uint8 (256,3)."""
+    picture = Image.fromarray(ids)
+    picture.putpalette(colours.flatten().tolist())
+    return picture
+
+
 def save_prediction(folder, stem, image, ids):
-    """STEM.png: class ids (H,W) uint8 as pixel values, with a palette for viewers; STEM_overlay.png."""
-    picture = Image.fromarray(ids.numpy())
-    picture.putpalette(palette(256).flatten().tolist())
-    write_png(Path(folder) / f"{stem}.png", picture)
+    """STEM.png: class ids uint8 (H,W), see index_picture; STEM_overlay.png: their colours over the image."""
+    write_png(Path(folder) / f"{stem}.png", index_picture(ids.numpy(), CLASS_COLOURS))
     colours = overlay(image, ids).permute(1, 2, 0)                        # (H,W,3)
     write_png(Path(folder) / f"{stem}_overlay.png", Image.fromarray(colours.numpy()))
 

@@ -1,6 +1,7 @@
 """Single files: images as tensors, masks of class ids, lists, the names in a folder. Errors name the file."""
 import contextlib
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -135,6 +136,30 @@ def files_in(folder, endings, tail=""):
                                 "mask are matched by their names without ending.")
             files[stem] = folder / entry
     return files
+
+
+@contextlib.contextmanager
+def new_folder(out):
+    """Within, a folder OUT/unfinished to write into; at the end all of it moves up to `out`, classes.txt last.
+
+    `out` is new or empty, else UserError; also where it cannot be written. A new one is removed after an error.
+    """
+    draft, is_new = out / "unfinished", not out.exists()
+    if draft.is_dir():
+        raise UserError(f"{draft} is left from an earlier call that was cut short: remove it first.")
+    if not is_new and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: choose another name or remove it first.")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        for path in sorted(draft.iterdir(), key=lambda path: path.name == "classes.txt"):
+            path.rename(out / path.name)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error}): choose another folder.") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if is_new and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
 
 
 def read_numbers(path, option):
