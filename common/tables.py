@@ -66,9 +66,9 @@ def row_configs(name, changes, cfg, folder=folder_of):
 
 
 def train_rows(rows, cfg, train, machine, folder=folder_of):
-    """{row: [metrics, one a seed]} for the rows that can be run; those that are done are kept, seed by seed.
+    """{row: [metrics, one a seed]} for the rows that can be run; see row_configs and finished_row.
 
-    folder, seeds: see row_configs. UserError where a row sets the seed itself and --seeds is above 1.
+    UserError where a row sets the seed itself and --seeds is above 1.
     """
     results = {}
     for name, changes in rows.items():
@@ -88,22 +88,19 @@ def train_rows(rows, cfg, train, machine, folder=folder_of):
 def finished_row(train, cfg, machine):
     """Metrics of the run in cfg.out: read if it is finished, else trained or resumed.
 
-    A run that was made with other settings, data or weights does not count and is made again; one that was
-    evaluated otherwise is evaluated again.
+    A run with other settings, data or weights is made again; one that was evaluated otherwise, evaluated.
     """
     out = Path(cfg.out)
     trained = False
     if (out / "config.json").exists():
         saved = read_json(out / "config.json", "")
-        now = json.loads(json.dumps(asdict(cfg)))       # tuples become lists, as in the file
-
-        def same(names):
-            return all(saved.get(name) == now[name] for name in names)
-        trained = same([f.name for f in fields(cfg) if f.metadata["source"] or not f.metadata["runtime"]])
-        evaluated = same([f.name for f in fields(cfg) if f.metadata["evaluation"]])
+        asked = json.loads(json.dumps(asdict(cfg)))     # tuples become lists, as in the file
+        differing = [f.metadata for f in fields(cfg) if saved.get(f.name) != asked[f.name]]
+        trained = not any(option["source"] or not option["runtime"] for option in differing)
+        evaluated = not any(option["evaluation"] for option in differing)
         if trained and evaluated and (out / "metrics.json").exists():
             metrics = read_json(out / "metrics.json", "")              # --eval-only may have written it anew
-            alike = all(now[name] == value for name, value in metrics.get("evaluated", {}).items())
+            alike = all(asked[name] == value for name, value in metrics.get("evaluated", {}).items())
             if alike and metrics.get("finished", True):
                 return metrics
     if dist.is_initialized():

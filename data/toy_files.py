@@ -1,4 +1,4 @@
-"""The command line that toy_scenes and toy_birds share: options, messages, a folder that is written whole."""
+"""The command line that toy_scenes and toy_birds share: options, messages, and a new folder."""
 import argparse
 import sys
 from pathlib import Path
@@ -16,7 +16,8 @@ def main(things, pictures, splits, contents, write, arguments=None):
     parser = argparse.ArgumentParser(f"python -m data.toy_{things}",
                                      description=f"Write toy {things} as files.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
-    parser.add_argument("--seed", type=int, default=0, help=f"another seed gives other {pictures} (default 0)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help=f"another seed gives other {pictures} (default 0)")
     parser.add_argument("--count", type=int, help=f"{pictures} per split (default {splits})")
     options = parser.parse_args(arguments)
     counts = splits if options.count is None else dict.fromkeys(splits, options.count)
