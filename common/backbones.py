@@ -19,23 +19,19 @@ mobilenet_v2 (for laptops and small GPUs) has 256 channels under every head, tin
     extractor = build_extractor("resnet34", weights="imagenet")
     features = extractor(images)                    # (B,512,H/32,W/32): no pooling, no classifier
 
-tiny mobilenet_v2 resnet34 resnet50 resnet50_inat resnet152 densenet121 densenet161
-48   1280         512      2048     2048          2048      1024        2208         channels
-
     dense = build_dense("resnet101", weights="imagenet")
     features = dense(images)                        # (B,2048,h,w), h about H/8: one fine map, no head
 
-    backbone   resnet50, resnet101   mobilenet_v2   unet   tiny
-    channels   2048                  320            64     64
-    stride     8 or 16               8 or 16        1      4, 8 or 16
+    channels         tiny  mobilenet_v2  resnet34  larger ResNets  densenet121  densenet161  unet
+    build_extractor  48    1280          512       2048            1024         2208         -
+    build_dense      64    320           -         2048            -            -            64
 
 Sources: SegFormer (Xie et al. 2021), UPerNet (Xiao et al. 2018), FCN (Long et al. 2015), DeepLabv2 and
 DeepLabv3+ (both Chen et al. 2018; the ResNets of build_dense are DeepLabv2's), U-Net (Ronneberger et al.
-2015). mlp and the DeepLab heads serve PFA (Chan et al. 2024), which keeps SegFormer's head at 256 channels
-for every MiT. Beyond that the widths of heads, initialisation, drop rates and auxiliary heads are
-mmsegmentation's defaults. Departures from it:
-- ResNet is torchvision's, with a 7x7 stem. mmsegmentation's FCN uses ResNet-V1c, whose stem is three 3x3
-  convolutions; torchvision has no weights for that one.
+2015). mlp and the DeepLab heads serve PFA (Chan et al. 2024), with 256 channels for every MiT. Beyond that
+the widths of heads, initialisation, drop rates and auxiliary heads are mmsegmentation's. Departures from it:
+- ResNet is torchvision's, with a 7x7 stem; mmsegmentation's FCN uses ResNet-V1c, whose stem is three 3x3
+  convolutions, for which torchvision has no weights.
 - The first block of a dilated mobilenet_v2 stage keeps the dilation of the stage before it, as ResNet's
   does: pretrained filters then see the neighbours that they were trained on. The ResNets of build_dense
   dilate it too, as DeepLabv2 does, but stride in its 3x3 convolution and not in the 1x1 before it: that is
@@ -57,7 +53,6 @@ from common.heads import (DeepLabv2Head, DeepLabv3PlusHead, FCNHead, MLPHead, Se
                           auxiliary_head, conv_bn_relu, double_conv)
 from common.mit import MIT, MixTransformer, init_weights, set_drop_path
 from common.run import UserError
-from common.weights import load_mit_weights  # noqa: F401, goes with MixTransformer, which stands here too
 from common.weights import load_weights
 
 TORCHVISION = {                                                # channels of the four levels
@@ -71,21 +66,17 @@ DROP_PATH = {name: 0.1 for name in MIT} | {
     "swin_t": 0.3, "swin_s": 0.3, "swin_b": 0.3,
     "convnext_tiny": 0.4, "convnext_small": 0.3, "convnext_base": 0.4,
 }
+TRANSFORMERS, RESNETS = (*MIT, "mobilenet_v2", "tiny"), ("resnet50", "resnet101", "mobilenet_v2")
 GOES_WITH = {
-    "segformer": (*MIT, "mobilenet_v2", "tiny"),
-    "fcn": ("resnet50", "resnet101", "mobilenet_v2"),
+    "segformer": TRANSFORMERS, "fcn": RESNETS,
     "upernet": ("swin_t", "swin_s", "swin_b", "convnext_tiny", "convnext_small", "convnext_base",
                 "mobilenet_v2"),
-    "mlp": (*MIT, "mobilenet_v2", "tiny"),
-    "deeplabv2": ("resnet50", "resnet101", "mobilenet_v2"),
-    "deeplabv3plus": ("resnet50", "resnet101", "mobilenet_v2"),
+    "mlp": TRANSFORMERS, "deeplabv2": RESNETS, "deeplabv3plus": RESNETS,
 }
 DILATED = ("fcn", "deeplabv2", "deeplabv3plus")                # heads whose backbone has an output_stride
 EXTRACTORS = ("tiny", "mobilenet_v2", "resnet34", "resnet50", "resnet50_inat", "resnet152", "densenet121",
               "densenet161")
 DENSE = ("resnet101", "resnet50", "mobilenet_v2", "unet", "tiny")
-HEAD_CHANNELS = {"segformer": 256, "fcn": 512, "upernet": 512, "mlp": 256, "deeplabv2": 256,
-                 "deeplabv3plus": 256}
 
 
 # ---- other backbones -------------------------------------------------------------------------------------
@@ -169,8 +160,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.convs = nn.Sequential(conv_bn_relu(dim, dim, 3), nn.Conv2d(dim, dim, 3, padding=1, bias=False),
-                                   nn.BatchNorm2d(dim))
+        second = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.convs = nn.Sequential(conv_bn_relu(dim, dim, 3), second, nn.BatchNorm2d(dim))
 
     def forward(self, x):
         return F.relu(x + self.convs(x))
@@ -186,27 +177,25 @@ class TinyBackbone(nn.Module):
         super().__init__()
         self.dims = (32, 48, 64, 64)
         self.stages = nn.ModuleList([
-            nn.Sequential(conv_bn_relu(3, 16, 3, stride=2), conv_bn_relu(16, 32, 3, stride=2),
-                          ResidualBlock(32)),
-            nn.Sequential(conv_bn_relu(32, 48, 3, stride=2), ResidualBlock(48)),
-            nn.Sequential(conv_bn_relu(48, 64, 3, stride=2), ResidualBlock(64)),
+            nn.Sequential(conv_bn_relu(3, 16, 3, 2), conv_bn_relu(16, 32, 3, 2), ResidualBlock(32)),
+            nn.Sequential(conv_bn_relu(32, 48, 3, 2), ResidualBlock(48)),
+            nn.Sequential(conv_bn_relu(48, 64, 3, 2), ResidualBlock(64)),
             nn.Sequential(conv_bn_relu(64, 64, 3), ResidualBlock(64)),
         ])
         self.apply(init_weights)
 
     def forward(self, x):
-        levels = []
+        levels = [x]
         for stage in self.stages:
-            x = stage(x)
-            levels.append(x)
-        return levels
+            levels.append(stage(levels[-1]))
+        return levels[1:]
 
 
 class UNet(nn.Module):
     """U-Net with padded convolutions and BatchNorm: images (B,3,H,W) -> (B,64,H,W), of any size.
 
     The five levels have width, 2, 4, 8 and 16 * width channels. If a side is odd, its last pixel is pooled
-    alone, and what comes back up is cropped: no made-up values next to the border.
+    alone, and what comes back up is cropped.
     """
 
     def __init__(self, width):
@@ -278,7 +267,8 @@ def build_network(backbone, head, num_classes, head_channels=0, weights="none", 
     if last_stride != 2 and backbone not in MIT:
         raise UserError(f"last stride {last_stride} is for MiT backbones only: leave it at 2 for {backbone}")
     drop_path = DROP_PATH.get(backbone, 0.0) if drop_path is None else drop_path
-    channels = head_channels or {"mobilenet_v2": 256, "tiny": 64}.get(backbone, HEAD_CHANNELS[head])
+    usual = 512 if head in ("fcn", "upernet") else 256
+    channels = head_channels or {"mobilenet_v2": 256, "tiny": 64}.get(backbone, usual)
 
     if backbone in MIT:
         body = MixTransformer(*MIT[backbone], heads=(1, 2, 5, 8), sr_ratios=(8, 4, 2, 1),
@@ -294,8 +284,7 @@ def build_network(backbone, head, num_classes, head_channels=0, weights="none", 
         body = TorchvisionBackbone(net, backbone)
 
     heads = {"segformer": SegFormerHead, "fcn": FCNHead, "upernet": UPerHead, "mlp": MLPHead,
-             "deeplabv2": DeepLabv2Head,
-             "deeplabv3plus": partial(DeepLabv3PlusHead, output_stride=output_stride)}
+             "deeplabv2": DeepLabv2Head, "deeplabv3plus": partial(DeepLabv3PlusHead, output_stride=output_stride)}
     decoder = heads[head](body.dims, channels)
     if head != "mlp":                                                   # it initialises itself
         decoder.apply(init_weights)
@@ -311,11 +300,11 @@ def build_extractor(backbone, weights="none"):
 
     h, w = H, W / 32, rounded up (7 for 224; DenseNet: 1 less for some sizes); tiny: H, W / 8, rounded up.
     These are torchvision's networks up to the global pooling, DenseNet's last ReLU included; tiny is the
-    first two stages of TinyBackbone; resnet50_inat is a resnet50 for weights from iNaturalist 2017.
+    first two stages of TinyBackbone; resnet50_inat is a resnet50 for the checkpoint of BBN (Zhou et al. 2020),
+    BBN.iNaturalist2017.res50.180epoch.best_model.pth, of which it takes the conventional branch.
 
-    weights: as in build_network. A file for resnet50_inat is the checkpoint of BBN (Zhou et al. 2020),
-    BBN.iNaturalist2017.res50.180epoch.best_model.pth, of which the conventional branch is used.
-    Raises UserError for another backbone, and for weights that cannot be read or do not fit.
+    weights: as in build_network. Raises UserError for another backbone, and for weights that cannot be
+    read or do not fit.
     """
     if backbone not in EXTRACTORS:
         raise UserError(f"backbone {backbone} is not available: choose one of {', '.join(EXTRACTORS)}")
@@ -356,13 +345,15 @@ def build_dense(backbone, weights="none", output_stride=8, width=64):
         raise UserError(f"backbone {backbone} is not available: choose one of {', '.join(DENSE)}")
     strides = {"unet": (1, 8), "tiny": (4, 8, 16)}.get(backbone, (8, 16))
     if output_stride not in strides:
-        choice = ("1, or 8 (the default), which also gives 1" if backbone == "unet" else
-                  ", ".join(map(str, strides[:-1])) + f" or {strides[-1]}")
+        choice = ", ".join(map(str, strides[:-1])) + f" or {strides[-1]}"
+        if backbone == "unet":
+            choice = "1, or 8 (the default), which also gives 1"
         raise UserError(f"output stride {output_stride} is not available: {backbone} takes {choice}")
-    if width < 1 or width != 64 and backbone != "unet":
-        raise UserError(f"width {width} is not available for {backbone}: " + (
-            "give 1 or more" if backbone == "unet" else "leave it at 64, it is unet's alone"))
+    if width != 64 and backbone != "unet":
+        raise UserError(f"width {width} is not available for {backbone}: leave it at 64, it is unet's alone")
     if backbone == "unet":
+        if width < 1:
+            raise UserError(f"width {width} is not available for unet: give 1 or more")
         net = UNet(width)
         load_weights(net, weights, backbone)
         return net
@@ -420,7 +411,7 @@ def norm_parameters(backbone):
 
 
 def freeze_layer_norms(backbone):
-    """From now on the weights and biases of a backbone's LayerNorms do not learn; in place."""
+    """The weights and biases of a backbone's LayerNorms do not learn any more; in place."""
     for module in backbone.modules():
         if isinstance(module, nn.LayerNorm):
             module.requires_grad_(False)
