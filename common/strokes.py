@@ -29,9 +29,8 @@ def read_strokes(path):
     """ScribbleSup XML file -> (width, height) of its image, strokes [(class id, points float (n,2))].
 
     Below the root are a <size> with <width> and <height>, and for each stroke a <polygon> with its class name
-    in <tag> and with <point>s, whose first child is x and whose second is y. Strokes without a point are left
-    out. UserError: damaged or another kind of file, a class name that is not in CLASS_ID, a stroke that lies
-    wholly outside the image.
+    in <tag> and with <point>s of x and y. Strokes without a point are left out. UserError: damaged or another
+    kind of file, a class name that is not in CLASS_ID, a stroke that lies wholly outside the image.
     """
     try:
         root = ElementTree.parse(path).getroot()
@@ -68,7 +67,7 @@ def draw_strokes(strokes, width, height, thickness=3):
     """Strokes [(class id, points (n,2))] -> uint8 (H,W), 255 elsewhere; later strokes cover earlier ones.
 
     A line with curved joints and a disc at every vertex, both `thickness` pixels wide, as the loaders of
-    GatedCRFLoss and TreeEnergyLoss draw ScribbleSup. One point alone is a disc; what is outside is cut off.
+    GatedCRFLoss and TreeEnergyLoss draw ScribbleSup. What is outside is cut off.
     """
     picture = Image.new("L", (width, height), UNLABELLED)
     draw = ImageDraw.Draw(picture)
@@ -99,28 +98,18 @@ def check_ratios(drop, shrink):
             raise UserError(f"{name} {ratio} is no ratio: choose a number from 0 (all stays as it is) to 1.")
 
 
-def kept_strokes(count, drop, seed):
-    """bool (count,): False with probability `drop`, and then at every higher ratio too."""
-    return np.random.default_rng(seed).random(count) >= drop
-
-
 def weaken_strokes(strokes, drop=0.0, shrink=0.0, seed=0):
-    """Scribble-drop and scribble-shrink (PFA, B.1, Fig. 8) of strokes as lines, see `weaken`; a new list.
-
-    Shrinking goes by arc length. Drawn, the cut ends may differ by a pixel from the line that was there.
-    """
+    """Scribble-drop and scribble-shrink (PFA, B.1, Fig. 8) of strokes as lines, see `weaken`; a new list."""
     check_ratios(drop, shrink)
-    keep = kept_strokes(len(strokes), drop, seed)
-    return [(class_id, central_part(points, shrink)) for (class_id, points), k in zip(strokes, keep) if k]
+    kept = np.random.default_rng(seed).random(len(strokes)) >= drop
+    return [(class_id, central_part(points, shrink)) for (class_id, points), k in zip(strokes, kept) if k]
 
 
 # ---- strokes as pixels -----------------------------------------------------------------------------------
 
 def strokes_of_mask(scribbles):
-    """uint8 (H,W), 255 = unlabelled -> int64 (H,W): 0 = unlabelled, else the number of the pixel's stroke.
-
-    A stroke is what touches, at a side or a corner, with the same class; numbers 1, 2, ... by first pixel.
-    So two strokes of one class that cross are one.
+    """uint8 (H,W), 255 = unlabelled -> int64 (H,W): 0 = unlabelled, else the number of the pixel's stroke: what
+    touches with the same class, see connected_components. Two strokes of one class that cross are one.
     """
     return connected_components(np.where(scribbles == UNLABELLED, 0, scribbles.astype(np.int32) + 1))
 
@@ -160,15 +149,15 @@ def shrunk(strokes, shrink):
 def weaken(scribbles, drop=0.0, shrink=0.0, seed=0):
     """Scribble-drop and scribble-shrink (PFA, B.1, Fig. 8): uint8 (H,W) -> uint8 (H,W), with fewer labels.
 
-    drop: each stroke (see strokes_of_mask) is removed with this probability, whatever happens to the others;
-    0 removes none, 1 all. shrink: of each stroke the central 1 - shrink of its length stays, measured along
-    its pixels; 0 leaves it whole, 1 leaves a dot about as wide as the stroke. Where a stroke forks or closes
-    into a ring, what is near its middle stays. The seed decides the result, and what is left at larger
-    ratios is part of what is left at smaller ones. UserError: ratios outside 0..1.
+    drop: each stroke (see strokes_of_mask) is removed with this probability, whatever happens to the others.
+    shrink: of each stroke the central 1 - shrink of its length stays, measured along its pixels; 1 leaves a
+    dot about as wide as the stroke. Where a stroke forks or closes into a ring, what is near its middle stays.
+    What is left at larger ratios is part of what is left at smaller ones. UserError: ratios outside 0..1.
     """
     check_ratios(drop, shrink)
     strokes = strokes_of_mask(scribbles)
-    kept = np.append(False, kept_strokes(strokes.max(), drop, seed))[strokes]                       # (H,W)
+    luck = np.random.default_rng(seed).random(strokes.max())
+    kept = np.append(False, luck >= drop)[strokes]                                                  # (H,W)
     if shrink > 0 and kept.any():
         kept &= shrunk(strokes, shrink)
     return np.where(kept, scribbles, UNLABELLED).astype(np.uint8)
@@ -208,17 +197,6 @@ def painted_strokes(path, image, num_classes):
 
 # ---- scribbles from full masks ---------------------------------------------------------------------------
 
-def deepest_pieces(regions, depth):
-    """Region numbers and depth (h,w) -> numbers (h,w): of each region the piece with its deepest pixel.
-
-    A region may have fallen apart where only every n-th pixel was taken.
-    """
-    pieces = connected_components(regions)
-    best = np.zeros(pieces.max() + 1, bool)
-    best[pieces.ravel()[extreme(regions, depth)]] = True
-    return np.where(best[pieces], regions, 0)
-
-
 def middle_lines(rng, regions, depth):
     """A curved line along the middle of each region, regions and depth int (h,w): {number: points (n,2)}.
 
@@ -228,7 +206,10 @@ def middle_lines(rng, regions, depth):
     """
     if not regions.any():
         return {}
-    regions = deepest_pieces(regions, depth)
+    pieces = connected_components(regions)               # a region may fall apart on a coarser grid:
+    best = np.zeros(pieces.max() + 1, bool)              # only the piece with its deepest pixel counts
+    best[pieces.ravel()[extreme(regions, depth)]] = True
+    regions = np.where(best[pieces], regions, 0)
     deepest = extreme(regions, depth)
     numbers = regions.ravel()[deepest]
     limit = np.zeros(regions.max() + 1)
