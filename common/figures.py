@@ -69,7 +69,7 @@ def overlay(image, labels, opacity=0.6):
 def heatmap(image, values, opacity=0.5, vmin=None, vmax=None):
     """image (3,H,W) uint8, values (h,w), resized bilinearly -> (3,H,W) uint8, dark = vmin, bright = vmax.
 
-    vmin, vmax: the extremes of the values if not given; set both to compare maps. nan counts as vmin.
+    vmin, vmax: the extremes of the values if not given; nan counts as vmin.
     """
     values = values.detach().float().to(image.device)
     known = values[values.isfinite()].tolist() or [0.0]
@@ -80,18 +80,15 @@ def heatmap(image, values, opacity=0.5, vmin=None, vmax=None):
 
 
 def draw_box(image, box, colour=(0, 255, 255), width=2):
-    """A copy of image (3,H,W) uint8 with a frame, `width` pixels wide, along the inside of the box.
-
-    box: y0, y1, x0, x1 in pixels, ends exclusive; what lies beyond the image is cut off the box first.
-    """
+    """A copy of image (3,H,W) uint8 with a frame, `width` pixels wide, along the inside of the box y0, y1, x0, x1
+    (pixels, ends exclusive), of which only what lies in the image counts."""
     height, length = image.shape[1:]
     y0, y1 = (min(max(int(y), 0), height) for y in box[:2])
     x0, x1 = (min(max(int(x), 0), length) for x in box[2:])
     frame = torch.zeros(height, length, dtype=torch.bool, device=image.device)
     frame[y0:y1, x0:x1] = True
     frame[y0 + width:max(y1 - width, 0), x0 + width:max(x1 - width, 0)] = False
-    colour = torch.tensor(colour, dtype=torch.uint8, device=image.device)[:, None, None]     # (3,1,1)
-    return torch.where(frame, colour, image)
+    return torch.where(frame, image.new_tensor(colour)[:, None, None], image)
 
 
 # ---- parts of a photograph, at most WIDTH pixels wide: a figure shows no more ----
@@ -112,10 +109,8 @@ def in_colours(image, ids):
 
 
 def heat(image, values, vmax=None):
-    """Heat map from 0 to vmax over a thumbnail. values (h,w), resized bilinearly.
-
-    vmax: the values' 99th percentile if not given: one cell of 9.2 would leave the rest black.
-    """
+    """Heat map from 0 to vmax over a thumbnail. values (h,w), resized bilinearly. vmax: the 99th percentile if
+    not given, as one cell of 9.2 would leave the rest black."""
     values = values.cpu()
     if vmax is None:
         vmax = float(row_quantile(values.flatten()[None], 0.99))
@@ -256,8 +251,7 @@ def save_prediction(folder, stem, image, ids):
 def save_grid(path, rows, cell=256, title="", legend=None):
     """Rows of captioned images, each scaled to `cell` pixels in width (tall ones to less), aspect kept.
 
-    rows: list of lists of (image (3,H,W) uint8, caption), of any lengths; None instead leaves a cell white. A
-    caption is cut after two lines. legend: {class id: name}, in palette colours.
+    rows: lists of (image (3,H,W) uint8, caption), or None for a white cell. legend: {class id: name}.
     """
     gap, legend = 8, legend or {}
     width = max(len(row) for row in rows) * (cell + gap) - gap
@@ -277,23 +271,19 @@ def save_grid(path, rows, cell=256, title="", legend=None):
 
 
 def fit_cell(image, cell):
-    """(3,H,W) uint8 -> Pillow image `cell` pixels wide, or of height 1.5 cell if it is taller than that.
-
-    Whole factors repeat the pixels, others interpolate.
-    """
+    """(3,H,W) uint8 -> Pillow image `cell` pixels wide, or of height 1.5 cell if it is taller than that."""
     picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
     factor = min(cell / picture.width, 1.5 * cell / picture.height)
     size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
-    whole = factor == int(factor)
+    whole = factor == int(factor)                                         # then pixels are repeated
     return picture.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.BILINEAR)
 
 
 def save_matrix(path, matrix, row_names, column_names=None, title="", vmin=-1, vmax=1):
     """Matrix (n,m) as coloured cells with names, a colour bar and, where n, m <= 12, the numbers.
 
-    column_names: default row_names. Blue, white, red if vmin < 0 (white = middle of vmin..vmax), else dark to
-    bright; values outside take the end colours, nan is grey. No names beyond 260 rows or columns.
-    ValueError if the names do not fit the matrix.
+    column_names: default row_names. Blue, white, red if vmin < 0, else dark to bright; nan is grey. No names
+    beyond 260 rows or columns. ValueError if the names do not fit the matrix.
     """
     values = torch.as_tensor(matrix).detach().cpu().float()               # (n,m)
     column_names = row_names if column_names is None else column_names
@@ -386,9 +376,8 @@ def save_bars(path, series, names, title="", unit="%"):
 def save_histogram(path, series, bins=20, low=None, high=None, title="", unit="", log=False):
     """Histograms below each other, one a series, all with the same bins and the same axis.
 
-    series: {name: values}, tensors or lists of any shape and length, also empty. unit: of the values.
-    low, high: the outermost edges, else round numbers that span all values. The last bin holds its upper
-    edge; the heading of a histogram tells how many values lie outside, nan among them.
+    series: {name: values}, tensors or lists of any shape. unit: of the values. low, high: the outermost edges,
+    else round numbers that span all values; the heading tells how many values lie outside, nan among them.
     A bar is the share of all values of its series in percent or, if log, their number on an axis 1, 10, 100.
     """
     series = {name: torch.as_tensor(values).detach().cpu().double().flatten()
@@ -418,7 +407,7 @@ def save_histogram(path, series, bins=20, low=None, high=None, title="", unit=""
         heading = f"{name}: n = {len(series[name])}" + (f", {outside} of them outside" if outside else "")
         colour = SERIES[s % len(SERIES)]
         pieces.append(histogram_piece(heading, bar.tolist(), edges.tolist(), ticks, colour))
-    axes = f"vertical: {'number of values' if log else 'share of the values in %'}"
+    axes = "vertical: number of values" if log else "vertical: share of the values in %"
     axes += f", horizontal: {unit}" if unit else ""
     width = pieces[0].width
     save_stack(path, [text_piece(title, width, size=18), text_piece(axes, width), *pieces])

@@ -58,10 +58,10 @@ def class_and_cell(logits, size, name, classes, pixel):
 
 @torch.inference_mode()
 def evaluate(net, loader, num_classes, names, predict, machine):
-    """{name: rates in percent (common/metrics.py)} over a split, summed over processes; 255 never counts.
+    """{name: rates in percent (common/metrics.py)} over a split, all processes together; 255 never counts.
 
-    loader: eval_loader of a TestView, one whole image a batch. predict(batch) -> {name: class ids (1,H,W)} at
-    the size of the labels, for all `names`. The network is in eval mode meanwhile, afterwards as before.
+    loader: eval_loader of a TestView. predict(batch) -> {name: class ids (1,H,W)} at the size of the labels,
+    for all `names`. The network is in eval mode meanwhile, afterwards as before.
     """
     was_training = net.training
     benchmark = torch.backends.cudnn.benchmark
@@ -81,10 +81,7 @@ def evaluate(net, loader, num_classes, names, predict, machine):
 
 
 def named_rates(score, classes, split):
-    """Rates of evaluate() for metrics.json: miou, macc, pixel_acc, iou and f1 by class name, absent classes.
-
-    UserError if no pixel of the split is labelled.
-    """
+    """Rates of evaluate() for metrics.json, with class names. UserError if no pixel of the split is labelled."""
     if all(rate is None for rate in score["iou"]):
         raise UserError(f"no pixel of the {split} split is labelled, so there is nothing to score: check its "
                         "masks, or choose another --test-split.")
@@ -108,12 +105,9 @@ def predict_files(files, predict, classes, out):
 
 
 def save_examples(path, data, cells_of, title, count=4):
-    """A row of pictures for `count` images of a split, evenly spread over it.
-
-    cells_of(i, image, label) -> {caption: class ids (H,W)}; image uint8 (3,H,W), label uint8 (H,W).
-    """
-    rows = []
-    classes = set()
+    """A row of pictures for `count` images of a split, evenly spread over it: the image uint8 (3,H,W), and
+    cells_of(i, image, label) -> {caption: class ids (H,W)} in colours; label uint8 (H,W)."""
+    rows, classes = [], set()
     for i in sorted({round(k * (len(data) - 1) / max(1, count - 1)) for k in range(count)}):
         image, label = data.read(i)
         cells = cells_of(i, image, label)

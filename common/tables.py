@@ -22,10 +22,9 @@ from common.run import UserError, read_json, replacing, write_json
 class Table(NamedTuple):
     """One table of a paper.
 
-    rows: {name: options that the row changes, or in place of them a sentence why it cannot be run}.
-    columns: {heading: key of metrics.json, (key, name) of a dict in it, or a function of all of it}. paper:
-    {row: what is printed, a value for each heading of paper_columns; None = not printed}. digits: {heading:
-    decimals} where not 1.
+    rows: {name: options that the row changes, or a sentence why it cannot be run}. columns: {heading: key of
+    metrics.json, (key, name) of a dict in it, or a function of all of it}. paper: {row: a value for each of
+    paper_columns; None = not printed}. digits: {heading: decimals} where not 1.
     """
     title: str
     rows: dict
@@ -160,17 +159,15 @@ def table_text(table, results):
 def write_table(number, table, results, cfg, machine, about="", more="", name="table"):
     """OUT/tableN.md, printed too, and OUT/tableN.json: {row: {column: [a value a seed]}}; first process only.
 
-    about: what else a reader must know of the runs, in a few words. more: text below the table. name:
-    "figure" writes figureN.md and figureN.json.
+    about: more on the runs, in a few words. more: text below the table. name: "figure" writes figureN.*.
     """
     if machine.rank:
         return
     seeds = f"seed {cfg.seed}"
     if cfg.seeds > 1:
         seeds = f"seeds {cfg.seed} to {cfg.seed + cfg.seeds - 1}: mean +- sample deviation"
-    facts = ", ".join(fact for fact in (f"Preset {cfg.preset}", about, machine.device.type, seeds) if fact)
-    head = f"{table.title}. {facts}."
-    text = "\n\n".join(part for part in (head, table_text(table, results), more) if part)
+    facts = ", ".join(filter(None, [f"Preset {cfg.preset}", about, machine.device.type, seeds]))
+    text = "\n\n".join(filter(None, [f"{table.title}. {facts}.", table_text(table, results), more]))
     path = Path(cfg.out) / f"{name}{number}"
     values = {row: {heading: values_of(column, runs) for heading, column in table.columns.items()}
               for row, runs in results.items()}
