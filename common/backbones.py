@@ -84,8 +84,8 @@ DENSE = ("resnet101", "resnet50", "mobilenet_v2", "unet", "tiny")
 class TorchvisionBackbone(nn.Module):
     """A torchvision classifier cut in four: images (B,3,H,W) -> list of four maps (B,dims[i],h_i,w_i).
 
-    Swin and ConvNeXt get a LayerNorm on each level, as in mmsegmentation; of their stages[i], [0] is the stem
-    or the downsampling and [1] holds the blocks.
+    Swin and ConvNeXt get a LayerNorm on each level, as in mmsegmentation; in their stages[i], [0] is the
+    stem or the downsampling and [1] holds the blocks.
     """
 
     def __init__(self, net, name):
@@ -113,7 +113,7 @@ class TorchvisionBackbone(nn.Module):
 
 
 def torchvision_classifier(name, output_stride):
-    """torchvision's network from scratch; a ResNet or mobilenet_v2 is dilated if output_stride is 8 or 16."""
+    """torchvision's network from scratch; ResNets and mobilenet_v2 dilated for output_stride 8 or 16."""
     if name.startswith("resnet"):
         dilated = [False, output_stride <= 8, output_stride <= 16]
         return torchvision.models.get_model(name, weights=None, replace_stride_with_dilation=dilated)
@@ -125,9 +125,7 @@ def torchvision_classifier(name, output_stride):
 
 def dilate(net, output_stride):
     """Trade the strides beyond output_stride for dilation: the strided network's values on a finer grid.
-
-    For a chain of 3x3 convolutions in which nothing else strides (mobilenet_v2, TinyBackbone); in place.
-    """
+    For a chain of 3x3 convolutions in which nothing else strides (mobilenet_v2, TinyBackbone); in place."""
     stride, dilation = 1, 1
     for conv in net.modules():
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
@@ -169,9 +167,7 @@ class ResidualBlock(nn.Module):
 
 class TinyBackbone(nn.Module):
     """A small residual network for toy pictures of about 128x128 pixels, quick on a CPU.
-
-    Images (B,3,H,W) -> list of four maps with 1/4, 1/8, 1/16 and 1/16 of the image's sides, rounded up.
-    """
+    Images (B,3,H,W) -> list of four maps with 1/4, 1/8, 1/16 and 1/16 of the image's sides, rounded up."""
 
     def __init__(self):
         super().__init__()
@@ -223,7 +219,7 @@ class UNet(nn.Module):
 # ---- the whole network -----------------------------------------------------------------------------------
 
 class SegmentationNetwork(nn.Module):
-    """.backbone, .head, .aux_head (or None), .channels of the features, .stride of the features in pixels."""
+    """.backbone, .head, .aux_head (or None), .channels of the features, .stride of the features (pixels)."""
 
     def __init__(self, backbone, head, aux_head, channels, stride):
         super().__init__()
@@ -284,7 +280,8 @@ def build_network(backbone, head, num_classes, head_channels=0, weights="none", 
         body = TorchvisionBackbone(net, backbone)
 
     heads = {"segformer": SegFormerHead, "fcn": FCNHead, "upernet": UPerHead, "mlp": MLPHead,
-             "deeplabv2": DeepLabv2Head, "deeplabv3plus": partial(DeepLabv3PlusHead, output_stride=output_stride)}
+             "deeplabv2": DeepLabv2Head,
+             "deeplabv3plus": partial(DeepLabv3PlusHead, output_stride=output_stride)}
     decoder = heads[head](body.dims, channels)
     if head != "mlp":                                                   # it initialises itself
         decoder.apply(init_weights)
@@ -300,8 +297,8 @@ def build_extractor(backbone, weights="none"):
 
     h, w = H, W / 32, rounded up (7 for 224; DenseNet: 1 less for some sizes); tiny: H, W / 8, rounded up.
     These are torchvision's networks up to the global pooling, DenseNet's last ReLU included; tiny is the
-    first two stages of TinyBackbone; resnet50_inat is a resnet50 for the checkpoint of BBN (Zhou et al. 2020),
-    BBN.iNaturalist2017.res50.180epoch.best_model.pth, of which it takes the conventional branch.
+    first two stages of TinyBackbone; resnet50_inat is a resnet50 for the checkpoint of BBN (Zhou et al.
+    2020), BBN.iNaturalist2017.res50.180epoch.best_model.pth, of which it takes the conventional branch.
 
     weights: as in build_network. Raises UserError for another backbone, and for weights that cannot be
     read or do not fit.
@@ -318,7 +315,7 @@ def build_extractor(backbone, weights="none"):
     load_weights(net, weights, backbone)
     parts = OrderedDict(net.named_children())
     classifier = parts.popitem()[1]                                     # the last of its parts
-    parts.pop("avgpool", None)                                          # ResNet's; the others pool in forward
+    parts.pop("avgpool", None)                                          # ResNet's; others pool in forward
     if backbone.startswith("densenet"):
         parts["relu"] = nn.ReLU(inplace=True)                           # in forward too
     extractor = nn.Sequential(parts)
@@ -419,10 +416,8 @@ def freeze_layer_norms(backbone):
 
 @torch.no_grad()
 def class_means_of_backbone(network, loader, num_classes, device):
-    """Mean of the last level of network.backbone over the pixels of each class -> (N,C4) on the CPU.
-
-    loader: whole images, one a batch; labels shrink to the level by nearest. A class without a pixel has 0.
-    """
+    """Mean of the last level of network.backbone over the pixels of each class -> (N,C4) on the CPU, 0 for a
+    class without a pixel. loader: whole images, one a batch; labels shrink to the level by nearest."""
     total = 0
     network.eval()
     for batch in tqdm(loader, desc="class means", leave=False, disable=None):

@@ -68,9 +68,7 @@ def overlay(image, labels, opacity=0.6):
 
 def heatmap(image, values, opacity=0.5, vmin=None, vmax=None):
     """image (3,H,W) uint8, values (h,w), resized bilinearly -> (3,H,W) uint8, dark = vmin, bright = vmax.
-
-    vmin, vmax: the extremes of the values if not given; nan counts as vmin.
-    """
+    vmin, vmax: the extremes of the values if not given; nan counts as vmin."""
     values = values.detach().float().to(image.device)
     known = values[values.isfinite()].tolist() or [0.0]
     vmin, vmax = min(known) if vmin is None else vmin, max(known) if vmax is None else vmax
@@ -80,8 +78,8 @@ def heatmap(image, values, opacity=0.5, vmin=None, vmax=None):
 
 
 def draw_box(image, box, colour=(0, 255, 255), width=2):
-    """A copy of image (3,H,W) uint8 with a frame, `width` pixels wide, along the inside of the box y0, y1, x0, x1
-    (pixels, ends exclusive), of which only what lies in the image counts."""
+    """A copy of image (3,H,W) uint8 with a frame, `width` pixels wide, along the inside of the box y0, y1, x0,
+    x1 (pixels, ends exclusive), of which only what lies in the image counts."""
     height, length = image.shape[1:]
     y0, y1 = (min(max(int(y), 0), height) for y in box[:2])
     x0, x1 = (min(max(int(x), 0), length) for x in box[2:])
@@ -250,9 +248,7 @@ def save_prediction(folder, stem, image, ids):
 
 def save_grid(path, rows, cell=256, title="", legend=None):
     """Rows of captioned images, each scaled to `cell` pixels in width (tall ones to less), aspect kept.
-
-    rows: lists of (image (3,H,W) uint8, caption), or None for a white cell. legend: {class id: name}.
-    """
+    rows: lists of (image (3,H,W) uint8, caption), or None for a white cell. legend: {class id: name}."""
     gap, legend = 8, legend or {}
     width = max(len(row) for row in rows) * (cell + gap) - gap
     pieces = [text_piece(title, width, size=18)]

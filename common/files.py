@@ -58,9 +58,7 @@ def read_large_enough(path, least=32):
 
 def read_values(path, id_of, problem, page=0):
     """Mask file -> uint8 (H,W): id_of {value in the file: id} of its values, of a palette PNG the indices.
-
-    UserError for a colour picture, and for a value without an id; problem: what to say of such values.
-    """
+    UserError for a colour picture, and for a value without an id; problem: what to say of such values."""
     picture = load_picture(path, page)
     if len(picture.getbands()) > 1:
         raise UserError(f"{path} is a colour picture (mode {picture.mode}), not a map of class ids: use the "
@@ -79,9 +77,7 @@ def read_values(path, id_of, problem, page=0):
 
 def read_index_map(path, num_classes, unlabelled=IGNORE):
     """Mask file -> uint8 (H,W): ids 0..N-1, 255 = ignore. UserError as read_values.
-
-    unlabelled: the file's id of unlabelled pixels; larger ids move down by one to close the gap.
-    """
+    unlabelled: the file's id of unlabelled pixels; larger ids move down by one to close the gap."""
     last = num_classes if unlabelled < IGNORE else num_classes - 1
     values = [value for value in range(last + 1) if value != unlabelled]           # their places are the ids
     id_of = dict(zip(values, range(num_classes))) | {unlabelled: IGNORE, IGNORE: IGNORE}
@@ -96,9 +92,7 @@ def read_list(path):
 
 def list_images(path, distinct=False):
     """An image file, or a folder of them (not its sub-folders) -> sorted paths; UserError if none.
-
-    distinct: UserError also for two files whose names differ in the ending alone.
-    """
+    distinct: UserError also for two files whose names differ in the ending alone."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -138,9 +132,7 @@ def files_in(folder, endings, tail=""):
 @contextlib.contextmanager
 def new_folder(out):
     """Within, a folder OUT/unfinished to write into; at the end its files move up to OUT, classes.txt last.
-
-    UserError unless `out` is new or empty and can be written. After any error a new `out` is gone again.
-    """
+    UserError unless `out` is new or empty and can be written. After any error a new `out` is gone again."""
     draft, is_new = out / "unfinished", not out.exists()
     if draft.is_dir():
         raise UserError(f"{draft} is left from an earlier call that was cut short: remove it first.")

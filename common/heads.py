@@ -53,7 +53,7 @@ class MLPHead(nn.Module):
         self.levels = nn.ModuleList(nn.Conv2d(dim, channels, 1) for dim in dims)   # with a bias
         self.fuse = nn.Conv2d(4 * channels, channels, 1, bias=False)    # reads levels 4, 3, 2, 1
         self.norm = nn.BatchNorm2d(channels)
-        init_weights(self.fuse)                                         # as released; the others as torch does
+        init_weights(self.fuse)                                         # as released
 
     def forward(self, levels):
         size = levels[0].shape[2:]
@@ -107,9 +107,7 @@ class UPerHead(nn.Module):
 
 class DeepLabv2Head(nn.Module):
     """A 1x1 convolution on level 4: -> (B,channels,h_4,w_4).
-
-    DeepLabv2 classifies level 4 itself (DilatedClassifier); this makes it narrow enough for prototypes.
-    """
+    DeepLabv2 classifies level 4 itself (DilatedClassifier); this makes it narrow enough for prototypes."""
 
     def __init__(self, dims, channels):
         super().__init__()

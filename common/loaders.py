@@ -6,7 +6,7 @@
         images, labels = to_device(batch, device, "image", "mask")
 
 All that is random about a training sample comes from torch's CPU generator, with a seed of the sample's own:
-the samples are the same for any number of workers, and a resumed run goes on with the batches it would have had.
+they are the same for any number of workers, and a resumed run goes on with the batches it would have had.
 """
 import hashlib
 import itertools
@@ -46,15 +46,13 @@ class TrainView(Dataset):
 
 
 class ScribbleView(Dataset):
-    """Samples of PFA (Sec. 4.2, see augment_scribble): as TrainView, and the entry classes bool (N,): those that
-    are labelled anywhere in the whole image, whatever the crop shows.
-
-    rotation: largest angle in degrees. blur: False = never.
-    """
+    """Samples of PFA (Sec. 4.2, see augment_scribble): as TrainView's, and classes bool (N,): those that are
+    labelled anywhere in the whole image. rotation: largest angle in degrees. blur: False = never."""
 
     def __init__(self, data, size, crop, scale=(0.5, 2.0), rotation=10.0, blur=True):
         self.data = data
-        self.augment = partial(augment_scribble, size=size, crop=crop, scale=scale, rotation=rotation, blur=blur)
+        self.augment = partial(augment_scribble, size=size, crop=crop, scale=scale, rotation=rotation,
+                               blur=blur)
 
     def __len__(self):
         return len(self.data)
@@ -71,8 +69,8 @@ class ScribbleView(Dataset):
 class TestView(Dataset):
     """Whole images: view[i] -> dict(image, mask, index).
 
-    image float32 (3,h,w), normalised, by resize_to_short_side or, with `square`, resize_to_square; mask int64
-    (H,W) as in the file: resize the logits to it before argmax. UserError for a square of size 0.
+    image float32 (3,h,w), normalised, by resize_to_short_side or, with `square`, resize_to_square; mask
+    int64 (H,W) as in the file: resize the logits to it before argmax. UserError for a square of size 0.
     """
     __test__ = False                                     # pytest: this is no test
 
@@ -137,7 +135,7 @@ def make_loader(view, batches, workers, device):
 
 
 def train_loader(view, batch_size, seed, start, stop, workers, device, rank=0, world=1):
-    """DataLoader over a TrainView, see BatchesFrom: image (B,3,crop,crop), mask (B,crop,crop), index (B,)."""
+    """DataLoader over a TrainView, see BatchesFrom: image (B,3,crop,crop), mask (B,crop,crop), index (B)."""
     batches = BatchesFrom(len(view), batch_size, seed, start, stop, rank, world)
     return make_loader(view, batches, workers, device)
 
@@ -148,12 +146,10 @@ def eval_loader(view, workers, device, rank=0, world=1):
 
 
 def to_device(batch, device, *names):
-    """A batch on its way to the network: list of tensors on the device, float (B,C,H,W) in channels_last order.
-
-    batch: a dict, whose entries `names` are taken in this order, or a sequence of tensors, without names.
-    """
+    """A batch on its way to the network: tensors on the device, float (B,C,H,W) in channels_last order.
+    batch: a dict, whose entries `names` are taken in this order, or a sequence of tensors, without names."""
     tensors = [batch[name] for name in names] if names else batch
-    on_cuda = torch.device(device).type == "cuda"            # make_loader's batches lie in pinned memory then
+    on_cuda = torch.device(device).type == "cuda"            # then make_loader's batches are in pinned memory
     moved = []
     for tensor in tensors:
         is_image = tensor.ndim == 4 and tensor.is_floating_point()

@@ -9,8 +9,8 @@ several labels an image, and whether the regions that prototypes point at hold t
 With T = labelled pixels of a class, P = pixels predicted as it, TP = pixels that are both:
     IoU = TP / (T + P - TP)        acc = TP / T        F1 = 2 TP / (T + P)
 mIoU and mAcc are means over the classes for which the ratio exists: a class in neither the labels nor the
-predictions is left out of mIoU, one that is only predicted enters it with IoU 0. The counts are summed before
-any ratio is taken: a mean of the mIoU of single images is another number.
+predictions is left out of mIoU, one that is only predicted enters it with IoU 0. The counts are summed
+before any ratio is taken: a mean of the mIoU of single images is another number.
 """
 import torch
 import torch.distributed as dist
@@ -30,13 +30,13 @@ class ConfusionMatrix:
 
         labels: class ids 0..N-1, or 255 = ignore: such a pixel counts neither as T nor as P. predictions:
         0..N-1. Other ids are not looked for, as a GPU would wait at every batch: the readers in
-        common/datasets.py refuse them. Raises ValueError if the shapes differ, RuntimeError after all_reduce.
+        common/datasets.py do. Raises ValueError if the shapes differ, RuntimeError after all_reduce.
         """
         if labels.shape != predictions.shape:
             raise ValueError(f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} "
                              "differ in shape: resize the logits to the label's size before argmax")
         if self.finished:
-            raise RuntimeError("update after all_reduce: start a new ConfusionMatrix for the next evaluation")
+            raise RuntimeError("update after all_reduce: use a new ConfusionMatrix for the next evaluation")
         N = self.num_classes
         # One bin per (label, prediction) pair and one more for the ignored pixels, dropped below. A boolean
         # index or bincount would make a GPU wait for the size of the result.
@@ -57,7 +57,7 @@ class ConfusionMatrix:
         return counts.diag(), counts.sum(1), counts.sum(0)
 
     def rates(self):
-        """IoU, acc (recall) and F1 of every class: (N,) float64 each on the CPU, fractions; nan for 0 / 0."""
+        """IoU, acc (recall), F1 of every class: (N,) float64 each on the CPU, fractions; nan for 0 / 0."""
         tp, labelled, predicted = self.totals()
         return tp / (labelled + predicted - tp), tp / labelled, 2 * tp / (labelled + predicted)
 
@@ -108,9 +108,8 @@ def row_quantile(values, q):
 # N images, M prototypes, P annotated parts. inside bool (N,M,P): the part is visible in a prototype's region.
 
 def activation_boxes(maps, size, percentile=95):
-    """Smallest boxes around the pixels at or above the percentile of each map. (n,h,w) -> int64 (n,4): y0, y1,
-    x0, x1, ends exclusive. Maps are upsampled bicubically to size = (height, width), as in ProtoPNet.
-    """
+    """Smallest boxes around the pixels at or above the percentile of each map. (n,h,w) -> int64 (n,4): y0,
+    y1, x0, x1, ends exclusive. Maps are upsampled bicubically to size (height, width), as in ProtoPNet."""
     maps = maps.float() - maps.float().amin((1, 2), keepdim=True)    # a flat map stays exactly flat
     large = F.interpolate(maps[None], size, mode="bicubic", align_corners=False)[0]              # (n,H,W)
     threshold = row_quantile(large.flatten(1), percentile / 100)
@@ -136,9 +135,7 @@ def points_in_boxes(boxes, points):
 
 def part_shares(inside, similarity, most=10):
     """(M,P): of the `most` images in which a prototype is most similar (N,M), the share that hold the part.
-
-    The purity of a prototype is its largest share: does it always show the same part?
-    """
+    The purity of a prototype is its largest share: does it always show the same part?"""
     top = similarity.topk(min(most, len(similarity)), dim=0).indices                          # (most,M)
     return inside.gather(0, top[..., None].expand(-1, -1, inside.shape[2])).float().mean(0)
 

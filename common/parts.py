@@ -131,10 +131,8 @@ def read_panoptic(path):
 
 
 def read_keypoint_file(path):
-    """-> {category name: keypoint names}, {image stem: [(category name, points (K,3): x, y, visible)]}.
-
-    Every image that the file lists is there, also one without an annotation. UserError for a damaged file.
-    """
+    """-> {category name: keypoint names}, {stem of every image: [(category name, points (K,3): x, y,
+    visible)]}. UserError for a damaged file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         categories = {entry["id"]: (str(entry["name"]), [str(name) for name in entry["keypoints"]])

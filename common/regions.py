@@ -41,9 +41,7 @@ def connected_components(ids):
 
 def depth_inside(regions):
     """int (H,W) -> int64 (H,W): steps along rows and columns to the nearest pixel at the region's edge, + 1.
-
-    At the edge, where one of the 4 neighbours has another value or lies outside the picture, it is 1.
-    """
+    At the edge, where one of the 4 neighbours has another value or lies outside the picture, it is 1."""
     padded = np.pad(regions, 1, constant_values=-1)
     edge = np.zeros(regions.shape, bool)
     for other in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):

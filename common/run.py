@@ -39,15 +39,13 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """A mistake that the user can mend: one sentence that names the file or option and says what to do.
-
-    Scripts print the sentence and exit with code 2.
-    """
+    Scripts print the sentence and exit with code 2."""
 
     def __init__(self, message):                       # a DataLoader worker puts its traceback before it
         super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
 
 
-# ---- options -----------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------
 
 def opt(default, help, choices=None, above=None, at_least=None, below=None, at_most=None, each=str,
         schedule=False, runtime=False, evaluation=False, source=False, uses_run=False):
@@ -167,8 +165,8 @@ def _parser(Config, presets, description):
 def parse_config(Config, presets, argv=None, description=""):
     """Command line -> Config: dataclass defaults < preset < flags, then iteration counts times --schedule.
 
-    With an option that works on a trained run the settings are those in OUT/config.json; UserError for a flag
-    that contradicts them, unless it only says where to compute.
+    With an option that works on a trained run the settings are those in OUT/config.json; a flag that
+    contradicts them is a UserError, unless it only says where to compute.
     """
     given = vars(_parser(Config, presets, description).parse_args(argv))
     cfg = make_config(Config, presets, **given)
@@ -222,33 +220,32 @@ def _config_of_run(cfg, given):
         if f.metadata["uses_run"] or f.name == "out" or f.metadata["runtime"] and f.name in given:
             setattr(kept, f.name, asked)
         elif f.name in given and asked != saved:
-            raise UserError(f"{flag_of(f.name)} {asked} contradicts {path}, which says {saved}: drop the flag, "
-                            "or start a new run with another --out.")
+            raise UserError(f"{flag_of(f.name)} {asked} contradicts {path}, which says {saved}: drop the "
+                            "flag, or start a new run with another --out.")
     return kept
 
 
 def run_script(main, Config, presets, description=""):
     """Parse, run main(cfg); user mistakes become one sentence and exit code 2, Ctrl-C exit code 130."""
-    name = Path(sys.argv[0]).name
     try:
         main(parse_config(Config, presets, description=description))
+        return
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        problem, code = str(error), 2
     except torch.OutOfMemoryError:
-        print(f"{name}: the GPU ran out of memory: lower --batch-size or the image size "
-              "(a lower batch size wants a lower --lr in proportion).", file=sys.stderr)
-        sys.exit(2)
+        problem, code = ("the GPU ran out of memory: lower --batch-size or the image size (a lower batch size "
+                         "wants a lower --lr in proportion)."), 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command with --resume (a --table: the same command) goes on "
-              "from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+        problem, code = ("interrupted; the same command with --resume (a --table: the same command) goes on "
+                         "from the last checkpoint."), 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+    sys.exit(code)
 
 
-# ---- device, seed, ranks -----------------------------------------------------------------------------------
+# ---- device, seed, ranks ---------------------------------------------------------------------------------
 
 class Machine(NamedTuple):
     """Where a process computes: its device, its number (rank), and how many processes there are (world)."""
@@ -309,7 +306,7 @@ def share_buffers(model):
             dist.broadcast(buffer, 0)
 
 
-# ---- run folder --------------------------------------------------------------------------------------------
+# ---- run folder ------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def replacing(path, mode="w"):
@@ -357,8 +354,7 @@ def start_run(cfg, machine):
 
 def write_json(path, value):
     with replacing(path) as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+        file.write(json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path, missing):
@@ -380,7 +376,7 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------
 
 def rng_state():
     """State of torch's random generators in this process; None for a device that the machine lacks."""
@@ -400,8 +396,8 @@ def set_rng_state(rng):
 def save_checkpoint(path, parts, progress):
     """State dicts of `parts` {name: module, optimizer, scheduler}, `progress`, every process's RNG state.
 
-    progress: tensors, numbers, strings, lists and dicts only, for weights_only=True. All processes call this;
-    the first one writes, and the others go on with its buffers, as a resumed run does.
+    progress: tensors, numbers, strings, lists and dicts only, for weights_only=True. All processes call
+    this; the first one writes, and the others go on with its buffers, as a resumed run does.
     """
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
@@ -472,7 +468,7 @@ def check_classes(known, classes, out):
                     f"{c} is {theirs} there and {ours} here: pass the --data of that run, or another run.")
 
 
-# ---- log ---------------------------------------------------------------------------------------------------
+# ---- log -------------------------------------------------------------------------------------------------
 
 def due(iteration, every, total):
     """Is it time for what happens every so many iterations, and after the last? Iterations count from 1."""
@@ -526,7 +522,7 @@ class Log:
             tqdm.write(f"{when}: {', '.join([*words, text, duration(seconds)])}")
 
     def save(self, name, parts, **where):
-        """Checkpoint OUT/name of `parts`; progress is told `where`, such as iteration=200, and the seconds."""
+        """Checkpoint OUT/name of `parts`; progress is told `where`, such as iteration=200, and the time."""
         self.means(" ".join(f"{key} {value}" for key, value in where.items()))      # refuses a loss of nan
         self.progress |= where | dict(seconds=self.seconds())
         save_checkpoint(self.out / name, parts, self.progress)
@@ -542,7 +538,7 @@ def facts(cfg, net, progress, machine, *options):
                        processes=machine.world, parameters=parameters)
 
 
-# ---- learning rate, time -----------------------------------------------------------------------------------
+# ---- learning rate, time ---------------------------------------------------------------------------------
 
 def poly_lr(iteration, base, total, power=1.0, floor=0.0, warmup=0, warmup_ratio=1e-6):
     """mmcv 1.x "poly" policy: (base - floor) (1 - it/total)^power + floor; linear warm-up multiplies it."""

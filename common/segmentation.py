@@ -91,9 +91,7 @@ def named_rates(score, classes, split):
 
 def predict_files(files, predict, classes, out):
     """OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png for every image file; a line each.
-
-    predict(path) -> image uint8 (3,H,W), class ids uint8 (H,W), both on the CPU.
-    """
+    predict(path) -> image uint8 (3,H,W), class ids uint8 (H,W), both on the CPU."""
     folder = Path(out) / "predictions"
     for path in tqdm(files, desc="predict", disable=None):
         image, ids = predict(path)

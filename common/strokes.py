@@ -28,9 +28,9 @@ MIN_SHARE, MIN_PIXELS = 0.0005, 10                       # a region smaller than
 def read_strokes(path):
     """ScribbleSup XML file -> (width, height) of its image, strokes [(class id, points float (n,2))].
 
-    Below the root are a <size> with <width> and <height>, and for each stroke a <polygon> with its class name
-    in <tag> and with <point>s of x and y. Strokes without a point are left out. UserError: damaged or another
-    kind of file, a class name that is not in CLASS_ID, a stroke that lies wholly outside the image.
+    Below the root are a <size> with <width> and <height>, and for each stroke a <polygon> with its class
+    name in <tag> and with <point>s of x and y. Strokes without a point are left out. UserError: damaged or
+    another kind of file, a class name that is not in CLASS_ID, a stroke that lies wholly outside the image.
     """
     try:
         root = ElementTree.parse(path).getroot()
@@ -108,9 +108,8 @@ def weaken_strokes(strokes, drop=0.0, shrink=0.0, seed=0):
 # ---- strokes as pixels -----------------------------------------------------------------------------------
 
 def strokes_of_mask(scribbles):
-    """uint8 (H,W), 255 = unlabelled -> int64 (H,W): 0 = unlabelled, else the number of the pixel's stroke: what
-    touches with the same class, see connected_components. Two strokes of one class that cross are one.
-    """
+    """uint8 (H,W), 255 = unlabelled -> int64 (H,W): 0 = unlabelled, else the number of the pixel's stroke.
+    A stroke is what touches with the same class, see connected_components."""
     return connected_components(np.where(scribbles == UNLABELLED, 0, scribbles.astype(np.int32) + 1))
 
 
@@ -151,8 +150,8 @@ def weaken(scribbles, drop=0.0, shrink=0.0, seed=0):
 
     drop: each stroke (see strokes_of_mask) is removed with this probability, whatever happens to the others.
     shrink: of each stroke the central 1 - shrink of its length stays, measured along its pixels; 1 leaves a
-    dot about as wide as the stroke. Where a stroke forks or closes into a ring, what is near its middle stays.
-    What is left at larger ratios is part of what is left at smaller ones. UserError: ratios outside 0..1.
+    dot about as wide as the stroke. Of a stroke that forks or closes into a ring, what is near its middle
+    stays. What is left at larger ratios is part of what is left at smaller ones.
     """
     check_ratios(drop, shrink)
     strokes = strokes_of_mask(scribbles)

@@ -66,9 +66,7 @@ def row_configs(name, changes, cfg, folder=folder_of):
 
 def train_rows(rows, cfg, train, machine, folder=folder_of):
     """{row: [metrics, one a seed]} for the rows that can be run; see row_configs and finished_row.
-
-    UserError where a row sets the seed itself and --seeds is above 1.
-    """
+    UserError where a row sets the seed itself and --seeds is above 1."""
     results = {}
     for name, changes in rows.items():
         if isinstance(changes, str):
@@ -86,9 +84,7 @@ def train_rows(rows, cfg, train, machine, folder=folder_of):
 
 def finished_row(train, cfg, machine):
     """Metrics of the run in cfg.out: read if it is finished, else trained or resumed.
-
-    A run with other settings, data or weights is made again; one that was evaluated otherwise, evaluated.
-    """
+    A run with other settings, data or weights is made again; one that was evaluated otherwise, evaluated."""
     out = Path(cfg.out)
     trained = False
     if (out / "config.json").exists():
@@ -157,10 +153,8 @@ def table_text(table, results):
 
 
 def write_table(number, table, results, cfg, machine, about="", more="", name="table"):
-    """OUT/tableN.md, printed too, and OUT/tableN.json: {row: {column: [a value a seed]}}; first process only.
-
-    about: more on the runs, in a few words. more: text below the table. name: "figure" writes figureN.*.
-    """
+    """OUT/tableN.md, printed too, and OUT/tableN.json, {row: {column: [a value a seed]}}, by one process.
+    about: more on the runs, in a few words. more: text below the table. name: "figure" writes figureN.*."""
     if machine.rank:
         return
     seeds = f"seed {cfg.seed}"

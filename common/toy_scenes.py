@@ -9,8 +9,8 @@ number of the polygon on top. Image, class mask, part map and scribbles are look
 agree by construction. It has twice the scene's size; halving the picture smooths the edges.
 
 Hard, on purpose: a long tail (a third of all pixels are sky, 0.3 % birds), look-alikes (a taxi is a car with
-a sign on its roof, a chapel a slim house with a pointed roof), sizes over a factor of four, occlusion, colours
-that classes share, nameless clutter that counts as background, light, contrast, colour cast and noise.
+a sign on its roof, a chapel a slim house with a pointed roof), sizes over a factor of four, occlusion, shared
+colours, nameless clutter that counts as background, light, contrast, colour cast and noise.
 """
 import numpy as np
 from PIL import Image, ImageDraw
@@ -207,8 +207,8 @@ def compose(rng):
 # ---- from shapes to pixels --------------------------------------------------------------------------------
 
 def paint(shapes, size, width=128, first=0):
-    """Index map, Pillow image of mode P, (2 size, 2 size): at each pixel `first` + the number of the shape on
-    top. width: of the picture in which the corners of the shapes are given."""
+    """Index map, Pillow image of mode P, (2 size, 2 size): `first` + the number of the shape on top. width:
+    of the picture in which the corners of the shapes are given."""
     index_map = Image.new("P", (2 * size, 2 * size))
     draw = ImageDraw.Draw(index_map)
     for number, shape in enumerate(shapes, start=first):
@@ -255,10 +255,8 @@ def part_centres(shapes, numbers):
 
 
 def draw_scribbles(rng, regions, mask, walks=24, steps=20):
-    """One curved stroke in each region that is large enough: class ids uint8 (H,W), 255 = unlabelled.
-
-    `walks` random walks start at random pixels of a region; the one that stays inside longest is its stroke.
-    """
+    """One curved stroke in each region that is large enough: class ids uint8 (H,W), 255 = unlabelled. Of
+    `walks` random walks from random pixels of a region the one that stays inside longest is its stroke."""
     size, area = len(regions), np.bincount(regions.ravel())
     ids = np.flatnonzero(area >= MIN_STROKE_PIXELS)  # (R,) regions with a stroke
     pixels = np.argsort(regions.ravel(), kind="stable")  # grouped by region

@@ -51,8 +51,8 @@ def locate_weights(weights, backbone):
 
 
 def weights_in(weights, backbone):
-    """Of a folder: FOLDER/BACKBONE.pth, or "imagenet" where that is missing and torchvision has weights; else
-    `weights` itself. UserError as locate_weights."""
+    """Of a folder: FOLDER/BACKBONE.pth, or "imagenet" where that is missing and torchvision has weights.
+    Anything else is returned as it is. UserError as locate_weights."""
     if weights not in ("none", "imagenet") and Path(weights).is_dir():
         path = Path(weights) / f"{backbone}.pth"
         weights = str(path) if path.exists() or backbone in MIT else "imagenet"
@@ -118,9 +118,7 @@ def original_mit_name(name):
 
 def conventional_branch(state):
     """The ResNet-50 in a checkpoint of BBN under torchvision's names.
-
-    cb_block is the last block of layer4. The classifier and rb_block, for rare classes, are left out.
-    """
+    cb_block is the last block of layer4. The classifier and rb_block, for rare classes, are left out."""
     prefix = "module.backbone."
     names = [name for name in state if name.startswith(prefix) and not name.startswith(prefix + "rb_block.")]
     return {re.sub("^cb_block", "layer4.2", name.removeprefix(prefix)): state[name] for name in names}
