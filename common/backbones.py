@@ -243,7 +243,7 @@ def build_network(backbone, head, num_classes, head_channels=0, weights="none", 
 
     num_classes    for the auxiliary classifier only
     head_channels  width of the features; 0 = the default in the table
-    weights        "none" (from scratch), "imagenet" (torchvision's IMAGENET1K_V1, downloaded by torchvision),
+    weights        "none" (from scratch), "imagenet" (torchvision's IMAGENET1K_V1, which is downloaded),
                    or path or http(s) URL of a state dict of the backbone, with or without its classifier
     output_stride  of level 4, 8 or 16: for the heads fcn, deeplabv2 and deeplabv3plus only
     drop_path      stochastic depth rate of the last block; None = mmsegmentation's for the backbone

@@ -262,8 +262,8 @@ def voc_list(name, root, split):
     if not path.is_file():
         hint = ""
         if split == "trainaug":
-            hint = (" (10,582 names; it and the masks of SegmentationClassAug/ come from SBD, Hariharan et al. "
-                    "2011; or take the split train)")
+            hint = (" (10,582 names; it and the masks of SegmentationClassAug/ come from SBD, Hariharan et "
+                    "al. 2011; or take the split train)")
         raise layout_error(name, root, f"the list {path} is missing{hint}")
     return root, read_list(path)
 
@@ -422,20 +422,16 @@ class WeakerScribbles(SegmentationSet):
     def name_of(self, i):
         return self.data.name_of(i)
 
-    def weakened(self, i, mask):
+    def read_mask(self, i):
         if self.kept[i] is None:
             seed = mixed_seed(self.seed, self.name_of(i))
-            left = strokes.weaken(mask.numpy(), self.drop, self.shrink, seed)
+            left = strokes.weaken(self.data.read_mask(i).numpy(), self.drop, self.shrink, seed)
             self.kept[i] = left.shape, zlib.compress(left.tobytes())
         shape, packed = self.kept[i]
         return torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.uint8).view(shape)
 
     def read(self, i):
-        image, mask = self.data.read(i)
-        return image, self.weakened(i, mask)
-
-    def read_mask(self, i):
-        return self.weakened(i, self.data.read_mask(i) if self.kept[i] is None else None)
+        return self.data.read(i)[0], self.read_mask(i)
 
 
 def open_dataset(name, root, split, seed=0, mask_dir=""):

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import resize
 from common.metrics import row_quantile
 
 INK, LINE, GREY = (30, 30, 30), (205, 205, 205), (225, 225, 225)         # text, tick lines, nan cells
-HEAT = [(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)]  # "inferno"
+HEAT = [(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)]  # inferno
 BLUE_WHITE_RED = [(33, 102, 172), (146, 197, 222), (255, 255, 255), (244, 165, 130), (178, 24, 43)]
 SERIES = [(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
           (240, 228, 66), (110, 110, 110)]                                # then again from the first
@@ -60,7 +60,7 @@ def blend(image, colours, opacity):
 
 
 def overlay(image, labels, opacity=0.6):
-    """image (3,H,W) uint8, labels (H,W) integer -> (3,H,W) uint8 in palette colours; 255 leaves the image."""
+    """image (3,H,W) uint8, labels (H,W) integer -> (3,H,W) uint8 in palette colours; 255 stays the image."""
     labels = labels.to(image.device)
     colours = CLASS_COLOURS.to(image.device)[labels.long()]               # (H,W,3)
     return torch.where(labels == 255, image, blend(image, colours, opacity))
@@ -78,8 +78,8 @@ def heatmap(image, values, opacity=0.5, vmin=None, vmax=None):
 
 
 def draw_box(image, box, colour=(0, 255, 255), width=2):
-    """A copy of image (3,H,W) uint8 with a frame, `width` pixels wide, along the inside of the box y0, y1, x0,
-    x1 (pixels, ends exclusive), of which only what lies in the image counts."""
+    """A copy of image (3,H,W) uint8 with a frame, `width` pixels wide, along the inside of the box y0, y1,
+    x0, x1 (pixels, ends exclusive), of which only what lies in the image counts."""
     height, length = image.shape[1:]
     y0, y1 = (min(max(int(y), 0), height) for y in box[:2])
     x0, x1 = (min(max(int(x), 0), length) for x in box[2:])
@@ -107,8 +107,8 @@ def in_colours(image, ids):
 
 
 def heat(image, values, vmax=None):
-    """Heat map from 0 to vmax over a thumbnail. values (h,w), resized bilinearly. vmax: the 99th percentile if
-    not given, as one cell of 9.2 would leave the rest black."""
+    """Heat map from 0 to vmax over a thumbnail. values (h,w), resized bilinearly. vmax: the 99th percentile
+    if not given, as one cell of 9.2 would leave the rest black."""
     values = values.cpu()
     if vmax is None:
         vmax = float(row_quantile(values.flatten()[None], 0.99))
@@ -173,7 +173,7 @@ def legend_piece(entries, width):
 
 
 def write_upwards(canvas, text, font, x, y, anchor):
-    """Text turned by 90 degrees, centred on column x; it starts (anchor "start") or ends ("end") at row y."""
+    """Text turned by 90 degrees, centred on column x; it starts (anchor "start") or ends ("end") at y."""
     height = sum(font.getmetrics())
     ink = Image.new("L", (math.ceil(font.getlength(text)) + 1, height))
     ImageDraw.Draw(ink).text((0, height // 2), text, 255, font=font, anchor="lm")
@@ -182,13 +182,13 @@ def write_upwards(canvas, text, font, x, y, anchor):
 
 
 def histogram_piece(heading, bars, edges, ticks, colour):
-    """bars: n heights; edges of the bins: n + 1 numbers; ticks: (height, text) pairs, the last at the top."""
+    """bars: n heights; edges of the bins: n + 1 numbers; ticks: (height, text) pairs, the last on top."""
     font, top, height = ImageFont.load_default(size=15), 30, 150          # height of the plot
     texts = [f"{edge:.4g}" if abs(edge) < 1e4 else f"{edge:.0f}" for edge in edges]
     n, room = len(bars), math.ceil(max(font.getlength(text) for text in texts))
     left = max(room // 2 + 1, math.ceil(max(font.getlength(text) for _, text in ticks)) + 12)
     bar = max(4, 640 // n)                                                # width of a bin
-    every = min(n, math.ceil((room + 14) / bar))                          # so far apart do edges get a number
+    every = min(n, math.ceil((room + 14) / bar))                          # so far apart edges get a number
     every = next((k for k in range(every, 2 * every) if n % k == 0), every)       # rather evenly
     numbered = [*range(0, n - every + 1, every), n]
     piece = Image.new("RGB", (left + n * bar + room // 2 + 8, top + height + 32), "white")
@@ -226,7 +226,7 @@ def write_png(path, picture):
     """A Pillow image -> PNG, written beside `path` and renamed: never half a file."""
     beside = Path(f"{path}.tmp")
     beside.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(beside, format="PNG", compress_level=3)                  # a quarter of the time, 13 % larger
+    picture.save(beside, format="PNG", compress_level=3)                  # 1/4 of the time, 13 % larger
     os.replace(beside, path)
 
 
@@ -354,7 +354,8 @@ def save_bars(path, series, names, title="", unit="%"):
         for s, value in enumerate(values[g] for values in series.values()):
             if math.isfinite(value):
                 x, end = int(middle + (s - len(series) / 2) * bar), round(zero - value * scale)
-                draw.rectangle((x, min(end, zero), x + bar - 2, max(end, zero)), fill=SERIES[s % len(SERIES)])
+                top_row, bottom_row = sorted((end, zero))
+                draw.rectangle((x, top_row, x + bar - 2, bottom_row), fill=SERIES[s % len(SERIES)])
                 if bar >= 34:                                             # room for the number
                     y, anchor = (end - 3, "mb") if end <= zero else (end + 3, "mt")
                     digits = ".2g" if abs(value) < 1 else ".1f"
@@ -366,13 +367,14 @@ def save_bars(path, series, names, title="", unit="%"):
             draw.text((middle, top + height + 6), name, INK, font=font, anchor="ma")
     draw.line((left, zero, canvas.width, zero), fill=INK)
     swatches = [(SERIES[s % len(SERIES)], name) for s, name in enumerate(series)]
-    save_stack(path, [text_piece(title, canvas.width, size=18), legend_piece(swatches, canvas.width), canvas])
+    width = canvas.width
+    save_stack(path, [text_piece(title, width, size=18), legend_piece(swatches, width), canvas])
 
 
 def save_histogram(path, series, bins=20, low=None, high=None, title="", unit="", log=False):
     """Histograms below each other, one a series, all with the same bins and the same axis.
 
-    series: {name: values}, tensors or lists of any shape. unit: of the values. low, high: the outermost edges,
+    series: {name: values}, tensors or lists of any shape. unit: of the values. low, high: outermost edges,
     else round numbers that span all values; the heading tells how many values lie outside, nan among them.
     A bar is the share of all values of its series in percent or, if log, their number on an axis 1, 10, 100.
     """
@@ -383,7 +385,7 @@ def save_histogram(path, series, bins=20, low=None, high=None, title="", unit=""
     ticks = round_ticks(min(known), max(known) if max(known) > min(known) else min(known) + 1.0)
     low = min(ticks[0], min(known)) if low is None else low               # the tick itself may be rounded up
     high = max(ticks[-1], max(known)) if high is None else high
-    high = high if high > low else low + 1.0                              # no value on this side of the limit
+    high = high if high > low else low + 1.0                              # no value on that side of a limit
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
     edges[edges.abs() < 1e-9 * (high - low)] = 0.0                        # not 1e-17
     inside = {name: values[(values >= low) & (values <= high)] for name, values in series.items()}

@@ -123,8 +123,8 @@ def files_in(folder, endings, tail=""):
         if ending.lower() in endings and stem.endswith(tail) and not entry.startswith("."):
             stem = stem.removesuffix(tail)
             if stem in files:
-                raise UserError(f"{folder} holds both {files[stem].name} and {entry}: keep one, as image and "
-                                "mask are matched by their names without ending.")
+                raise UserError(f"{folder} holds both {files[stem].name} and {entry}: keep one, as image "
+                                "and mask are matched by their names without ending.")
             files[stem] = folder / entry
     return files
 

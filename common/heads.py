@@ -57,7 +57,7 @@ class MLPHead(nn.Module):
 
     def forward(self, levels):
         size = levels[0].shape[2:]
-        maps = {}                                                       # size -> sum of the maps of that size
+        maps = {}                                                       # size -> sum of maps of that size
         fuse = self.fuse.weight.flatten(1).chunk(4, dim=1)              # (E,E) for levels 4, 3, 2, 1
         for x, conv, part in zip(levels, self.levels, reversed(fuse)):
             y = F.conv2d(x, (part @ conv.weight.flatten(1))[:, :, None, None], part @ conv.bias)
@@ -160,7 +160,7 @@ class DeepLabv3PlusHead(nn.Module):
 def refuse_one_image(head, training, x):
     """UserError if the head is to train on a batch of one image, whose pooled map has a single pixel."""
     if training and len(x) == 1:
-        raise UserError(f"the {head} head cannot train on a batch of one image (BatchNorm would see a single "
+        raise UserError(f"the {head} head cannot train on a batch of one image (BatchNorm would see one "
                         "pixel): use a batch size of 2 or more per process")
 
 

@@ -45,7 +45,7 @@ class TrainView(Dataset):
         return {"image": image, "mask": mask.long(), "index": index}
 
 
-class ScribbleView(Dataset):
+class ScribbleView(TrainView):
     """Samples of PFA (Sec. 4.2, see augment_scribble): as TrainView's, and classes bool (N,): those that are
     labelled anywhere in the whole image. rotation: largest angle in degrees. blur: False = never."""
 
@@ -53,9 +53,6 @@ class ScribbleView(Dataset):
         self.data = data
         self.augment = partial(augment_scribble, size=size, crop=crop, scale=scale, rotation=rotation,
                                blur=blur)
-
-    def __len__(self):
-        return len(self.data)
 
     def __getitem__(self, key):
         index, sample_seed = key
@@ -106,8 +103,8 @@ class BatchesFrom(Sampler):
 
     def __init__(self, length, batch_size, seed, start=0, stop=None, rank=0, world=1):
         if batch_size < 1 or batch_size % world:
-            raise UserError(f"--batch-size {batch_size} counts the images of all processes together: it must "
-                            f"be a multiple of their number, {world}.")
+            raise UserError(f"--batch-size {batch_size} counts the images of all processes together: it "
+                            f"must be a multiple of their number, {world}.")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
 
@@ -149,7 +146,7 @@ def to_device(batch, device, *names):
     """A batch on its way to the network: tensors on the device, float (B,C,H,W) in channels_last order.
     batch: a dict, whose entries `names` are taken in this order, or a sequence of tensors, without names."""
     tensors = [batch[name] for name in names] if names else batch
-    on_cuda = torch.device(device).type == "cuda"            # then make_loader's batches are in pinned memory
+    on_cuda = torch.device(device).type == "cuda"           # then make_loader's batches are in pinned memory
     moved = []
     for tensor in tensors:
         is_image = tensor.ndim == 4 and tensor.is_floating_point()

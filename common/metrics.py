@@ -36,7 +36,7 @@ class ConfusionMatrix:
             raise ValueError(f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} "
                              "differ in shape: resize the logits to the label's size before argmax")
         if self.finished:
-            raise RuntimeError("update after all_reduce: use a new ConfusionMatrix for the next evaluation")
+            raise RuntimeError("update after all_reduce: start a new ConfusionMatrix for another split")
         N = self.num_classes
         # One bin per (label, prediction) pair and one more for the ignored pixels, dropped below. A boolean
         # index or bincount would make a GPU wait for the size of the result.
@@ -105,7 +105,7 @@ def row_quantile(values, q):
 
 
 # ---- parts: does a prototype's region hold the same part of the object? --------------------------------
-# N images, M prototypes, P annotated parts. inside bool (N,M,P): the part is visible in a prototype's region.
+# N images, M prototypes, P annotated parts. inside bool (N,M,P): the part is visible in the region.
 
 def activation_boxes(maps, size, percentile=95):
     """Smallest boxes around the pixels at or above the percentile of each map. (n,h,w) -> int64 (n,4): y0,
@@ -176,7 +176,7 @@ def part_truth(boxes, noisy, points, similarity, own, size):
 def variant_truth(inside, similarity, labels, held, variants):
     """Does a prototype show the same part in the same variant? A dict of three numbers.
 
-    inside (N,M,P); similarity (N,M); labels (N,); held (C,M) bool: the prototypes of a class; variants (C,P):
+    inside (N,M,P); similarity (N,M); labels (N,); held (C,M) bool: prototypes of a class; variants (C,P):
     the variant of part p in class c. variants_found_shared: how many variants a prototype shows, with purity
     of at least one half, that two of the classes that hold it have.
     """

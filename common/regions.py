@@ -58,9 +58,9 @@ def depth_inside(regions):
 def geodesic_distance(regions, sources, price=None):
     """Shortest way from the nearest source along pixels of the source's region: int (H,W) -> float64 (H,W).
 
-    sources: flat indices of pixels that are not 0, for 0 is no region. A step to one of the 8 neighbours is 1
-    or sqrt(2) long, times the mean `price` (H,W) of the two pixels; inf where no way leads. Fronts run across
-    all regions at once, until no way gets shorter.
+    sources: flat indices of pixels that are not 0, for 0 is no region. A step to one of the 8 neighbours is
+    1 or sqrt(2) long, times the mean `price` (H,W) of the two pixels; inf where no way leads. Fronts run
+    over all regions at once, until no way gets shorter.
     """
     width = regions.shape[1] + 2
     ids = np.pad(regions, 1).ravel()

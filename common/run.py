@@ -38,8 +38,7 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one sentence that names the file or option and says what to do.
-    Scripts print the sentence and exit with code 2."""
+    """A mistake that the user can mend: a sentence that names the file or option and says what to do."""
 
     def __init__(self, message):                       # a DataLoader worker puts its traceback before it
         super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
@@ -233,8 +232,8 @@ def run_script(main, Config, presets, description=""):
     except UserError as error:
         problem, code = str(error), 2
     except torch.OutOfMemoryError:
-        problem, code = ("the GPU ran out of memory: lower --batch-size or the image size (a lower batch size "
-                         "wants a lower --lr in proportion)."), 2
+        problem, code = ("the GPU ran out of memory: lower --batch-size or the image size (a lower batch "
+                         "size wants a lower --lr in proportion)."), 2
     except KeyboardInterrupt:
         problem, code = ("interrupted; the same command with --resume (a --table: the same command) goes on "
                          "from the last checkpoint."), 130

@@ -81,10 +81,10 @@ def evaluate(net, loader, num_classes, names, predict, machine):
 
 
 def named_rates(score, classes, split):
-    """Rates of evaluate() for metrics.json, with class names. UserError if no pixel of the split is labelled."""
+    """Rates of evaluate() for metrics.json, with class names. UserError if no pixel is labelled."""
     if all(rate is None for rate in score["iou"]):
-        raise UserError(f"no pixel of the {split} split is labelled, so there is nothing to score: check its "
-                        "masks, or choose another --test-split.")
+        raise UserError(f"no pixel of the {split} split is labelled, so there is nothing to score: check "
+                        "its masks, or choose another --test-split.")
     return score | dict(iou=dict(zip(classes, score["iou"])), f1=dict(zip(classes, score["f1"])),
                         absent=[classes[c] for c in score["absent"]])
 

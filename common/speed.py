@@ -76,10 +76,8 @@ def cost_of_model(parts, train_step, predict, num_classes, cfg, device):
     """What a segmentation network costs on random images of --crop pixels: a dict of numbers.
 
     parts: model, optimizer, scheduler, made for this measurement, which leaves the model in eval mode.
-    train_step(x, labels): one step on --batch-size images; predict(x): from one image to labels. Returns
-    parameters (those that learn), gflops (1e9 multiply-adds of the model for one image, as mmsegmentation
-    counts), training_gib (memory of one training step on CUDA, None elsewhere), training_images_per_second
-    and inference_images_per_second.
+    train_step(x, labels): one step on --batch-size images; predict(x): from one image to labels. gflops: 1e9
+    multiply-adds of the model for one image, as mmsegmentation counts; training_gib: None but on CUDA.
     """
     net = parts["model"]
     x = torch.randn(cfg.batch_size, 3, cfg.crop, cfg.crop).to(device, memory_format=torch.channels_last)

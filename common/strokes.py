@@ -17,7 +17,7 @@ from common.run import UserError
 
 UNLABELLED = 255
 XML_NAMES = ("background plane bike bird boat bottle bus car cat chair cow table dog horse motorbike person "
-             "plant sheep sofa train monitor").split()   # ScribbleSup's names of the 21 classes of VOC, by id
+             "plant sheep sofa train monitor").split()  # ScribbleSup's names of the 21 classes of VOC, by id
 CLASS_ID = {name: i for i, name in enumerate(XML_NAMES)} | {       # and VOC's own
     "aeroplane": 1, "bicycle": 2, "diningtable": 11, "pottedplant": 16, "tvmonitor": 20}
 MIN_SHARE, MIN_PIXELS = 0.0005, 10                       # a region smaller than this gets no stroke
@@ -81,7 +81,7 @@ def draw_strokes(strokes, width, height, thickness=3):
 
 def central_part(points, shrink):
     """Polyline (n,2) -> its central 1 - shrink by length, (m,2); all of it at 0, its midpoint alone at 1."""
-    along = np.append(0, np.linalg.norm(np.diff(points, axis=0), axis=1).cumsum())    # (n,) way to each point
+    along = np.append(0, np.linalg.norm(np.diff(points, axis=0), axis=1).cumsum())   # (n,) way to each point
     low, high = along[-1] * shrink / 2, along[-1] * (1 - shrink / 2)
     if low <= 0:
         return points
@@ -168,7 +168,7 @@ def painted_strokes(path, image, num_classes):
     """Strokes somebody drew on a photograph -> uint8 (H,W): class ids, 255 = unlabelled.
 
     image uint8 (3,H,W). An index PNG as data/README.md describes it, or a painting in the colours of
-    figures.palette: on transparency, on white, or on the image itself, whose unchanged pixels are no strokes.
+    figures.palette: on transparency, on white, or on the image, whose unchanged pixels are no strokes.
     A painted pixel has the class whose colour is at most 40 away in each of R, G and B. UserError: another
     size, nothing labelled.
     """
@@ -240,7 +240,7 @@ def scribbles_from_mask(mask, seed=0, thickness=None):
     """Full mask uint8 (H,W), 255 = ignore -> scribbles uint8 (H,W), 255 = unlabelled, which agree with it.
 
     One stroke in each connected region of a class that has MIN_SHARE of the pixels and at least MIN_PIXELS:
-    a curve along its middle, cut off at the region's edge. The seed decides the curves. thickness: in pixels;
+    a curve along its middle, cut off at the region's edge. The seed decides the curves. thickness in pixels;
     None is 1/125 of the mask's shorter side, which is 3 in most images of VOC.
     """
     rng = np.random.default_rng(seed)
@@ -251,7 +251,7 @@ def scribbles_from_mask(mask, seed=0, thickness=None):
     scribbles = np.full(mask.shape, UNLABELLED, np.uint8)
     if not regions.any():
         return scribbles
-    depth, stride = depth_inside(regions), -(-max(mask.shape) // 128)    # lines are found on every n-th pixel
+    depth, stride = depth_inside(regions), -(-max(mask.shape) // 128)   # lines are found on every n-th pixel
     middle = stride // 2
     lines = middle_lines(rng, regions[middle::stride, middle::stride], depth[middle::stride, middle::stride])
     for start in extreme(regions, depth):                # its deepest pixel

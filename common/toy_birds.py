@@ -5,7 +5,7 @@ Use    from common.toy_birds import bird_index, make_bird
        bird = make_bird(seed=0, index=bird_index("train", 7))
 
 A species is a combination of one head, beak, wing, tail and belly, and species *share* these variants: every
-variant belongs to at least two species, and two species differ in two parts or more (SPECIES_VARIANTS). So it
+variant belongs to at least two species, and two species differ in two parts or more (SPECIES_VARIANTS). It
 is known which part prototypes a model with a shared pool should find, and which classes should share them.
 
 A bird is a pile of polygons in one *index map*, as in common/toy_scenes.py: picture, part centres and
@@ -213,7 +213,7 @@ def part_centres(part_of, index_map):
     of the picture, x to the right, y down; (0, 0) where a part is not visible.
     """
     part = part_of[index_map].ravel() + 1                      # 0 = no part
-    y, x = np.indices(index_map.shape) / 2 - 0.25              # two pixels of the map make one of the picture
+    y, x = np.indices(index_map.shape) / 2 - 0.25              # two pixels of the map make one of image
     count, sum_x, sum_y = (np.bincount(part, values, minlength=len(PARTS) + 1)[1:]
                            for values in (None, x.ravel(), y.ravel()))
     visible = count >= 4 * MIN_PIXELS

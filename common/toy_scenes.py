@@ -9,8 +9,8 @@ number of the polygon on top. Image, class mask, part map and scribbles are look
 agree by construction. It has twice the scene's size; halving the picture smooths the edges.
 
 Hard, on purpose: a long tail (a third of all pixels are sky, 0.3 % birds), look-alikes (a taxi is a car with
-a sign on its roof, a chapel a slim house with a pointed roof), sizes over a factor of four, occlusion, shared
-colours, nameless clutter that counts as background, light, contrast, colour cast and noise.
+a sign on its roof, a chapel a slim house with a pointed roof), sizes over a factor of four, occlusion,
+shared colours, nameless clutter that counts as background, light, contrast, colour cast and noise.
 """
 import numpy as np
 from PIL import Image, ImageDraw
@@ -93,7 +93,7 @@ OBJECTS = {
         ("envelope", PAINT, np.concatenate([disc(0, .1, .36, .38)[:8], [(-.1, -.42), (.1, -.42)]]))]),
 }
 CLASSES = list(STUFF) + list(OBJECTS)
-PARTS = ["none"] + list(dict.fromkeys(f"{name}:{shape[0]}" for name in OBJECTS for shape in OBJECTS[name][3]))
+PARTS = ["none"] + list(dict.fromkeys(f"{name}:{part[0]}" for name in OBJECTS for part in OBJECTS[name][3]))
 LOOKALIKES = [(CLASSES.index(a), CLASSES.index(b)) for a, b in (("car", "taxi"), ("house", "chapel"))]
 TEXTURE = {"background": 1, "grass": 2, "tree": 1, "water": 3}   # which of textures(); the others 0
 
@@ -173,7 +173,7 @@ def place_object(rng, name, region, places, horizon):
         y = horizon + (126 - horizon) * np.clip(0.8 * growth + rng.normal(0.1, 0.2), 0.02, 1)
     stretch = np.diag((rng.choice((-1, 1)) * rng.uniform(0.85, 1.15), -rng.uniform(0.85, 1.15)))
     matrix = size * stretch @ rotation(rng.normal(0, 0.25 if name == "bird" else 0.06))
-    colour = {part: pick_colour(rng, colours) for part, colours, _ in parts}       # both wheels look the same
+    colour = {part: pick_colour(rng, colours) for part, colours, _ in parts}      # both wheels look the same
     shapes = []
     for part, _, corners in parts:
         corners = corners + rng.normal(0, 0.012, (len(corners), 2))                # drawn by hand

@@ -37,15 +37,15 @@ def locate_weights(weights, backbone):
                         f"original {backbone}.pth or of pytorch_model.bin from HuggingFace's "
                         f"nvidia/{backbone.replace('_', '-')}")
     if weights == "imagenet" and backbone == "resnet50_inat":
-        raise UserError("resnet50_inat has weights from iNaturalist 2017, not ImageNet: give the path or URL "
+        raise UserError("resnet50_inat has weights from iNaturalist 2017, not ImageNet: give path or URL "
                         "of BBN.iNaturalist2017.res50.180epoch.best_model.pth, or none")
     if weights == "imagenet":
-        raise UserError(f"there are no ImageNet weights for {backbone}: train it from scratch (weights none)")
+        raise UserError(f"there are no ImageNet weights for {backbone}: train it from scratch, weights none")
     if weights.split("?")[0].endswith(".safetensors"):
         raise UserError(f"{weights}: reading .safetensors would take another package; use the .bin or .pth "
                         "file of the same model")
     if not weights.startswith(("http://", "https://")) and not Path(weights).is_file():
-        raise UserError(f"{weights}: no such file; weights are none, imagenet, or the path or http(s) URL of "
+        raise UserError(f"{weights}: no such file; weights are none, imagenet, or path or http(s) URL of "
                         "a state dict")
     return weights
 
@@ -86,11 +86,8 @@ def read_state_dict(source):
 
 
 def load_mit_weights(model, state_dict, source="state dict"):
-    """Load a MixTransformer from tensors named as in the original release or by HuggingFace, all or none.
-
-    HuggingFace's "segformer." in front may be absent; its separate keys and values are joined into kv.
-    Raises UserError if a name or shape does not fit; the classifier and decoder are left out.
-    """
+    """Load a MixTransformer from tensors named as in the original release or by HuggingFace, whose separate
+    keys and values are joined into kv. Without classifier and decoder. UserError as load_fitting."""
     if any(re.match(r"(backbone\.)?layers\.\d\.[012]\.", name) for name in state_dict):
         raise UserError(f"{source}: these names (layers.0.0.projection ...) are mmsegmentation's; use the "
                         "original mit_b*.pth or HuggingFace's nvidia/mit-b* instead")

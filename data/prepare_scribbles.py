@@ -34,8 +34,8 @@ def files_below(folder, endings):
         files = sorted(p for p in folder.rglob(f"*{ending}") if p.name[0] != ".")
         if files:
             return files
-    raise UserError(f"{folder} holds no file {' or '.join(f'*{e}' for e in endings)}: pass the folder of the "
-                    f"masks or strokes; found there: {listing(folder)}.")
+    raise UserError(f"{folder} holds no file {' or '.join(f'*{e}' for e in endings)}: pass the folder of "
+                    f"the masks or strokes; found there: {listing(folder)}.")
 
 
 def read_mask(path, unlabelled=UNLABELLED):
@@ -68,8 +68,8 @@ def read_points(path):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: pass the JSON file of the points.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read as a file of points ({type(error).__name__}: {error}): it is "
-                        'damaged, or not of the form {"NAME": [{"x": 10.5, "y": 20, "cls": 3}]}.') from None
+        raise UserError(f"{path} cannot be read as a file of points ({type(error).__name__}: {error}): it "
+                        'is damaged or not {"NAME": [{"x": 10.5, "y": 20, "cls": 3}]}.') from None
 
 
 def class_id(value):
@@ -161,8 +161,8 @@ def main(argv=None):
     except UserError as error:
         print(f"prepare_scribbles: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"wrote {len(jobs)} masks to {options.out}: {labelled:.2f} % of the pixels are labelled, class ids "
-          f"{' '.join(map(str, classes)) or 'none'}")
+    print(f"wrote {len(jobs)} masks to {options.out}: {labelled:.2f} % of the pixels are labelled, class "
+          f"ids {' '.join(map(str, classes)) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from common.toy_scenes import CLASSES, PARTS, SPLITS, UNLABELLED, make_scene, sc
 from data import toy_files
 
 MASK_COLOURS = [(60, 60, 60), (90, 175, 240), (130, 180, 70), (160, 150, 155), (35, 80, 165), (30, 105, 60),
-                (205, 95, 60), (130, 45, 110), (225, 45, 60), (245, 195, 30), (250, 135, 60), (240, 140, 185),
-                (100, 65, 180), (60, 210, 190)]                # for the eye only
+                (205, 95, 60), (130, 45, 110), (225, 45, 60), (245, 195, 30), (250, 135, 60),
+                (240, 140, 185), (100, 65, 180), (60, 210, 190)]                # for the eye only
 
 
 def palettes():
@@ -44,7 +44,8 @@ def overview(scenes):
         for j, (caption, panel) in enumerate(panels.items()):
             x, y = (k % 2 * 4 + j) * cell, top + k // 2 * cell
             draw.text((x + 4, 4), caption, "black", font)
-            sheet.paste(Image.fromarray(panel).resize((cell - 2, cell - 2), Image.Resampling.NEAREST), (x, y))
+            small = Image.fromarray(panel).resize((cell - 2, cell - 2), Image.Resampling.NEAREST)
+            sheet.paste(small, (x, y))
     for i, name in enumerate(CLASSES):
         x = 8 + i * (8 * cell // len(CLASSES))
         draw.rectangle((x, height + 20, x + 20, height + 40), fill=tuple(of_class[i].tolist()))
