@@ -69,7 +69,7 @@ def read_points(path):
         raise UserError(f"{path} does not exist: pass the JSON file of the points.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as a file of points ({type(error).__name__}: {error}): it "
-                        'is damaged or not {"NAME": [{"x": 10.5, "y": 20, "cls": 3}]}.') from None
+                        'is damaged or not like {"NAME": [{"x": 10.5, "y": 20, "cls": 3}]}.') from None
 
 
 def class_id(value):
