@@ -19,23 +19,19 @@ mobilenet_v2 (for laptops and small GPUs) has 256 channels under every head, tin
     extractor = build_extractor("resnet34", weights="imagenet")
     features = extractor(images)                    # (B,512,H/32,W/32): no pooling, no classifier
 
-tiny mobilenet_v2 resnet34 resnet50 resnet50_inat resnet152 densenet121 densenet161
-48   1280         512      2048     2048          2048      1024        2208         channels
-
     dense = build_dense("resnet101", weights="imagenet")
     features = dense(images)                        # (B,2048,h,w), h about H/8: one fine map, no head
 
-    backbone   resnet50, resnet101   mobilenet_v2   unet   tiny
-    channels   2048                  320            64     64
-    stride     8 or 16               8 or 16        1      4, 8 or 16
+    channels         tiny  mobilenet_v2  resnet34  larger ResNets  densenet121  densenet161  unet
+    build_extractor  48    1280          512       2048            1024         2208         -
+    build_dense      64    320           -         2048            -            -            64
 
 Sources: SegFormer (Xie et al. 2021), UPerNet (Xiao et al. 2018), FCN (Long et al. 2015), DeepLabv2 and
 DeepLabv3+ (both Chen et al. 2018; the ResNets of build_dense are DeepLabv2's), U-Net (Ronneberger et al.
-2015). mlp and the DeepLab heads serve PFA (Chan et al. 2024), which keeps SegFormer's head at 256 channels
-for every MiT. Beyond that the widths of heads, initialisation, drop rates and auxiliary heads are
-mmsegmentation's defaults. Departures from it:
-- ResNet is torchvision's, with a 7x7 stem. mmsegmentation's FCN uses ResNet-V1c, whose stem is three 3x3
-  convolutions; torchvision has no weights for that one.
+2015). mlp and the DeepLab heads serve PFA (Chan et al. 2024), with 256 channels for every MiT. Beyond that
+the widths of heads, initialisation, drop rates and auxiliary heads are mmsegmentation's. Departures from it:
+- ResNet is torchvision's, with a 7x7 stem; mmsegmentation's FCN uses ResNet-V1c, whose stem is three 3x3
+  convolutions, for which torchvision has no weights.
 - The first block of a dilated mobilenet_v2 stage keeps the dilation of the stage before it, as ResNet's
   does: pretrained filters then see the neighbours that they were trained on. The ResNets of build_dense
   dilate it too, as DeepLabv2 does, but stride in its 3x3 convolution and not in the 1x1 before it: that is
@@ -57,7 +53,6 @@ from common.heads import (DeepLabv2Head, DeepLabv3PlusHead, FCNHead, MLPHead, Se
                           auxiliary_head, conv_bn_relu, double_conv)
 from common.mit import MIT, MixTransformer, init_weights, set_drop_path
 from common.run import UserError
-from common.weights import load_mit_weights  # noqa: F401, goes with MixTransformer, which stands here too
 from common.weights import load_weights
 
 TORCHVISION = {                                                # channels of the four levels
@@ -71,21 +66,17 @@ DROP_PATH = {name: 0.1 for name in MIT} | {
     "swin_t": 0.3, "swin_s": 0.3, "swin_b": 0.3,
     "convnext_tiny": 0.4, "convnext_small": 0.3, "convnext_base": 0.4,
 }
+TRANSFORMERS, RESNETS = (*MIT, "mobilenet_v2", "tiny"), ("resnet50", "resnet101", "mobilenet_v2")
 GOES_WITH = {
-    "segformer": (*MIT, "mobilenet_v2", "tiny"),
-    "fcn": ("resnet50", "resnet101", "mobilenet_v2"),
+    "segformer": TRANSFORMERS, "fcn": RESNETS,
     "upernet": ("swin_t", "swin_s", "swin_b", "convnext_tiny", "convnext_small", "convnext_base",
                 "mobilenet_v2"),
-    "mlp": (*MIT, "mobilenet_v2", "tiny"),
-    "deeplabv2": ("resnet50", "resnet101", "mobilenet_v2"),
-    "deeplabv3plus": ("resnet50", "resnet101", "mobilenet_v2"),
+    "mlp": TRANSFORMERS, "deeplabv2": RESNETS, "deeplabv3plus": RESNETS,
 }
 DILATED = ("fcn", "deeplabv2", "deeplabv3plus")                # heads whose backbone has an output_stride
 EXTRACTORS = ("tiny", "mobilenet_v2", "resnet34", "resnet50", "resnet50_inat", "resnet152", "densenet121",
               "densenet161")
 DENSE = ("resnet101", "resnet50", "mobilenet_v2", "unet", "tiny")
-HEAD_CHANNELS = {"segformer": 256, "fcn": 512, "upernet": 512, "mlp": 256, "deeplabv2": 256,
-                 "deeplabv3plus": 256}
 
 
 # ---- other backbones -------------------------------------------------------------------------------------
@@ -93,8 +84,8 @@ HEAD_CHANNELS = {"segformer": 256, "fcn": 512, "upernet": 512, "mlp": 256, "deep
 class TorchvisionBackbone(nn.Module):
     """A torchvision classifier cut in four: images (B,3,H,W) -> list of four maps (B,dims[i],h_i,w_i).
 
-    Swin and ConvNeXt get a LayerNorm on each level, as in mmsegmentation; of their stages[i], [0] is the stem
-    or the downsampling and [1] holds the blocks.
+    Swin and ConvNeXt get a LayerNorm on each level, as in mmsegmentation; in their stages[i], [0] is the
+    stem or the downsampling and [1] holds the blocks.
     """
 
     def __init__(self, net, name):
@@ -122,7 +113,7 @@ class TorchvisionBackbone(nn.Module):
 
 
 def torchvision_classifier(name, output_stride):
-    """torchvision's network from scratch; a ResNet or mobilenet_v2 is dilated if output_stride is 8 or 16."""
+    """torchvision's network from scratch; ResNets and mobilenet_v2 dilated for output_stride 8 or 16."""
     if name.startswith("resnet"):
         dilated = [False, output_stride <= 8, output_stride <= 16]
         return torchvision.models.get_model(name, weights=None, replace_stride_with_dilation=dilated)
@@ -134,9 +125,7 @@ def torchvision_classifier(name, output_stride):
 
 def dilate(net, output_stride):
     """Trade the strides beyond output_stride for dilation: the strided network's values on a finer grid.
-
-    For a chain of 3x3 convolutions in which nothing else strides (mobilenet_v2, TinyBackbone); in place.
-    """
+    For a chain of 3x3 convolutions in which nothing else strides (mobilenet_v2, TinyBackbone); in place."""
     stride, dilation = 1, 1
     for conv in net.modules():
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
@@ -169,8 +158,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.convs = nn.Sequential(conv_bn_relu(dim, dim, 3), nn.Conv2d(dim, dim, 3, padding=1, bias=False),
-                                   nn.BatchNorm2d(dim))
+        second = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+        self.convs = nn.Sequential(conv_bn_relu(dim, dim, 3), second, nn.BatchNorm2d(dim))
 
     def forward(self, x):
         return F.relu(x + self.convs(x))
@@ -178,35 +167,31 @@ class ResidualBlock(nn.Module):
 
 class TinyBackbone(nn.Module):
     """A small residual network for toy pictures of about 128x128 pixels, quick on a CPU.
-
-    Images (B,3,H,W) -> list of four maps with 1/4, 1/8, 1/16 and 1/16 of the image's sides, rounded up.
-    """
+    Images (B,3,H,W) -> list of four maps with 1/4, 1/8, 1/16 and 1/16 of the image's sides, rounded up."""
 
     def __init__(self):
         super().__init__()
         self.dims = (32, 48, 64, 64)
         self.stages = nn.ModuleList([
-            nn.Sequential(conv_bn_relu(3, 16, 3, stride=2), conv_bn_relu(16, 32, 3, stride=2),
-                          ResidualBlock(32)),
-            nn.Sequential(conv_bn_relu(32, 48, 3, stride=2), ResidualBlock(48)),
-            nn.Sequential(conv_bn_relu(48, 64, 3, stride=2), ResidualBlock(64)),
+            nn.Sequential(conv_bn_relu(3, 16, 3, 2), conv_bn_relu(16, 32, 3, 2), ResidualBlock(32)),
+            nn.Sequential(conv_bn_relu(32, 48, 3, 2), ResidualBlock(48)),
+            nn.Sequential(conv_bn_relu(48, 64, 3, 2), ResidualBlock(64)),
             nn.Sequential(conv_bn_relu(64, 64, 3), ResidualBlock(64)),
         ])
         self.apply(init_weights)
 
     def forward(self, x):
-        levels = []
+        levels = [x]
         for stage in self.stages:
-            x = stage(x)
-            levels.append(x)
-        return levels
+            levels.append(stage(levels[-1]))
+        return levels[1:]
 
 
 class UNet(nn.Module):
     """U-Net with padded convolutions and BatchNorm: images (B,3,H,W) -> (B,64,H,W), of any size.
 
     The five levels have width, 2, 4, 8 and 16 * width channels. If a side is odd, its last pixel is pooled
-    alone, and what comes back up is cropped: no made-up values next to the border.
+    alone, and what comes back up is cropped.
     """
 
     def __init__(self, width):
@@ -234,7 +219,7 @@ class UNet(nn.Module):
 # ---- the whole network -----------------------------------------------------------------------------------
 
 class SegmentationNetwork(nn.Module):
-    """.backbone, .head, .aux_head (or None), .channels of the features, .stride of the features in pixels."""
+    """.backbone, .head, .aux_head (or None), .channels of the features, .stride of the features (pixels)."""
 
     def __init__(self, backbone, head, aux_head, channels, stride):
         super().__init__()
@@ -258,7 +243,7 @@ def build_network(backbone, head, num_classes, head_channels=0, weights="none", 
 
     num_classes    for the auxiliary classifier only
     head_channels  width of the features; 0 = the default in the table
-    weights        "none" (from scratch), "imagenet" (torchvision's IMAGENET1K_V1, downloaded by torchvision),
+    weights        "none" (from scratch), "imagenet" (torchvision's IMAGENET1K_V1, which is downloaded),
                    or path or http(s) URL of a state dict of the backbone, with or without its classifier
     output_stride  of level 4, 8 or 16: for the heads fcn, deeplabv2 and deeplabv3plus only
     drop_path      stochastic depth rate of the last block; None = mmsegmentation's for the backbone
@@ -278,7 +263,8 @@ def build_network(backbone, head, num_classes, head_channels=0, weights="none", 
     if last_stride != 2 and backbone not in MIT:
         raise UserError(f"last stride {last_stride} is for MiT backbones only: leave it at 2 for {backbone}")
     drop_path = DROP_PATH.get(backbone, 0.0) if drop_path is None else drop_path
-    channels = head_channels or {"mobilenet_v2": 256, "tiny": 64}.get(backbone, HEAD_CHANNELS[head])
+    usual = 512 if head in ("fcn", "upernet") else 256
+    channels = head_channels or {"mobilenet_v2": 256, "tiny": 64}.get(backbone, usual)
 
     if backbone in MIT:
         body = MixTransformer(*MIT[backbone], heads=(1, 2, 5, 8), sr_ratios=(8, 4, 2, 1),
@@ -311,11 +297,11 @@ def build_extractor(backbone, weights="none"):
 
     h, w = H, W / 32, rounded up (7 for 224; DenseNet: 1 less for some sizes); tiny: H, W / 8, rounded up.
     These are torchvision's networks up to the global pooling, DenseNet's last ReLU included; tiny is the
-    first two stages of TinyBackbone; resnet50_inat is a resnet50 for weights from iNaturalist 2017.
+    first two stages of TinyBackbone; resnet50_inat is a resnet50 for the checkpoint of BBN (Zhou et al.
+    2020), BBN.iNaturalist2017.res50.180epoch.best_model.pth, of which it takes the conventional branch.
 
-    weights: as in build_network. A file for resnet50_inat is the checkpoint of BBN (Zhou et al. 2020),
-    BBN.iNaturalist2017.res50.180epoch.best_model.pth, of which the conventional branch is used.
-    Raises UserError for another backbone, and for weights that cannot be read or do not fit.
+    weights: as in build_network. Raises UserError for another backbone, and for weights that cannot be
+    read or do not fit.
     """
     if backbone not in EXTRACTORS:
         raise UserError(f"backbone {backbone} is not available: choose one of {', '.join(EXTRACTORS)}")
@@ -329,7 +315,7 @@ def build_extractor(backbone, weights="none"):
     load_weights(net, weights, backbone)
     parts = OrderedDict(net.named_children())
     classifier = parts.popitem()[1]                                     # the last of its parts
-    parts.pop("avgpool", None)                                          # ResNet's; the others pool in forward
+    parts.pop("avgpool", None)                                          # ResNet's; others pool in forward
     if backbone.startswith("densenet"):
         parts["relu"] = nn.ReLU(inplace=True)                           # in forward too
     extractor = nn.Sequential(parts)
@@ -356,13 +342,15 @@ def build_dense(backbone, weights="none", output_stride=8, width=64):
         raise UserError(f"backbone {backbone} is not available: choose one of {', '.join(DENSE)}")
     strides = {"unet": (1, 8), "tiny": (4, 8, 16)}.get(backbone, (8, 16))
     if output_stride not in strides:
-        choice = ("1, or 8 (the default), which also gives 1" if backbone == "unet" else
-                  ", ".join(map(str, strides[:-1])) + f" or {strides[-1]}")
+        choice = ", ".join(map(str, strides[:-1])) + f" or {strides[-1]}"
+        if backbone == "unet":
+            choice = "1, or 8 (the default), which also gives 1"
         raise UserError(f"output stride {output_stride} is not available: {backbone} takes {choice}")
-    if width < 1 or width != 64 and backbone != "unet":
-        raise UserError(f"width {width} is not available for {backbone}: " + (
-            "give 1 or more" if backbone == "unet" else "leave it at 64, it is unet's alone"))
+    if width != 64 and backbone != "unet":
+        raise UserError(f"width {width} is not available for {backbone}: leave it at 64, it is unet's alone")
     if backbone == "unet":
+        if width < 1:
+            raise UserError(f"width {width} is not available for unet: give 1 or more")
         net = UNet(width)
         load_weights(net, weights, backbone)
         return net
@@ -420,7 +408,7 @@ def norm_parameters(backbone):
 
 
 def freeze_layer_norms(backbone):
-    """From now on the weights and biases of a backbone's LayerNorms do not learn; in place."""
+    """The weights and biases of a backbone's LayerNorms do not learn any more; in place."""
     for module in backbone.modules():
         if isinstance(module, nn.LayerNorm):
             module.requires_grad_(False)
@@ -428,10 +416,8 @@ def freeze_layer_norms(backbone):
 
 @torch.no_grad()
 def class_means_of_backbone(network, loader, num_classes, device):
-    """Mean of the last level of network.backbone over the pixels of each class -> (N,C4) on the CPU.
-
-    loader: whole images, one a batch; labels shrink to the level by nearest. A class without a pixel has 0.
-    """
+    """Mean of the last level of network.backbone over the pixels of each class -> (N,C4) on the CPU, 0 for a
+    class without a pixel. loader: whole images, one a batch; labels shrink to the level by nearest."""
     total = 0
     network.eval()
     for batch in tqdm(loader, desc="class means", leave=False, disable=None):

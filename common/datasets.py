@@ -10,12 +10,11 @@ import re
 import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common import strokes, toy_scenes
-from common.files import (IGNORE, IMAGE_ENDINGS, files_in, first_values, listing, load_mask, opened,
-                          read_image, read_index_map, read_list)
+from common.files import (IGNORE, IMAGE_ENDINGS, files_in, listing, opened, read_image, read_index_map,
+                          read_list, read_values)
 from common.loaders import mixed_seed
 from common.run import UserError
 
@@ -38,7 +37,7 @@ LABELS = {                                               # value in the files ->
     "cityscapes": {**dict.fromkeys((*range(34), 255), IGNORE), **{v: i for i, v in enumerate(EVALUATED)}},
     "em": {0: 0, 255: 1},                                # here 255 is a class
 }
-TREES = {                                                # what a reader expects, and where the data come from
+TREES = {                                               # what a reader expects, and where the data come from
     "ade20k": (
         "ROOT/images/{training,validation}/*.jpg and ROOT/annotations/{training,validation}/*.png",
         "ADEChallengeData2016.zip from data.csail.mit.edu/places/ADEchallenge"),
@@ -82,46 +81,45 @@ def split_names(text):
 CLASSES = {                                              # the index of a name is its id
     "toy_scenes": toy_scenes.CLASSES,
     "ade20k": split_names("""
-        wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
-        person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
-        house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub,
-        railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper,
-        fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door,
-        stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench,
-        countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel,
-        bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television receiver,
-        airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster,
-        stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool,
-        barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name,
-        microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase,
-        traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower,
-        radiator, glass, clock, flag"""),
+        wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person,
+        earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea,
+        mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion,
+        base, box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace,
+        refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway,
+        river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove,
+        palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light,
+        truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track,
+        apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship,
+        fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall,
+        tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal,
+        bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
+        ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
+        flag"""),
     "cocostuff10k": split_names("""
         person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
-        stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra,
-        giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite,
-        baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork,
-        knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut,
-        cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
-        cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
-        hair drier, toothbrush, banner, blanket, branch, bridge, building-other, bush, cabinet, cage,
-        cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard,
-        curtain, desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile,
-        floor-wood, flower, fog, food-other, fruit, furniture-other, grass, gravel, ground-other, hill,
-        house, leaves, light, mat, metal, mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement,
-        pillow, plant-other, plastic, platform, playingfield, railing, railroad, river, road, rock, roof,
-        rug, salad, sand, sea, shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw,
-        structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete,
-        wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind,
-        window-other, wood"""),
+        stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe,
+        backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball
+        bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife,
+        spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair,
+        couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone,
+        microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
+        toothbrush, banner, blanket, branch, bridge, building-other, bush, cabinet, cage, cardboard, carpet,
+        ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt,
+        door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood, flower, fog,
+        food-other, fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat,
+        metal, mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other,
+        plastic, platform, playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea,
+        shelf, sky-other, skyscraper, snow, solid-other, stairs, stone, straw, structural-other, table,
+        tent, textile-other, towel, tree, vegetable, wall-brick, wall-concrete, wall-other, wall-panel,
+        wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, window-other, wood"""),
     "voc": split_names("""
         background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog,
         horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"""),
     "camvid": split_names("""
         sky, building, pole, road, pavement, tree, sign symbol, fence, car, pedestrian, bicyclist"""),
     "cityscapes": split_names("""
-        road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain,
-        sky, person, rider, car, truck, bus, train, motorcycle, bicycle"""),
+        road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky,
+        person, rider, car, truck, bus, train, motorcycle, bicycle"""),
     "em": ["membrane", "cell"],
 }
 CLASSES["voc_scribble"] = CLASSES["voc"]
@@ -153,21 +151,18 @@ def layout_error(name, root, problem, trees=TREES):
 def pair_files(name, root, images, masks, names=None, tail="", image_tail="", ending=".png"):
     """[(image path, mask path)] from two folders under root, matched by stem, else UserError.
 
-    names: lines of a split list, which chooses and orders: a stem, a file name, or the paths "IMAGE MASK".
-    tail, image_tail: ends of the stems of masks and of images, which do not count for the match. `masks` may
-    also be an absolute path. ending: of the masks.
+    names: lines of a list, which chooses and orders: a stem, a file name, or the paths "IMAGE MASK". tail,
+    image_tail: ends of the stems of masks and images that do not count for the match. ending: of the masks.
     """
     for folder in (images, masks):
         if not (root / folder).is_dir():
             raise layout_error(name, root, f"the folder {folder}/ is missing")
     image_of = files_in(root / images, IMAGE_ENDINGS, image_tail)
     mask_of = files_in(root / masks, (ending,), tail)
-    stems = list(image_of)
-    if names is not None:
-        stems = []
-        for line in names:
-            readings = (line, Path(line).stem, Path(line.split()[0]).stem)
-            stems.append(next((stem for stem in readings if stem in image_of), readings[-1]))
+    stems = list(image_of) if names is None else []
+    for line in names or ():
+        readings = (line, Path(line).stem, Path(line.split()[0]).stem)
+        stems.append(next((stem for stem in readings if stem in image_of), readings[-1]))
     if not stems:
         raise layout_error(name, root, f"no image of the split in {images}/ (has {listing(root / images)})")
     missing = [stem for stem in stems if stem not in image_of]
@@ -211,8 +206,7 @@ def cocostuff10k_files(root, split):
 
 
 def cocostuff164k_files(root, split):
-    part = f"{split}2017"
-    masks = f"annotations/{part}"
+    part, masks = f"{split}2017", f"annotations/{split}2017"
     if not (root / masks).is_dir() and (root / part).is_dir():
         masks = part                                     # the zip of the labels, unpacked in ROOT
     return pair_files("cocostuff164k", root, f"images/{part}", masks)
@@ -231,50 +225,54 @@ def cityscapes_files(root, split):
 
 
 def em_files(root, split):
-    """-> [(image path, mask path)] of the split, their pages in the TIFF stacks or None.
+    """-> [(image path, mask path)], [page in the TIFF stacks] or None.
 
-    All images, in the order of their numbers, are cut at random into two thirds train and one third val; the
-    cut's number is the seed.
+    All images, in the order of their numbers, are cut at random into two thirds train and one third val: the
+    number in the split's name is the seed.
     """
     volume, labels = root / "train-volume.tif", root / "train-labels.tif"
     pages = None
     if volume.is_file():
         if not labels.is_file():
             raise layout_error("em", root, "train-labels.tif is missing")
-        counts = []
-        for path in (volume, labels):
-            with opened(path) as stack:
-                counts.append(stack.n_frames)
-        if counts[0] != counts[1]:
-            raise UserError(f"{volume} has {counts[0]} pages, but {labels} has {counts[1]}: every image "
-                            "needs its label, so copy or download both again.")
-        pages = range(counts[0])
-        pairs = [(volume, labels)] * counts[0]
+        with opened(volume) as images, opened(labels) as masks:
+            count, mask_count = images.n_frames, masks.n_frames
+        if count != mask_count:
+            raise UserError(f"{volume} has {count} pages, but {labels} has {mask_count}: every image needs "
+                            "its label, so copy or download both again.")
+        pages = range(count)
+        pairs = [(volume, labels)] * count
     else:
         root = find_root("em", root, "image", ["train"])
         pairs = sorted(pair_files("em", root, "image", "label"),          # 2 before 10
                        key=lambda pair: re.sub(r"\d+", lambda number: number[0].zfill(9), pair[0].stem))
     if len(pairs) < 3:
         raise layout_error("em", root, f"only {len(pairs)} of 30 images are there: train and val need 3")
-    part, cut = split.split("-")
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(int(cut))).tolist()
+    part, seed = split.split("-")
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(int(seed))).tolist()
     third = len(pairs) // 3
     chosen = sorted(order[third:] if part == "train" else order[:third])
     return [pairs[i] for i in chosen], pages and [pages[i] for i in chosen]
 
 
+def voc_list(name, root, split):
+    """The folder of VOC, `root` or one below it, and the lines of the split's list."""
+    root = find_root(name, root, "JPEGImages", ["VOC2012", "VOCdevkit/VOC2012"])
+    path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    if not path.is_file():
+        hint = ""
+        if split == "trainaug":
+            hint = (" (10,582 names; it and the masks of SegmentationClassAug/ come from SBD, Hariharan et "
+                    "al. 2011; or take the split train)")
+        raise layout_error(name, root, f"the list {path} is missing{hint}")
+    return root, read_list(path)
+
+
 def voc_files(root, split, mask_dir):
-    root = find_root("voc", root, "JPEGImages", ["VOC2012", "VOCdevkit/VOC2012"])
-    names = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    root, names = voc_list("voc", root, split)
     usual = "SegmentationClassAug" if split == "trainaug" else "SegmentationClass"
     masks = mask_folder(root, mask_dir) if mask_dir else usual
-    if split == "trainaug" and not (names.is_file() and (root / masks).is_dir()):
-        raise UserError(f"voc: trainaug needs the list {names} (10,582 names) and the folder {root / masks}, "
-                        "which come from SBD (Hariharan et al. 2011), not with VOC2012: data/README.md says "
-                        "how to get them, or take the split train.")
-    if not names.is_file():
-        raise layout_error("voc", root, f"the list {names} is missing")
-    return pair_files("voc", root, "JPEGImages", masks, read_list(names))
+    return pair_files("voc", root, "JPEGImages", masks, names)
 
 
 SCRIBBLE_FOLDERS = ("ScribbleLabels", "voc_scribbles", "pascal_2012_scribble",
@@ -283,24 +281,20 @@ SCRIBBLE_FOLDERS = ("ScribbleLabels", "voc_scribbles", "pascal_2012_scribble",
 
 def voc_scribble_files(root, split, mask_dir):
     """Images with scribbles, PNG or else XML, for the train splits; of val with the full masks."""
-    root = find_root("voc_scribble", root, "JPEGImages", ["VOC2012", "VOCdevkit/VOC2012"])
-    names = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if not names.is_file():
-        hint = " (10,582 names, see data/README.md; or take the split train)" if split == "trainaug" else ""
-        raise layout_error("voc_scribble", root, f"the list {names} is missing{hint}")
+    root, names = voc_list("voc_scribble", root, split)
     if split == "val":
-        return pair_files("voc_scribble", root, "JPEGImages", "SegmentationClass", read_list(names))
+        return pair_files("voc_scribble", root, "JPEGImages", "SegmentationClass", names)
     folders = [folder for folder in SCRIBBLE_FOLDERS if (root / folder).is_dir()]
     if not (mask_dir or folders):
         raise layout_error("voc_scribble", root, f"no folder of scribbles ({', '.join(SCRIBBLE_FOLDERS)})")
     masks = mask_folder(root, mask_dir or folders[0])
-    ending = ".png"
-    if (root / masks).is_dir() and not files_in(root / masks, (".png",)):
-        ending = ".xml"
-        if not files_in(root / masks, (".xml",)):
-            raise layout_error("voc_scribble", root, f"{masks}/ holds neither *.png nor *.xml (has "
-                               f"{listing(root / masks)})")
-    return pair_files("voc_scribble", root, "JPEGImages", masks, read_list(names), ending=ending)
+    if not (root / masks).is_dir():
+        raise layout_error("voc_scribble", root, f"the folder {masks}/ is missing")
+    ending = next((ending for ending in (".png", ".xml") if files_in(root / masks, (ending,))), "")
+    if not ending:
+        raise layout_error("voc_scribble", root, f"{masks}/ holds neither *.png nor *.xml (has "
+                           f"{listing(root / masks)})")
+    return pair_files("voc_scribble", root, "JPEGImages", masks, names, ending=ending)
 
 
 def camvid_files(root, split):
@@ -347,24 +341,6 @@ PAIRS = {"ade20k": ade20k_files, "cocostuff10k": cocostuff10k_files, "cocostuff1
 
 # ---- data sets -------------------------------------------------------------------------------------------
 
-def read_labels(path, name, page=0):
-    """Mask file -> uint8 (H,W): its values replaced by the ids that LABELS[name] gives them, 255 = ignore.
-
-    UserError for a colour picture and for values that LABELS[name] lacks.
-    """
-    unknown = 254                                        # no id: there are fewer classes
-    table = np.full(256, unknown, dtype=np.uint8)
-    table[list(LABELS[name])] = list(LABELS[name].values())
-    raw = load_mask(path, page)
-    small = raw.astype(np.uint8)                         # 16-bit values would wrap around
-    ids = table[small]
-    wrong = raw[(ids == unknown) | (small != raw)]
-    if wrong.size:
-        raise UserError(f"{path} has the pixel values {first_values(wrong)}, which are no labels of {name}: "
-                        f"use its original files, unchanged: {TREES[name][0]}.")
-    return torch.from_numpy(ids)
-
-
 class SegmentationSet:
     """Images and masks on disk. Attributes: name, split, classes (names), num_classes, paths, pages."""
 
@@ -381,12 +357,15 @@ class SegmentationSet:
 
     def read_mask(self, i):
         """uint8 (H,W): ids 0..N-1, 255 = ignore."""
+        path = self.paths[i][1]
         if self.name in LABELS:
-            return read_labels(self.paths[i][1], self.name, self.pages[i] if self.pages else 0)
-        if self.paths[i][1].suffix.lower() == ".xml":
-            (width, height), drawn = strokes.read_strokes(self.paths[i][1])
+            problem = (f"which are no labels of {self.name}: use its original files, unchanged: "
+                       f"{TREES[self.name][0]}.")
+            return read_values(path, LABELS[self.name], problem, self.pages[i] if self.pages else 0)
+        if path.suffix.lower() == ".xml":
+            (width, height), drawn = strokes.read_strokes(path)
             return torch.from_numpy(strokes.draw_strokes(drawn, width, height))
-        return read_index_map(self.paths[i][1], self.num_classes, self.unlabelled)
+        return read_index_map(path, self.num_classes, self.unlabelled)
 
     def read(self, i):
         """Image uint8 (3,H,W), mask uint8 (H,W). UserError: damaged file, sizes differ, values no ids."""
@@ -427,9 +406,8 @@ class ToyScenes(SegmentationSet):
 class WeakerScribbles(SegmentationSet):
     """`data` with scribble-drop and scribble-shrink (PFA, Fig. 8) at the ratios `drop` and `shrink`, 0 to 1.
 
-    The seed and the image's name decide what is left of its mask, so larger ratios leave a part of what
-    smaller ones leave, see strokes.weaken. Mask PNGs from `python -m data.prepare_scribbles weaken` are the
-    same. A mask takes about 0.05 s when first read; then it is kept, compressed, in this process's memory.
+    See strokes.weaken; the seed and the image's name decide what is left. `python -m data.prepare_scribbles
+    weaken` writes the same masks. One takes about 0.05 s when first read; then it is kept, compressed.
     """
 
     def __init__(self, data, drop=0.0, shrink=0.0, seed=0):
@@ -444,28 +422,23 @@ class WeakerScribbles(SegmentationSet):
     def name_of(self, i):
         return self.data.name_of(i)
 
-    def weakened(self, i, mask):
+    def read_mask(self, i):
         if self.kept[i] is None:
             seed = mixed_seed(self.seed, self.name_of(i))
-            left = strokes.weaken(mask.numpy(), self.drop, self.shrink, seed)
+            left = strokes.weaken(self.data.read_mask(i).numpy(), self.drop, self.shrink, seed)
             self.kept[i] = left.shape, zlib.compress(left.tobytes())
         shape, packed = self.kept[i]
         return torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.uint8).view(shape)
 
     def read(self, i):
-        image, mask = self.data.read(i)
-        return image, self.weakened(i, mask)
-
-    def read_mask(self, i):
-        return self.weakened(i, self.data.read_mask(i) if self.kept[i] is None else None)
+        return self.data.read(i)[0], self.read_mask(i)
 
 
 def open_dataset(name, root, split, seed=0, mask_dir=""):
     """Data set `name` of DATASETS in the folder `root` -> SegmentationSet, its layout checked.
 
-    split: one that the data set has in SPLITS. seed: of toy_scenes, whose root is "".
-    mask_dir: train on other masks: a folder below ROOT or anywhere else (voc, voc_scribble, folder), or
-    "scribbles" of toy_scenes. It serves the train splits alone.
+    split: one of SPLITS[name]. seed: of toy_scenes, whose root is "". mask_dir: other masks for the train
+    splits: a folder below ROOT or anywhere else (voc, voc_scribble, folder), or "scribbles" of toy_scenes.
     UserError says what is missing, what was found, and where the data come from.
     """
     if name not in SPLITS:
@@ -487,8 +460,7 @@ def open_dataset(name, root, split, seed=0, mask_dir=""):
     if not root:
         raise UserError(f"{name} needs a folder (--data ROOT): {TREES[name][0]}; source: {TREES[name][1]} "
                         "(see data/README.md).")
-    root = Path(root).expanduser()
-    pages = None
+    root, pages = Path(root).expanduser(), None
     if name == "em":
         paths, pages = em_files(root, split)
     elif takes_any:

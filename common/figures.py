@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import resize
 from common.metrics import row_quantile
 
 INK, LINE, GREY = (30, 30, 30), (205, 205, 205), (225, 225, 225)         # text, tick lines, nan cells
-HEAT = [(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)]  # "inferno"
+HEAT = [(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)]  # inferno
 BLUE_WHITE_RED = [(33, 102, 172), (146, 197, 222), (255, 255, 255), (244, 165, 130), (178, 24, 43)]
 SERIES = [(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
           (240, 228, 66), (110, 110, 110)]                                # then again from the first
@@ -60,7 +60,7 @@ def blend(image, colours, opacity):
 
 
 def overlay(image, labels, opacity=0.6):
-    """image (3,H,W) uint8, labels (H,W) integer -> (3,H,W) uint8 in palette colours; 255 leaves the image."""
+    """image (3,H,W) uint8, labels (H,W) integer -> (3,H,W) uint8 in palette colours; 255 stays the image."""
     labels = labels.to(image.device)
     colours = CLASS_COLOURS.to(image.device)[labels.long()]               # (H,W,3)
     return torch.where(labels == 255, image, blend(image, colours, opacity))
@@ -68,9 +68,7 @@ def overlay(image, labels, opacity=0.6):
 
 def heatmap(image, values, opacity=0.5, vmin=None, vmax=None):
     """image (3,H,W) uint8, values (h,w), resized bilinearly -> (3,H,W) uint8, dark = vmin, bright = vmax.
-
-    vmin, vmax: the extremes of the values if not given; set both to compare maps. nan counts as vmin.
-    """
+    vmin, vmax: the extremes of the values if not given; nan counts as vmin."""
     values = values.detach().float().to(image.device)
     known = values[values.isfinite()].tolist() or [0.0]
     vmin, vmax = min(known) if vmin is None else vmin, max(known) if vmax is None else vmax
@@ -80,18 +78,15 @@ def heatmap(image, values, opacity=0.5, vmin=None, vmax=None):
 
 
 def draw_box(image, box, colour=(0, 255, 255), width=2):
-    """A copy of image (3,H,W) uint8 with a frame, `width` pixels wide, along the inside of the box.
-
-    box: y0, y1, x0, x1 in pixels, ends exclusive; what lies beyond the image is cut off the box first.
-    """
+    """A copy of image (3,H,W) uint8 with a frame, `width` pixels wide, along the inside of the box y0, y1,
+    x0, x1 (pixels, ends exclusive), of which only what lies in the image counts."""
     height, length = image.shape[1:]
     y0, y1 = (min(max(int(y), 0), height) for y in box[:2])
     x0, x1 = (min(max(int(x), 0), length) for x in box[2:])
     frame = torch.zeros(height, length, dtype=torch.bool, device=image.device)
     frame[y0:y1, x0:x1] = True
     frame[y0 + width:max(y1 - width, 0), x0 + width:max(x1 - width, 0)] = False
-    colour = torch.tensor(colour, dtype=torch.uint8, device=image.device)[:, None, None]     # (3,1,1)
-    return torch.where(frame, colour, image)
+    return torch.where(frame, image.new_tensor(colour)[:, None, None], image)
 
 
 # ---- parts of a photograph, at most WIDTH pixels wide: a figure shows no more ----
@@ -112,10 +107,8 @@ def in_colours(image, ids):
 
 
 def heat(image, values, vmax=None):
-    """Heat map from 0 to vmax over a thumbnail. values (h,w), resized bilinearly.
-
-    vmax: the values' 99th percentile if not given: one cell of 9.2 would leave the rest black.
-    """
+    """Heat map from 0 to vmax over a thumbnail. values (h,w), resized bilinearly. vmax: the 99th percentile
+    if not given, as one cell of 9.2 would leave the rest black."""
     values = values.cpu()
     if vmax is None:
         vmax = float(row_quantile(values.flatten()[None], 0.99))
@@ -180,7 +173,7 @@ def legend_piece(entries, width):
 
 
 def write_upwards(canvas, text, font, x, y, anchor):
-    """Text turned by 90 degrees, centred on column x; it starts (anchor "start") or ends ("end") at row y."""
+    """Text turned by 90 degrees, centred on column x; it starts (anchor "start") or ends ("end") at y."""
     height = sum(font.getmetrics())
     ink = Image.new("L", (math.ceil(font.getlength(text)) + 1, height))
     ImageDraw.Draw(ink).text((0, height // 2), text, 255, font=font, anchor="lm")
@@ -189,13 +182,13 @@ def write_upwards(canvas, text, font, x, y, anchor):
 
 
 def histogram_piece(heading, bars, edges, ticks, colour):
-    """bars: n heights; edges of the bins: n + 1 numbers; ticks: (height, text) pairs, the last at the top."""
+    """bars: n heights; edges of the bins: n + 1 numbers; ticks: (height, text) pairs, the last on top."""
     font, top, height = ImageFont.load_default(size=15), 30, 150          # height of the plot
     texts = [f"{edge:.4g}" if abs(edge) < 1e4 else f"{edge:.0f}" for edge in edges]
     n, room = len(bars), math.ceil(max(font.getlength(text) for text in texts))
     left = max(room // 2 + 1, math.ceil(max(font.getlength(text) for _, text in ticks)) + 12)
     bar = max(4, 640 // n)                                                # width of a bin
-    every = min(n, math.ceil((room + 14) / bar))                          # so far apart do edges get a number
+    every = min(n, math.ceil((room + 14) / bar))                          # so far apart edges get a number
     every = next((k for k in range(every, 2 * every) if n % k == 0), every)       # rather evenly
     numbered = [*range(0, n - every + 1, every), n]
     piece = Image.new("RGB", (left + n * bar + room // 2 + 8, top + height + 32), "white")
@@ -233,15 +226,20 @@ def write_png(path, picture):
     """A Pillow image -> PNG, written beside `path` and renamed: never half a file."""
     beside = Path(f"{path}.tmp")
     beside.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(beside, format="PNG", compress_level=3)                  # a quarter of the time, 13 % larger
+    picture.save(beside, format="PNG", compress_level=3)                  # 1/4 of the time, 13 % larger
     os.replace(beside, path)
 
 
+def index_picture(ids, colours):
+    """Class ids uint8 (H,W), an array -> Pillow image whose pixel values they are; colours uint8 (256,3)."""
+    picture = Image.fromarray(ids)
+    picture.putpalette(colours.flatten().tolist())
+    return picture
+
+
 def save_prediction(folder, stem, image, ids):
-    """STEM.png: class ids (H,W) uint8 as pixel values, with a palette for viewers; STEM_overlay.png."""
-    picture = Image.fromarray(ids.numpy())
-    picture.putpalette(palette(256).flatten().tolist())
-    write_png(Path(folder) / f"{stem}.png", picture)
+    """STEM.png: class ids uint8 (H,W), see index_picture; STEM_overlay.png: their colours over the image."""
+    write_png(Path(folder) / f"{stem}.png", index_picture(ids.numpy(), CLASS_COLOURS))
     colours = overlay(image, ids).permute(1, 2, 0)                        # (H,W,3)
     write_png(Path(folder) / f"{stem}_overlay.png", Image.fromarray(colours.numpy()))
 
@@ -250,10 +248,7 @@ def save_prediction(folder, stem, image, ids):
 
 def save_grid(path, rows, cell=256, title="", legend=None):
     """Rows of captioned images, each scaled to `cell` pixels in width (tall ones to less), aspect kept.
-
-    rows: list of lists of (image (3,H,W) uint8, caption), of any lengths; None instead leaves a cell white. A
-    caption is cut after two lines. legend: {class id: name}, in palette colours.
-    """
+    rows: lists of (image (3,H,W) uint8, caption), or None for a white cell. legend: {class id: name}."""
     gap, legend = 8, legend or {}
     width = max(len(row) for row in rows) * (cell + gap) - gap
     pieces = [text_piece(title, width, size=18)]
@@ -272,23 +267,19 @@ def save_grid(path, rows, cell=256, title="", legend=None):
 
 
 def fit_cell(image, cell):
-    """(3,H,W) uint8 -> Pillow image `cell` pixels wide, or of height 1.5 cell if it is taller than that.
-
-    Whole factors repeat the pixels, others interpolate.
-    """
+    """(3,H,W) uint8 -> Pillow image `cell` pixels wide, or of height 1.5 cell if it is taller than that."""
     picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
     factor = min(cell / picture.width, 1.5 * cell / picture.height)
     size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
-    whole = factor == int(factor)
+    whole = factor == int(factor)                                         # then pixels are repeated
     return picture.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.BILINEAR)
 
 
 def save_matrix(path, matrix, row_names, column_names=None, title="", vmin=-1, vmax=1):
     """Matrix (n,m) as coloured cells with names, a colour bar and, where n, m <= 12, the numbers.
 
-    column_names: default row_names. Blue, white, red if vmin < 0 (white = middle of vmin..vmax), else dark to
-    bright; values outside take the end colours, nan is grey. No names beyond 260 rows or columns.
-    ValueError if the names do not fit the matrix.
+    column_names: default row_names. Blue, white, red if vmin < 0, else dark to bright; nan is grey. No names
+    beyond 260 rows or columns. ValueError if the names do not fit the matrix.
     """
     values = torch.as_tensor(matrix).detach().cpu().float()               # (n,m)
     column_names = row_names if column_names is None else column_names
@@ -363,7 +354,8 @@ def save_bars(path, series, names, title="", unit="%"):
         for s, value in enumerate(values[g] for values in series.values()):
             if math.isfinite(value):
                 x, end = int(middle + (s - len(series) / 2) * bar), round(zero - value * scale)
-                draw.rectangle((x, min(end, zero), x + bar - 2, max(end, zero)), fill=SERIES[s % len(SERIES)])
+                top_row, bottom_row = sorted((end, zero))
+                draw.rectangle((x, top_row, x + bar - 2, bottom_row), fill=SERIES[s % len(SERIES)])
                 if bar >= 34:                                             # room for the number
                     y, anchor = (end - 3, "mb") if end <= zero else (end + 3, "mt")
                     digits = ".2g" if abs(value) < 1 else ".1f"
@@ -375,15 +367,15 @@ def save_bars(path, series, names, title="", unit="%"):
             draw.text((middle, top + height + 6), name, INK, font=font, anchor="ma")
     draw.line((left, zero, canvas.width, zero), fill=INK)
     swatches = [(SERIES[s % len(SERIES)], name) for s, name in enumerate(series)]
-    save_stack(path, [text_piece(title, canvas.width, size=18), legend_piece(swatches, canvas.width), canvas])
+    width = canvas.width
+    save_stack(path, [text_piece(title, width, size=18), legend_piece(swatches, width), canvas])
 
 
 def save_histogram(path, series, bins=20, low=None, high=None, title="", unit="", log=False):
     """Histograms below each other, one a series, all with the same bins and the same axis.
 
-    series: {name: values}, tensors or lists of any shape and length, also empty. unit: of the values.
-    low, high: the outermost edges, else round numbers that span all values. The last bin holds its upper
-    edge; the heading of a histogram tells how many values lie outside, nan among them.
+    series: {name: values}, tensors or lists of any shape. unit: of the values. low, high: outermost edges,
+    else round numbers that span all values; the heading tells how many values lie outside, nan among them.
     A bar is the share of all values of its series in percent or, if log, their number on an axis 1, 10, 100.
     """
     series = {name: torch.as_tensor(values).detach().cpu().double().flatten()
@@ -393,7 +385,7 @@ def save_histogram(path, series, bins=20, low=None, high=None, title="", unit=""
     ticks = round_ticks(min(known), max(known) if max(known) > min(known) else min(known) + 1.0)
     low = min(ticks[0], min(known)) if low is None else low               # the tick itself may be rounded up
     high = max(ticks[-1], max(known)) if high is None else high
-    high = high if high > low else low + 1.0                              # no value on this side of the limit
+    high = high if high > low else low + 1.0                              # no value on that side of a limit
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
     edges[edges.abs() < 1e-9 * (high - low)] = 0.0                        # not 1e-17
     inside = {name: values[(values >= low) & (values <= high)] for name, values in series.items()}
@@ -413,7 +405,7 @@ def save_histogram(path, series, bins=20, low=None, high=None, title="", unit=""
         heading = f"{name}: n = {len(series[name])}" + (f", {outside} of them outside" if outside else "")
         colour = SERIES[s % len(SERIES)]
         pieces.append(histogram_piece(heading, bar.tolist(), edges.tolist(), ticks, colour))
-    axes = f"vertical: {'number of values' if log else 'share of the values in %'}"
+    axes = "vertical: number of values" if log else "vertical: share of the values in %"
     axes += f", horizontal: {unit}" if unit else ""
     width = pieces[0].width
     save_stack(path, [text_piece(title, width, size=18), text_piece(axes, width), *pieces])

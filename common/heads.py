@@ -10,7 +10,6 @@ from common.mit import init_weights
 from common.run import UserError
 
 
-
 def conv_bn_relu(in_channels, channels, kernel, stride=1, dilation=1):
     """Convolution without bias, BatchNorm, ReLU."""
     conv = nn.Conv2d(in_channels, channels, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
@@ -44,10 +43,9 @@ class SegFormerHead(nn.Module):
 class MLPHead(nn.Module):
     """SegFormer's all-MLP head as released, BatchNorm after the fusion only: -> (B,channels,h_1,w_1).
 
-    The paper's order (Eq. 4) is: project every level, resize, concatenate, fuse. All of that is linear, and
-    resizing commutes with what acts on single pixels: the weights are multiplied first, so every level is
-    projected and fused in one step, at its own size, and the concatenation is never built. Initialisation as
-    released: torch's own for the projections, Kaiming normal (fan out) for the fusion.
+    The paper (Eq. 4) projects every level, resizes, concatenates and fuses. All of that is linear, and
+    resizing commutes with what acts on single pixels: here the weights are multiplied first, every level is
+    projected and fused in one step at its own size, and the concatenation is never built.
     """
 
     def __init__(self, dims, channels):
@@ -55,11 +53,11 @@ class MLPHead(nn.Module):
         self.levels = nn.ModuleList(nn.Conv2d(dim, channels, 1) for dim in dims)   # with a bias
         self.fuse = nn.Conv2d(4 * channels, channels, 1, bias=False)    # reads levels 4, 3, 2, 1
         self.norm = nn.BatchNorm2d(channels)
-        init_weights(self.fuse)
+        init_weights(self.fuse)                                         # as released
 
     def forward(self, levels):
         size = levels[0].shape[2:]
-        maps = {}                                                       # size -> sum of the maps of that size
+        maps = {}                                                       # size -> sum of maps of that size
         fuse = self.fuse.weight.flatten(1).chunk(4, dim=1)              # (E,E) for levels 4, 3, 2, 1
         for x, conv, part in zip(levels, self.levels, reversed(fuse)):
             y = F.conv2d(x, (part @ conv.weight.flatten(1))[:, :, None, None], part @ conv.bias)
@@ -75,7 +73,7 @@ class FCNHead(nn.Module):
 
     def __init__(self, dims, channels):
         super().__init__()
-        self.convs = nn.Sequential(conv_bn_relu(dims[3], channels, 3), conv_bn_relu(channels, channels, 3))
+        self.convs = double_conv(dims[3], channels)
         self.fuse = conv_bn_relu(dims[3] + channels, channels, 3)
 
     def forward(self, levels):
@@ -83,10 +81,8 @@ class FCNHead(nn.Module):
 
 
 class UPerHead(nn.Module):
-    """Pyramid pooling on level 4, then a feature pyramid over all levels (UPerNet): -> (B,channels,h_1,w_1).
-
-    Raises UserError for a training batch of one image: BatchNorm cannot normalise its single pooled pixel.
-    """
+    """UPerNet: pyramid pooling on level 4, then a feature pyramid over all levels: -> (B,channels,h_1,w_1).
+    Raises UserError for a training batch of one image."""
 
     def __init__(self, dims, channels):
         super().__init__()
@@ -111,10 +107,7 @@ class UPerHead(nn.Module):
 
 class DeepLabv2Head(nn.Module):
     """A 1x1 convolution on level 4: -> (B,channels,h_4,w_4).
-
-    DeepLabv2 classifies level 4 itself, by four dilated 3x3 convolutions whose logits are added up; this
-    makes the map before that classifier narrow enough for prototypes.
-    """
+    DeepLabv2 classifies level 4 itself (DilatedClassifier); this makes it narrow enough for prototypes."""
 
     def __init__(self, dims, channels):
         super().__init__()
@@ -143,8 +136,7 @@ class DeepLabv3PlusHead(nn.Module):
     """DeepLabv3+: dilated convolutions side by side on level 4, then level 1: -> (B,channels,h_1,w_1).
 
     The rates are 6, 12 and 18 at output stride 16 and twice that at 8 (DeepLabv3, Section 3.3). Convolutions
-    are ordinary, not separable in depth. Dropout2d(0.5) follows the projection of the pyramid.
-    Raises UserError for a training batch of one image: BatchNorm cannot normalise its single pooled pixel.
+    are ordinary, not separable in depth. Raises UserError for a training batch of one image.
     """
 
     def __init__(self, dims, channels, output_stride):
@@ -168,7 +160,7 @@ class DeepLabv3PlusHead(nn.Module):
 def refuse_one_image(head, training, x):
     """UserError if the head is to train on a batch of one image, whose pooled map has a single pixel."""
     if training and len(x) == 1:
-        raise UserError(f"the {head} head cannot train on a batch of one image (BatchNorm would see a single "
+        raise UserError(f"the {head} head cannot train on a batch of one image (BatchNorm would see one "
                         "pixel): use a batch size of 2 or more per process")
 
 

@@ -5,12 +5,12 @@
     for batch in loader:
         images, labels = to_device(batch, device, "image", "mask")
 
-All that is random about a training sample comes from torch's CPU generator, seeded with a number that belongs
-to this one sample. So the same seed gives the same samples for any number of workers, and a resumed run goes
-on with the batches it would have seen.
+All that is random about a training sample comes from torch's CPU generator, with a seed of the sample's own:
+they are the same for any number of workers, and a resumed run goes on with the batches it would have had.
 """
 import hashlib
 import itertools
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -26,13 +26,13 @@ class TrainView(Dataset):
     """Augmented samples: view[(index, sample_seed)] -> dict(image, mask, index); same key, same sample.
 
     image float32 (3,crop,crop), normalised; mask int64 (crop,crop), 255 = ignore. size: short side at r = 1,
-    0 = the image's own; r ~ U(scale). crop_retries: how often a crop that one class fills is drawn again, see
-    crop_corner; 0 = the first is taken.
+    0 = the image's own; r ~ U(scale). crop_retries: see crop_corner.
     """
 
     def __init__(self, data, size, crop, scale=(0.5, 2.0), photometric=True, crop_retries=10):
-        self.data, self.size, self.crop, self.scale, self.photometric = data, size, crop, scale, photometric
-        self.crop_retries = crop_retries
+        self.data = data
+        self.augment = partial(augment, size=size, crop=crop, scale=scale, photometric=photometric,
+                               crop_retries=crop_retries)
 
     def __len__(self):
         return len(self.data)
@@ -41,43 +41,33 @@ class TrainView(Dataset):
         index, sample_seed = key
         image, mask = self.data.read(index)
         with seeded(sample_seed):
-            image, mask = augment(image, mask, self.size, self.crop, self.scale, self.photometric,
-                                  self.crop_retries)
+            image, mask = self.augment(image, mask)
         return {"image": image, "mask": mask.long(), "index": index}
 
 
-class ScribbleView(Dataset):
-    """Samples of PFA (Sec. 4.2, see augment_scribble): view[(index, sample_seed)] -> dict(image, mask,
-    classes, index); same key, same sample.
-
-    image float32 (3,crop,crop), normalised; mask int64 (crop,crop), 255 = ignore; classes bool (N,): those
-    that are labelled anywhere in the whole image, whatever the crop shows. size: short side at r = 1, 0 = the
-    image's own; r ~ U(scale). rotation: largest angle in degrees. blur: False = never.
-    """
+class ScribbleView(TrainView):
+    """Samples of PFA (Sec. 4.2, see augment_scribble): as TrainView's, and classes bool (N,): those that are
+    labelled anywhere in the whole image. rotation: largest angle in degrees. blur: False = never."""
 
     def __init__(self, data, size, crop, scale=(0.5, 2.0), rotation=10.0, blur=True):
-        self.data, self.size, self.crop = data, size, crop
-        self.scale, self.rotation, self.blur = scale, rotation, blur
-
-    def __len__(self):
-        return len(self.data)
+        self.data = data
+        self.augment = partial(augment_scribble, size=size, crop=crop, scale=scale, rotation=rotation,
+                               blur=blur)
 
     def __getitem__(self, key):
         index, sample_seed = key
         image, mask = self.data.read(index)
         classes = torch.bincount(mask.flatten(), minlength=256)[:self.data.num_classes] > 0
         with seeded(sample_seed):
-            image, mask = augment_scribble(image, mask, self.size, self.crop, self.scale, self.rotation,
-                                           self.blur)
+            image, mask = self.augment(image, mask)
         return {"image": image, "mask": mask.long(), "classes": classes, "index": index}
 
 
 class TestView(Dataset):
     """Whole images: view[i] -> dict(image, mask, index).
 
-    image float32 (3,h,w), normalised, resized as in resize_to_short_side, or with `square` as in
-    resize_to_square; mask int64 (H,W) as in the file: resize the logits to the mask before argmax, never the
-    mask. UserError for a square of size 0.
+    image float32 (3,h,w), normalised, by resize_to_short_side or, with `square`, resize_to_square; mask
+    int64 (H,W) as in the file: resize the logits to it before argmax. UserError for a square of size 0.
     """
     __test__ = False                                     # pytest: this is no test
 
@@ -100,22 +90,21 @@ class TestView(Dataset):
 
 def mixed_seed(*numbers):
     """Integers -> one 56-bit seed. A hash, so that neighbouring numbers give unrelated seeds."""
-    text = " ".join(str(number) for number in numbers)
+    text = " ".join(map(str, numbers))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 class BatchesFrom(Sampler):
     """Batches of the iterations start..stop-1 (stop = None: without end) as lists of (index, sample_seed).
 
-    A run is one long row of samples, a fresh permutation of the data set every epoch, cut into batches; so a
-    batch may reach into the next epoch. Its content depends on seed, batch_size and iteration alone.
-    batch_size counts all ranks together: rank r of w gets the samples r::w of each batch.
+    A run is one long row of samples, a fresh permutation of the data set every epoch, cut into batches of
+    batch_size; rank r of w gets the samples r::w of each. Seed, batch_size and iteration decide a batch.
     """
 
     def __init__(self, length, batch_size, seed, start=0, stop=None, rank=0, world=1):
         if batch_size < 1 or batch_size % world:
-            raise UserError(f"--batch-size {batch_size} counts the images of all processes together: it must "
-                            f"be a multiple of their number, {world}.")
+            raise UserError(f"--batch-size {batch_size} counts the images of all processes together: it "
+                            f"must be a multiple of their number, {world}.")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
 
@@ -143,7 +132,7 @@ def make_loader(view, batches, workers, device):
 
 
 def train_loader(view, batch_size, seed, start, stop, workers, device, rank=0, world=1):
-    """DataLoader over a TrainView, see BatchesFrom: image (B,3,crop,crop), mask (B,crop,crop), index (B,)."""
+    """DataLoader over a TrainView, see BatchesFrom: image (B,3,crop,crop), mask (B,crop,crop), index (B)."""
     batches = BatchesFrom(len(view), batch_size, seed, start, stop, rank, world)
     return make_loader(view, batches, workers, device)
 
@@ -154,14 +143,10 @@ def eval_loader(view, workers, device, rank=0, world=1):
 
 
 def to_device(batch, device, *names):
-    """A batch on its way to the network: list of tensors on the device, images in channels_last order.
-
-    batch: a dict, whose entries `names` are taken in this order, or a sequence of tensors, without names.
-    Images are the float tensors (B,C,H,W). On CUDA the copies run beside the computation: there, and only
-    there, make_loader's batches lie in pinned memory.
-    """
+    """A batch on its way to the network: tensors on the device, float (B,C,H,W) in channels_last order.
+    batch: a dict, whose entries `names` are taken in this order, or a sequence of tensors, without names."""
     tensors = [batch[name] for name in names] if names else batch
-    on_cuda = torch.device(device).type == "cuda"
+    on_cuda = torch.device(device).type == "cuda"           # then make_loader's batches are in pinned memory
     moved = []
     for tensor in tensors:
         is_image = tensor.ndim == 4 and tensor.is_floating_point()
@@ -181,10 +166,8 @@ def of_all_ranks(tensor):
 
 
 def share_of_ranks(count):
-    """A count of this process over its mean over all processes.
-
-    DistributedDataParallel averages over processes; a mean over all that is counted weighs each by this.
-    """
+    """A count of this process over its mean over all processes: what turns the average that
+    DistributedDataParallel takes over processes into a mean over all that is counted."""
     if not dist.is_initialized():
         return 1.0
     mine = count.float()
@@ -210,9 +193,8 @@ def pixel_counts(data, workers=0):
 def survey_scribbles(data, workers=0):
     """What the scribbles of a split label; reads the masks only.
 
-    -> dict: images int64 (N,): in how many images each class is labelled; empty, background_only: names of
-    the images whose masks label nothing, or only class 0; labelled: labelled pixels in percent of all.
-    UserError where all masks together label nothing, or only class 0.
+    -> dict: images int64 (N,) that label each class; empty, background_only: names of images that label
+    nothing, or only class 0; labelled: percent of the pixels. UserError where all masks are such.
     """
     counts = torch.stack(list(counts_of_masks(data, workers)))                      # (images,256)
     labels = counts[:, :data.num_classes] > 0                                       # (images,N)
@@ -228,7 +210,6 @@ def survey_scribbles(data, workers=0):
                         "unlabelled pixels in your files, write 255 there.")
     empty = ~labels.any(1)                                                          # (images,)
     background = labels[:, 0] & ~labels[:, 1:].any(1)
-    names = [data.name_of(i) for i in range(len(data))]
-    return {"images": labels.sum(0), "empty": [n for n, e in zip(names, empty.tolist()) if e],
-            "background_only": [n for n, b in zip(names, background.tolist()) if b],
+    return {"images": labels.sum(0), "empty": [data.name_of(i) for i in empty.nonzero().flatten().tolist()],
+            "background_only": [data.name_of(i) for i in background.nonzero().flatten().tolist()],
             "labelled": 100 * counts[:, :IGNORE].sum().item() / counts.sum().item()}

@@ -1,7 +1,5 @@
-"""Segmentation scores from one confusion matrix over a whole split (the protocol of mmsegmentation).
-
-At the end of the file: mAP of several labels an image, and whether the regions that prototypes point at hold
-the same part.
+"""Scores: segmentation from one confusion matrix over a whole split (the protocol of mmsegmentation), mAP of
+several labels an image, and whether the regions that prototypes point at hold the same part.
 
     matrix = ConfusionMatrix(num_classes, device)
     for each batch: matrix.update(labels, logits.argmax(1))   # logits already at the label's own size
@@ -10,9 +8,9 @@ the same part.
 
 With T = labelled pixels of a class, P = pixels predicted as it, TP = pixels that are both:
     IoU = TP / (T + P - TP)        acc = TP / T        F1 = 2 TP / (T + P)
-mIoU and mAcc are means over the classes for which the ratio exists. So a class that occurs neither in the
-labels nor in the predictions is left out of mIoU, while one that is only ever predicted enters it with IoU 0.
-The counts are summed before any ratio is taken: a mean of the mIoU of single images is another number.
+mIoU and mAcc are means over the classes for which the ratio exists: a class in neither the labels nor the
+predictions is left out of mIoU, one that is only predicted enters it with IoU 0. The counts are summed
+before any ratio is taken: a mean of the mIoU of single images is another number.
 """
 import torch
 import torch.distributed as dist
@@ -30,29 +28,25 @@ class ConfusionMatrix:
     def update(self, labels, predictions):
         """Add a batch. Both (B,H,W) integer tensors of the same shape, on the device of the matrix.
 
-        labels: class ids 0..N-1, or 255 = ignore: such a pixel never counts, neither as T nor as P.
-        predictions: class ids 0..N-1. Any other id is not looked for here, as that would make a GPU wait at
-        every batch: the readers in common/datasets.py refuse it with the name of the file.
-        Raises ValueError if the shapes differ, RuntimeError after all_reduce.
+        labels: class ids 0..N-1, or 255 = ignore: such a pixel counts neither as T nor as P. predictions:
+        0..N-1. Other ids are not looked for, as a GPU would wait at every batch: the readers in
+        common/datasets.py do. Raises ValueError if the shapes differ, RuntimeError after all_reduce.
         """
         if labels.shape != predictions.shape:
             raise ValueError(f"labels {tuple(labels.shape)} and predictions {tuple(predictions.shape)} "
                              "differ in shape: resize the logits to the label's size before argmax")
         if self.finished:
-            raise RuntimeError("update after all_reduce: start a new ConfusionMatrix for the next evaluation")
+            raise RuntimeError("update after all_reduce: start a new ConfusionMatrix for another split")
         N = self.num_classes
-        # One bin per (label, prediction) pair and one more for the ignored pixels, dropped below. On a CPU a
-        # boolean index and bincount do as well; on a GPU both wait for a result to learn their output size.
+        # One bin per (label, prediction) pair and one more for the ignored pixels, dropped below. A boolean
+        # index or bincount would make a GPU wait for the size of the result.
         pair = torch.where(labels == 255, N * N, labels.long() * N + predictions.long()).flatten()
         counts = torch.zeros(N * N + 1, dtype=torch.int64, device=self.matrix.device)
         counts.scatter_add_(0, pair, torch.ones_like(pair))
         self.matrix += counts[:-1].view(N, N)
 
     def all_reduce(self):
-        """After the last update: sum the counts over all processes of torch.distributed, exactly once.
-
-        A second call changes nothing, nor does the first one where there is a single process.
-        """
+        """After the last update: sum the counts over all processes; a second call changes nothing."""
         if dist.is_available() and dist.is_initialized() and not self.finished:
             dist.all_reduce(self.matrix)
         self.finished = True
@@ -62,34 +56,22 @@ class ConfusionMatrix:
         counts = self.matrix.cpu().double()
         return counts.diag(), counts.sum(1), counts.sum(0)
 
-    def iou(self):
-        """(N,) float64 on the CPU, fractions; nan for a class in neither the labels nor the predictions."""
+    def rates(self):
+        """IoU, acc (recall), F1 of every class: (N,) float64 each on the CPU, fractions; nan for 0 / 0."""
         tp, labelled, predicted = self.totals()
-        return tp / (labelled + predicted - tp)
-
-    def acc(self):
-        """(N,) float64 on the CPU, fractions: the recall of every class; nan for a class without a label."""
-        tp, labelled, _ = self.totals()
-        return tp / labelled
-
-    def f1(self):
-        """(N,) float64 on the CPU, fractions; nan for a class in neither the labels nor the predictions."""
-        tp, labelled, predicted = self.totals()
-        return 2 * tp / (labelled + predicted)
+        return tp / (labelled + predicted - tp), tp / labelled, 2 * tp / (labelled + predicted)
 
     def summary(self):
         """All rates in percent, as plain Python numbers.
 
-        miou, macc, pixel_acc: floats, nan if not one pixel is labelled.
-        iou, f1: one value per class, None where iou() or f1() gives nan.
-        absent: ids of the classes that never occur in the labels; report them next to the mean.
+        miou, macc, pixel_acc: floats, nan if not one pixel is labelled. iou, f1: one value per class, None
+        where there is none. absent: ids of the classes without a label; report them next to the mean.
         """
         tp, labelled, _ = self.totals()
-        return {"miou": 100 * self.iou().nanmean().item(),
-                "macc": 100 * self.acc().nanmean().item(),
+        iou, acc, f1 = self.rates()
+        return {"miou": 100 * iou.nanmean().item(), "macc": 100 * acc.nanmean().item(),
                 "pixel_acc": 100 * (tp.sum() / labelled.sum()).item(),
-                "iou": percent_or_none(self.iou()),
-                "f1": percent_or_none(self.f1()),
+                "iou": percent_or_none(iou), "f1": percent_or_none(f1),
                 "absent": (labelled == 0).nonzero().flatten().tolist()}
 
 
@@ -112,10 +94,7 @@ def mean_average_precision(scores, truth):
 
 
 def row_quantile(values, q):
-    """Quantile of every row (R,n) -> (R,), linear between neighbours, for any n.
-
-    torch.quantile stops at 16 million values.
-    """
+    """Quantile of every row (R,n) -> (R,), as torch.quantile, which stops at 16 million values."""
     if values.device.type == "mps":                                  # old torch lacks kthvalue there
         return row_quantile(values.cpu(), q).to("mps")
     place = q * (values.shape[1] - 1)
@@ -126,14 +105,11 @@ def row_quantile(values, q):
 
 
 # ---- parts: does a prototype's region hold the same part of the object? --------------------------------
-# N images, M prototypes, P annotated parts. inside bool (N,M,P): the part is visible in a prototype's region.
+# N images, M prototypes, P annotated parts. inside bool (N,M,P): the part is visible in the region.
 
 def activation_boxes(maps, size, percentile=95):
-    """Smallest boxes around the pixels at or above the percentile of each map. (n,h,w) -> int64 (n,4).
-
-    Boxes are y0, y1, x0, x1, ends exclusive. Maps are upsampled bicubically to size = (height, width), as in
-    ProtoPNet.
-    """
+    """Smallest boxes around the pixels at or above the percentile of each map. (n,h,w) -> int64 (n,4): y0,
+    y1, x0, x1, ends exclusive. Maps are upsampled bicubically to size (height, width), as in ProtoPNet."""
     maps = maps.float() - maps.float().amin((1, 2), keepdim=True)    # a flat map stays exactly flat
     large = F.interpolate(maps[None], size, mode="bicubic", align_corners=False)[0]              # (n,H,W)
     threshold = row_quantile(large.flatten(1), percentile / 100)
@@ -159,9 +135,7 @@ def points_in_boxes(boxes, points):
 
 def part_shares(inside, similarity, most=10):
     """(M,P): of the `most` images in which a prototype is most similar (N,M), the share that hold the part.
-
-    The purity of a prototype is its largest share: does it always show the same part?
-    """
+    The purity of a prototype is its largest share: does it always show the same part?"""
     top = similarity.topk(min(most, len(similarity)), dim=0).indices                          # (most,M)
     return inside.gather(0, top[..., None].expand(-1, -1, inside.shape[2])).float().mean(0)
 
@@ -170,8 +144,8 @@ def part_consistency(inside, visible, own, share=0.8):
     """Percent of prototypes whose region holds one and the same part in at least `share` of the images where
     that part is visible, among the images own (N,M) bool of its own classes (Huang et al., ICCV 2023).
     """
-    seen = (own[..., None] & visible[:, None]).sum(0)                # (M,P)
-    rates = (own[..., None] & inside).sum(0) / seen.clamp(min=1)
+    shown = (own[..., None] & visible[:, None]).sum(0)               # (M,P) images
+    rates = (own[..., None] & inside).sum(0) / shown.clamp(min=1)
     return 100 * (rates.amax(1) >= share).float().mean().item()
 
 
@@ -202,7 +176,7 @@ def part_truth(boxes, noisy, points, similarity, own, size):
 def variant_truth(inside, similarity, labels, held, variants):
     """Does a prototype show the same part in the same variant? A dict of three numbers.
 
-    inside (N,M,P); similarity (N,M); labels (N,); held (C,M) bool: the prototypes of a class; variants (C,P):
+    inside (N,M,P); similarity (N,M); labels (N,); held (C,M) bool: prototypes of a class; variants (C,P):
     the variant of part p in class c. variants_found_shared: how many variants a prototype shows, with purity
     of at least one half, that two of the classes that hold it have.
     """

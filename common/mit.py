@@ -67,7 +67,7 @@ class MixFFN(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.dwconv = nn.Sequential(OrderedDict(dwconv=dwconv))
+        self.dwconv = nn.Sequential(OrderedDict(dwconv=dwconv))         # named as in the release
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):
@@ -94,8 +94,8 @@ class MixTransformer(nn.Module):
     """SegFormer's encoder: images (B,3,H,W) -> list of four maps (B,dims[i],h_i,w_i).
 
     Every argument but the last two has one entry per stage. With the default strides the maps have 1/4, 1/8,
-    1/16 and 1/32 of the image's sides, rounded up. drop_path is the drop rate of the last block, falling
-    linearly to 0 at the first. Sides below 29 pixels are too small for sr_ratios of (8, 4, 2, 1).
+    1/16 and 1/32 of the image's sides, rounded up. drop_path: see set_drop_path. Sides below 29 pixels are
+    too small for sr_ratios of (8, 4, 2, 1).
     """
 
     def __init__(self, dims, depths, heads, sr_ratios, strides=(4, 2, 2, 2), mlp_ratio=4, drop_path=0.1):
@@ -130,7 +130,7 @@ def set_drop_path(model, rate):
 def init_weights(module):
     """mmsegmentation's: convolutions Kaiming normal (fan out), Linear normal 0.02, norms 1, biases 0."""
     if isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
     elif isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -6,14 +6,12 @@
 
 Three kinds, which share these attributes and methods:
 
-part_names       list of Q names; index = part id - 1, part ids are 1..Q
-num_parts        Q
-classes          sorted list of the class ids that have parts
-part_name(c, p)  name of part p of class c; in Panoptic-Parts files an id means another part in each class
-has(i)           bool: image i of `data` has part labels
-keypoints(i)     float32 (K,4): class id, part id, x, y: whole pixels inside the image at its own size; K may
-                 be 0, and is where not has(i)
-part_map(i)      uint8 (H,W) part ids, 0 = no part; None for a keypoint file and where not has(i)
+num_parts     Q; part ids are 1..Q, and in Panoptic-Parts files an id means another part in each class
+classes       sorted list of the class ids that have parts
+has(i)        bool: image i of `data` has part labels
+keypoints(i)  float32 (K,4): class id, part id, x, y: whole pixels inside the image at its own size; K may be
+              0, and is where not has(i)
+part_map(i)   uint8 (H,W) part ids, 0 = no part; None for a keypoint file and where not has(i)
 """
 import json
 from pathlib import Path
@@ -81,8 +79,7 @@ def part_centroids(part_map, class_map):
     piece = pieces[pixels] - 1                           # 0..K-1
     y, x = np.divmod(pixels, ids.shape[1])
     area = np.bincount(piece)
-    key = np.zeros(len(area), np.int32)
-    key[piece] = ids.ravel()[pixels]                     # equal at all pixels of a piece
+    key = ids.ravel()[pixels[np.unique(piece, return_index=True)[1]]]    # equal at all pixels of a piece
     rows = np.stack([key // 256, key % 256, np.rint(np.bincount(piece, x) / area),
                      np.rint(np.bincount(piece, y) / area)], axis=1)
     return rows[np.argsort(key, kind="stable")].astype(np.float32)
@@ -113,10 +110,8 @@ def panoptic_files(data, path):
 
 
 def decode_panoptic(ids):
-    """Ids of the Panoptic-Parts format -> semantic ids, part ids (0 = none); all int32 (H,W).
-
-    An id has 7 digits, semantic (2), instance (3), part (2), or lacks the last 2 or 5 of them.
-    """
+    """Ids of 7 digits, semantic (2), instance (3), part (2), or without the last 2 or 5 of them -> semantic
+    ids, part ids (0 = none). All int32 (H,W)."""
     full = np.where(ids < 100, ids * 100_000, np.where(ids < 100_000, ids * 100, ids))
     return full // 100_000, full % 100
 
@@ -136,10 +131,8 @@ def read_panoptic(path):
 
 
 def read_keypoint_file(path):
-    """-> {category name: keypoint names}, {image stem: [(category name, points (K,3): x, y, visible)]}.
-
-    Every image that the file lists is there, also one without an annotation. UserError for a damaged file.
-    """
+    """-> {category name: keypoint names}, {stem of every image: [(category name, points (K,3): x, y,
+    visible)]}. UserError for a damaged file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         categories = {entry["id"]: (str(entry["name"]), [str(name) for name in entry["keypoints"]])
@@ -165,16 +158,12 @@ class ToyParts:
     """Parts of toy_scenes, from the generator; every image has them."""
 
     def __init__(self, data):
-        self.data, self.part_names = data, toy_scenes.PARTS[1:]
-        self.num_parts = len(self.part_names)
+        self.data, self.num_parts = data, len(toy_scenes.PARTS) - 1
         self.classes = sorted(toy_scenes.CLASSES.index(name) for name in toy_scenes.OBJECTS)
         self.drawn = None, None                          # the last scene and its number
 
     def has(self, i):
         return True
-
-    def part_name(self, c, p):
-        return self.part_names[p - 1]
 
     def scene(self, i):
         if self.drawn[0] != i:
@@ -197,26 +186,21 @@ class PanopticParts:
     """
 
     def __init__(self, data, path):
-        table = PANOPTIC_PARTS[data.name]
         self.data = data
         self.class_of = np.full(100, IGNORE, np.uint8)   # semantic id -> class id
         self.part_of = np.zeros((100, 100), np.uint8)    # semantic id, part id in the files -> part id
         self.names = {}                                  # class id -> names of its parts
-        for semantic, (name, parts) in table.items():
-            counts = [int(part.partition("*")[2] or 1) for part in parts.split()]
-            ids = np.repeat(np.arange(len(counts)) + 1, counts)
+        for semantic, (name, parts) in PANOPTIC_PARTS[data.name].items():
+            names, _, counts = zip(*(part.partition("*") for part in parts.split()))
+            ids = np.repeat(np.arange(len(names)) + 1, [int(count or 1) for count in counts])
             self.part_of[semantic, 1:len(ids) + 1] = ids
             self.class_of[semantic] = data.classes.index(name)
-            self.names[data.classes.index(name)] = [part.partition("*")[0] for part in parts.split()]
+            self.names[data.classes.index(name)] = names
         self.classes, self.num_parts = sorted(self.names), int(self.part_of.max())
-        self.part_names = [f"part {p}" for p in range(1, self.num_parts + 1)]
         self.files = panoptic_files(data, path)          # a path or None for each image
 
     def has(self, i):
         return self.files[i] is not None
-
-    def part_name(self, c, p):
-        return self.names[c][p - 1]
 
     def read(self, i):
         """Part ids and class ids of image i, both uint8 (H,W) arrays."""
@@ -253,13 +237,10 @@ class KeypointParts:
         self.part_names = list(dict.fromkeys(name for names in known.values() for name in names))
         self.num_parts = len(self.part_names)
         self.classes = sorted(data.classes.index(name) for name in known)
-        self.ids = {name: [self.part_names.index(n) + 1 for n in names] for name, names in known.items()}
+        self.ids = {c: [self.part_names.index(name) + 1 for name in names] for c, names in known.items()}
 
     def has(self, i):
         return self.data.name_of(i) in self.noted
-
-    def part_name(self, c, p):
-        return self.part_names[p - 1]
 
     def keypoints(self, i):
         noted = self.noted.get(self.data.name_of(i), ())

@@ -41,9 +41,7 @@ def connected_components(ids):
 
 def depth_inside(regions):
     """int (H,W) -> int64 (H,W): steps along rows and columns to the nearest pixel at the region's edge, + 1.
-
-    At the edge, where one of the 4 neighbours has another value or lies outside the picture, it is 1.
-    """
+    At the edge, where one of the 4 neighbours has another value or lies outside the picture, it is 1."""
     padded = np.pad(regions, 1, constant_values=-1)
     edge = np.zeros(regions.shape, bool)
     for other in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
@@ -60,9 +58,9 @@ def depth_inside(regions):
 def geodesic_distance(regions, sources, price=None):
     """Shortest way from the nearest source along pixels of the source's region: int (H,W) -> float64 (H,W).
 
-    sources: flat indices of pixels that are not 0, for 0 is no region. A step to one of the 8 neighbours is 1
-    or sqrt(2) long, times the mean `price` (H,W) of the two pixels; inf where no way leads. Fronts run across
-    all regions at once, until no way gets shorter.
+    sources: flat indices of pixels that are not 0, for 0 is no region. A step to one of the 8 neighbours is
+    1 or sqrt(2) long, times the mean `price` (H,W) of the two pixels; inf where no way leads. Fronts run
+    over all regions at once, until no way gets shorter.
     """
     width = regions.shape[1] + 2
     ids = np.pad(regions, 1).ravel()

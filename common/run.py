@@ -19,13 +19,15 @@ import argparse
 import contextlib
 import csv
 import difflib
+import itertools
 import json
 import math
+import operator
 import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -36,26 +38,21 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one sentence that names the file or option and says what to do.
+    """A mistake that the user can mend: a sentence that names the file or option and says what to do."""
 
-    Scripts print the sentence and exit with code 2. A DataLoader worker wraps it in its own traceback on the
-    way to the main process; what stands behind the last "UserError: " is the sentence again.
-    """
-
-    def __init__(self, message):
+    def __init__(self, message):                       # a DataLoader worker puts its traceback before it
         super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
 
 
-# ---- options -----------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------
 
 def opt(default, help, choices=None, above=None, at_least=None, below=None, at_most=None, each=str,
         schedule=False, runtime=False, evaluation=False, source=False, uses_run=False):
     """A dataclass field that is also a command-line flag.
 
-    choices; above, at_least, below, at_most: what check_options allows; where there is a limit it refuses nan
-    and inf too. each: type of the values of a field of type `list`, which takes one or more after its flag;
-    its default may be (). The field class_ is the flag --class. A default of None is for the Config's own
-    __post_init__ to fill, and only if it is None: replace() calls it again.
+    choices; above, at_least, below, at_most: what check_options allows; nan and inf are outside any limit.
+    each: type of the values of a field of type `list`, which takes one or more after its flag. The field
+    class_ is the flag --class. A default of None is for the Config's own __post_init__ to fill.
 
     schedule: a number of iterations or epochs, multiplied by --schedule. The other marks say what an option
     changes. Without one it is part of the training, and a resumed run keeps it.
@@ -68,7 +65,7 @@ def opt(default, help, choices=None, above=None, at_least=None, below=None, at_m
                  at_most=at_most, each=each, schedule=schedule, evaluation=evaluation, source=source,
                  uses_run=uses_run, runtime=runtime or evaluation or source or uses_run)
     if isinstance(default, (tuple, list)):
-        return field(default_factory=lambda: list(default), metadata=about)      # a new list for every Config
+        return field(default_factory=lambda: list(default), metadata=about)     # a new list for every Config
     return field(default=default, metadata=about)
 
 
@@ -98,13 +95,8 @@ def flag_of(name):
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-def limits_text(about):
-    """The limits of an option in words, "" if it has none."""
-    words = dict(above="above {:g}", at_least="{:g} or more", below="below {:g}", at_most="at most {:g}")
-    limits = [text.format(about[name]) for name, text in words.items() if about[name] is not None]
-    if limits == ["0 or more"]:
-        return "must not be negative"
-    return "must be " + " and ".join(limits) if limits else ""
+LIMITS = {"above": ("above {:g}", operator.gt), "at_least": ("{:g} or more", operator.ge),
+          "below": ("below {:g}", operator.lt), "at_most": ("at most {:g}", operator.le)}
 
 
 def check_options(cfg):
@@ -113,19 +105,18 @@ def check_options(cfg):
         value, about, flag = getattr(cfg, f.name), f.metadata, flag_of(f.name)
         if about["choices"] and value not in about["choices"]:
             raise UserError(f"{flag} {value}: choose one of {', '.join(map(str, about['choices']))}.")
-        text = limits_text(about)
-        if value is None or not text:
+        limits = {name: about[name] for name in LIMITS if about[name] is not None}
+        if value is None or not limits:
             continue
         numbers = value if f.type is list else [value]
         shown = " ".join(map(str, numbers))
         if not all(map(math.isfinite, numbers)):
             raise UserError(f"{flag} {shown}: must be a finite number.")
-        inside = [about["above"] is None or min(numbers, default=math.inf) > about["above"],
-                  about["at_least"] is None or min(numbers, default=math.inf) >= about["at_least"],
-                  about["below"] is None or max(numbers, default=-math.inf) < about["below"],
-                  about["at_most"] is None or max(numbers, default=-math.inf) <= about["at_most"]]
-        if not all(inside):
-            raise UserError(f"{flag} {shown}: {text}.")
+        for name, limit in limits.items():
+            if not all(LIMITS[name][1](number, limit) for number in numbers):
+                words = " and ".join(LIMITS[name][0].format(limit) for name, limit in limits.items())
+                must = "must not be negative" if words == "0 or more" else f"must be {words}"
+                raise UserError(f"{flag} {shown}: {must}.")
     if cfg.seeds > 1 and not (getattr(cfg, "table", 0) or getattr(cfg, "figure", 0)):
         raise UserError(f"--seeds {cfg.seeds}: goes with --table; a single run has one --seed.")
 
@@ -173,8 +164,8 @@ def _parser(Config, presets, description):
 def parse_config(Config, presets, argv=None, description=""):
     """Command line -> Config: dataclass defaults < preset < flags, then iteration counts times --schedule.
 
-    With --resume, or another option that works on a trained run, the settings are those in OUT/config.json; a
-    flag that contradicts them is refused (UserError), except flags that only say where to compute.
+    With an option that works on a trained run the settings are those in OUT/config.json; a flag that
+    contradicts them is a UserError, unless it only says where to compute.
     """
     given = vars(_parser(Config, presets, description).parse_args(argv))
     cfg = make_config(Config, presets, **given)
@@ -183,10 +174,7 @@ def parse_config(Config, presets, argv=None, description=""):
 
 
 def make_config(Config, presets, preset="toy", **flags):
-    """The same from Python: make_config(Config, PRESETS, "toy", seed=1). UserError as check_options.
-
-    Iteration counts are scaled here, once.
-    """
+    """The same from Python: make_config(Config, PRESETS, "toy", seed=1). UserError as check_options."""
     if preset not in presets:
         raise UserError(f"preset {preset!r} does not exist: choose one of {', '.join(presets)}.")
     cfg = Config(**{**presets[preset], **flags, "preset": preset})
@@ -194,7 +182,7 @@ def make_config(Config, presets, preset="toy", **flags):
         cfg.out = f"runs/{Path(sys.argv[0]).stem or 'run'}-{preset}"
     _read_lists(cfg)
     check_options(cfg)
-    for f in fields(Config):
+    for f in fields(Config):                               # the only place that multiplies by --schedule
         value = getattr(cfg, f.name)
         if f.metadata["schedule"] and value is not None and value > 0:
             setattr(cfg, f.name, max(1, round(value * cfg.schedule)))
@@ -215,7 +203,7 @@ def _read_lists(cfg):
 def read_config(Config, out):
     """The settings of the run in the folder `out`; UserError if there is none of this script."""
     path = Path(out) / "config.json"
-    saved = read_json(path, f"{out} holds no run (no config.json): train first, or pass the folder of a run.")
+    saved = read_json(path, f"{out} holds no run (no config.json): train first, or pass a run's folder.")
     if not isinstance(saved, dict) or set(saved) - {f.name for f in fields(Config)}:
         raise UserError(f"{path} is not a config of this script: pass the folder of a run of this script.")
     cfg = Config(**saved)
@@ -227,37 +215,36 @@ def _config_of_run(cfg, given):
     """Settings of the run in cfg.out, with today's runtime flags; given: the flags that were typed."""
     kept, path = read_config(type(cfg), cfg.out), Path(cfg.out) / "config.json"
     for f in fields(cfg):
-        now = getattr(cfg, f.name)
+        asked, saved = getattr(cfg, f.name), getattr(kept, f.name)
         if f.metadata["uses_run"] or f.name == "out" or f.metadata["runtime"] and f.name in given:
-            setattr(kept, f.name, now)
-        elif f.name in given and now != getattr(kept, f.name):
-            raise UserError(f"{flag_of(f.name)} {now} contradicts {path}, which says "
-                            f"{getattr(kept, f.name)}: drop the flag, or start a new run with another --out.")
+            setattr(kept, f.name, asked)
+        elif f.name in given and asked != saved:
+            raise UserError(f"{flag_of(f.name)} {asked} contradicts {path}, which says {saved}: drop the "
+                            "flag, or start a new run with another --out.")
     return kept
 
 
 def run_script(main, Config, presets, description=""):
     """Parse, run main(cfg); user mistakes become one sentence and exit code 2, Ctrl-C exit code 130."""
-    name = Path(sys.argv[0]).name
     try:
         main(parse_config(Config, presets, description=description))
+        return
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        problem, code = str(error), 2
     except torch.OutOfMemoryError:
-        print(f"{name}: the GPU ran out of memory: lower --batch-size or the image size "
-              "(a lower batch size wants a lower --lr in proportion).", file=sys.stderr)
-        sys.exit(2)
+        problem, code = ("the GPU ran out of memory: lower --batch-size or the image size (a lower batch "
+                         "size wants a lower --lr in proportion)."), 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command with --resume (a --table: the same command) goes on "
-              "from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+        problem, code = ("interrupted; the same command with --resume (a --table: the same command) goes on "
+                         "from the last checkpoint."), 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+    sys.exit(code)
 
 
-# ---- device, seed, ranks -----------------------------------------------------------------------------------
+# ---- device, seed, ranks ---------------------------------------------------------------------------------
 
 class Machine(NamedTuple):
     """Where a process computes: its device, its number (rank), and how many processes there are (world)."""
@@ -272,10 +259,7 @@ class Machine(NamedTuple):
 
 
 def setup(device="auto", seed=0):
-    """-> Machine; seeds torch.
-
-    Under torchrun joins the process group (NCCL on CUDA, else gloo).
-    """
+    """-> Machine; seeds torch. Under torchrun it joins the process group (NCCL on CUDA, else gloo)."""
     has = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if device == "auto":
         device = next(name for name in ("cuda", "mps", "cpu") if has[name])
@@ -304,10 +288,7 @@ def autocast(device, amp="auto"):
 
 
 def distribute(model, machine):
-    """DistributedDataParallel around the model; on CUDA batch norm is synchronised.
-
-    One process: the model itself.
-    """
+    """DistributedDataParallel around the model; on CUDA batch norm is synchronised."""
     if machine.world == 1:
         return model
     cuda = machine.device.type == "cuda"
@@ -324,12 +305,11 @@ def share_buffers(model):
             dist.broadcast(buffer, 0)
 
 
-# ---- run folder --------------------------------------------------------------------------------------------
+# ---- run folder ------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def replacing(path, mode="w"):
-    """Open a file beside `path` and rename it at the end:
-    whoever kills the program, no half-written file is left."""
+    """Open a file beside `path` and rename it at the end: a killed program leaves no half-written file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.tmp", mode, **({} if "b" in mode else dict(encoding="utf-8", newline=""))) as file:
@@ -356,13 +336,10 @@ def start_run(cfg, machine):
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--out {out} cannot be made ({error.strerror}): "
-                            "choose another folder.") from None
+            raise UserError(f"--out {out} cannot be made ({error.strerror}): name another folder.") from None
         if (out / "config.json").exists():
-            number = 1
-            while (out / f"previous-{number}").exists():
-                number += 1
-            aside = out / f"previous-{number}"
+            places = (out / f"previous-{number}" for number in itertools.count(1))
+            aside = next(place for place in places if not place.exists())
             earlier = [path for path in out.iterdir() if not KEPT.fullmatch(path.name)]
             aside.mkdir()
             for path in earlier:
@@ -376,8 +353,7 @@ def start_run(cfg, machine):
 
 def write_json(path, value):
     with replacing(path) as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+        file.write(json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path, missing):
@@ -387,8 +363,8 @@ def read_json(path, missing):
     except FileNotFoundError:
         raise UserError(missing) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it, "
-                        "or start a new run with another --out.") from None
+        raise UserError(f"{path} cannot be read ({error}): restore it, or start a new run with another "
+                        "--out.") from None
 
 
 def write_csv(path, rows):
@@ -399,24 +375,36 @@ def write_csv(path, rows):
         writer.writerows(rows)
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------
+
+def rng_state():
+    """State of torch's random generators in this process; None for a device that the machine lacks."""
+    return dict(cpu=torch.get_rng_state(),
+                cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+                mps=torch.mps.get_rng_state() if torch.backends.mps.is_available() else None)
+
+
+def set_rng_state(rng):
+    torch.set_rng_state(rng["cpu"].cpu())
+    if rng["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"].cpu())
+    if rng.get("mps") is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(rng["mps"].cpu())
+
 
 def save_checkpoint(path, parts, progress):
-    """State dicts of `parts` (name -> module, optimizer, scheduler), RNG state of every rank, and `progress`.
+    """State dicts of `parts` {name: module, optimizer, scheduler}, `progress`, every process's RNG state.
 
-    progress holds tensors, numbers, strings, lists and dicts only, so that weights_only=True can read it
-    back. All processes call it; the first one writes. They go on with its buffers, as a resumed run does.
+    progress: tensors, numbers, strings, lists and dicts only, for weights_only=True. All processes call
+    this; the first one writes, and the others go on with its buffers, as a resumed run does.
     """
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             share_buffers(part)
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    rng = [dict(cpu=torch.get_rng_state(), cuda=cuda, mps=mps)]
+    rng = [rng_state()]
     if dist.is_initialized():
-        every = [None] * dist.get_world_size()
-        dist.all_gather_object(every, rng[0])
-        rng = every
+        rng = [None] * dist.get_world_size()
+        dist.all_gather_object(rng, rng_state())
     if not dist.is_initialized() or dist.get_rank() == 0:
         state = {name: part.state_dict() for name, part in parts.items()}
         with replacing(path, "wb") as file:
@@ -425,8 +413,8 @@ def save_checkpoint(path, parts, progress):
         dist.barrier()
 
 
-def read_checkpoint(path, device="cpu"):
-    """What save_checkpoint wrote, as a dict. UserError: no file, or not such a file."""
+def read_checkpoint(path, device="cpu", parts=()):
+    """What save_checkpoint wrote, as a dict. UserError: no file, or not one with these parts."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
@@ -434,19 +422,14 @@ def read_checkpoint(path, device="cpu"):
     except Exception as error:                          # torch raises many types for a damaged file
         raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): "
                         "delete it and train again, or pass the --out of another run.") from None
-    if not isinstance(saved, dict) or not {"progress", "rng"} <= set(saved):
+    if not isinstance(saved, dict) or not {"progress", "rng", *parts} <= set(saved):
         raise UserError(f"{path} is not a checkpoint of this script: pass the --out of one of its runs.")
     return saved
 
 
 def load_checkpoint(path, parts, device):
-    """Restores `parts` and the RNG state; returns progress.
-
-    UserError as read_checkpoint, or where a part does not fit.
-    """
-    saved = read_checkpoint(path, device)
-    if set(parts) - set(saved):
-        raise UserError(f"{path} is not a checkpoint of this script: pass the --out of one of its runs.")
+    """Restores `parts` and the RNG state; returns progress. UserError as read_checkpoint, or a misfit."""
+    saved = read_checkpoint(path, device, parts)
     for name, part in parts.items():
         try:
             part.load_state_dict(saved[name])
@@ -456,12 +439,7 @@ def load_checkpoint(path, parts, device):
                             f"({lines[min(1, len(lines) - 1)].strip()[:200]}): "
                             "it comes from a run with other options; use that run's config.json.") from None
     rank = dist.get_rank() if dist.is_initialized() else 0
-    rng = saved["rng"][min(rank, len(saved["rng"]) - 1)]
-    torch.set_rng_state(rng["cpu"].cpu())
-    if rng["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"].cpu())
-    if rng.get("mps") is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(rng["mps"].cpu())
+    set_rng_state(saved["rng"][min(rank, len(saved["rng"]) - 1)])
     return saved["progress"]
 
 
@@ -489,7 +467,7 @@ def check_classes(known, classes, out):
                     f"{c} is {theirs} there and {ours} here: pass the --data of that run, or another run.")
 
 
-# ---- log ---------------------------------------------------------------------------------------------------
+# ---- log -------------------------------------------------------------------------------------------------
 
 def due(iteration, every, total):
     """Is it time for what happens every so many iterations, and after the last? Iterations count from 1."""
@@ -499,9 +477,8 @@ def due(iteration, every, total):
 class Log:
     """Losses summed on the device, log.csv, the printed lines and the clock of a run.
 
-    What it knows stands in `progress`, so that a checkpoint holds it: log (rows), seconds (of training), sums
-    {loss: [sum since the last row, steps]}. With several processes each sums its own losses, and those of the
-    first are logged.
+    What it knows stands in `progress`, so that a checkpoint holds it: log (rows), seconds (of training) and
+    sums {loss: [sum since the last row, steps]}. The losses of the first process are logged.
     """
 
     def __init__(self, out, progress, machine):
@@ -530,8 +507,8 @@ class Log:
     def row(self, when, before, after, text, losses=None):
         """One more row of log.csv, and a line that says "when: losses, text, time"; the sums begin anew.
 
-        before, after: {column: value} to the left and to the right of the losses. losses: their columns, if
-        not just those that were added; one that was not added is left empty.
+        before, after: {column: value} on both sides of the losses. losses: their columns, if not just those
+        that were added; the others stay empty.
         """
         means = self.means(when)
         columns = means if losses is None else {name: means.get(name, "") for name in losses}
@@ -544,11 +521,8 @@ class Log:
             tqdm.write(f"{when}: {', '.join([*words, text, duration(seconds)])}")
 
     def save(self, name, parts, **where):
-        """Checkpoint OUT/name of `parts`; progress is told `where`, such as iteration=200, and the seconds.
-
-        UserError if a loss is not finite: the last good checkpoint stays.
-        """
-        self.means(" ".join(f"{key} {value}" for key, value in where.items()))
+        """Checkpoint OUT/name of `parts`; progress is told `where`, such as iteration=200, and the time."""
+        self.means(" ".join(f"{key} {value}" for key, value in where.items()))      # refuses a loss of nan
         self.progress |= where | dict(seconds=self.seconds())
         save_checkpoint(self.out / name, parts, self.progress)
 
@@ -558,11 +532,12 @@ def facts(cfg, net, progress, machine, *options):
     told = {name: getattr(cfg, name) for name in ("preset", "seed", *options)}
     evaluated = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["evaluation"]}
     parameters = sum(p.numel() for p in net.parameters())
-    return told | dict(evaluated=evaluated, seconds=round(progress["seconds"], 1), device=machine.device.type,
+    seconds = round(progress["seconds"], 1)
+    return told | dict(evaluated=evaluated, seconds=seconds, device=machine.device.type,
                        processes=machine.world, parameters=parameters)
 
 
-# ---- learning rate, time -----------------------------------------------------------------------------------
+# ---- learning rate, time ---------------------------------------------------------------------------------
 
 def poly_lr(iteration, base, total, power=1.0, floor=0.0, warmup=0, warmup_ratio=1e-6):
     """mmcv 1.x "poly" policy: (base - floor) (1 - it/total)^power + floor; linear warm-up multiplies it."""
@@ -573,12 +548,11 @@ def poly_lr(iteration, base, total, power=1.0, floor=0.0, warmup=0, warmup_ratio
 
 
 def poly_schedule(optimizer, total, power=1.0, floor=0.0, warmup=0):
-    """poly_lr for every parameter group from its own base rate,
-    as a torch scheduler (one step an iteration)."""
+    """poly_lr from the base rate of each parameter group, as a torch scheduler: one step an iteration."""
     def factor(base):
         return lambda iteration: poly_lr(iteration, base, total, power, floor, warmup) / base
-    return torch.optim.lr_scheduler.LambdaLR(optimizer,
-                                             [factor(group["lr"]) for group in optimizer.param_groups])
+    factors = [factor(group["lr"]) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
 
 
 def duration(seconds):

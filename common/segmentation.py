@@ -58,10 +58,10 @@ def class_and_cell(logits, size, name, classes, pixel):
 
 @torch.inference_mode()
 def evaluate(net, loader, num_classes, names, predict, machine):
-    """{name: rates in percent (common/metrics.py)} over a split, summed over processes; 255 never counts.
+    """{name: rates in percent (common/metrics.py)} over a split, all processes together; 255 never counts.
 
-    loader: eval_loader of a TestView, one whole image a batch. predict(batch) -> {name: class ids (1,H,W)} at
-    the size of the labels, for all `names`. The network is in eval mode meanwhile, afterwards as before.
+    loader: eval_loader of a TestView. predict(batch) -> {name: class ids (1,H,W)} at the size of the labels,
+    for all `names`. The network is in eval mode meanwhile, afterwards as before.
     """
     was_training = net.training
     benchmark = torch.backends.cudnn.benchmark
@@ -81,22 +81,17 @@ def evaluate(net, loader, num_classes, names, predict, machine):
 
 
 def named_rates(score, classes, split):
-    """Rates of evaluate() for metrics.json: miou, macc, pixel_acc, iou and f1 by class name, absent classes.
-
-    UserError if no pixel of the split is labelled.
-    """
+    """Rates of evaluate() for metrics.json, with class names. UserError if no pixel is labelled."""
     if all(rate is None for rate in score["iou"]):
-        raise UserError(f"no pixel of the {split} split is labelled, so there is nothing to score: check its "
-                        "masks, or choose another --test-split.")
+        raise UserError(f"no pixel of the {split} split is labelled, so there is nothing to score: check "
+                        "its masks, or choose another --test-split.")
     return score | dict(iou=dict(zip(classes, score["iou"])), f1=dict(zip(classes, score["f1"])),
                         absent=[classes[c] for c in score["absent"]])
 
 
 def predict_files(files, predict, classes, out):
     """OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png for every image file; a line each.
-
-    predict(path) -> image uint8 (3,H,W), class ids uint8 (H,W), both on the CPU.
-    """
+    predict(path) -> image uint8 (3,H,W), class ids uint8 (H,W), both on the CPU."""
     folder = Path(out) / "predictions"
     for path in tqdm(files, desc="predict", disable=None):
         image, ids = predict(path)
@@ -108,12 +103,9 @@ def predict_files(files, predict, classes, out):
 
 
 def save_examples(path, data, cells_of, title, count=4):
-    """A row of pictures for `count` images of a split, evenly spread over it.
-
-    cells_of(i, image, label) -> {caption: class ids (H,W)}; image uint8 (3,H,W), label uint8 (H,W).
-    """
-    rows = []
-    classes = set()
+    """A row of pictures for `count` images of a split, evenly spread over it: the image uint8 (3,H,W), and
+    cells_of(i, image, label) -> {caption: class ids (H,W)} in colours; label uint8 (H,W)."""
+    rows, classes = [], set()
     for i in sorted({round(k * (len(data) - 1) / max(1, count - 1)) for k in range(count)}):
         image, label = data.read(i)
         cells = cells_of(i, image, label)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.run import duration, write_json
+from common.run import duration, rng_state, set_rng_state, write_json
 from common.tables import markdown
 
 
@@ -21,10 +21,7 @@ def synchronize(device):
 
 
 def peak_memory(device):
-    """Highest memory use so far in GiB: of the GPU's allocator on CUDA, else of this process.
-
-    None where unknown.
-    """
+    """Highest memory use so far in GiB, on CUDA the GPU allocator's, else the process's. None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     try:
@@ -36,14 +33,9 @@ def peak_memory(device):
 
 
 def measured_speed(step, parts, device, repeats=3):
-    """Seconds of one call of step(): median of `repeats` after one warm-up.
-
-    Leaves `parts` and the RNG as they were.
-    """
+    """Seconds of step(): median of `repeats` after one warm-up. `parts` and the RNG stay as they were."""
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
-    cpu_rng = torch.get_rng_state()
-    cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
-    mps_rng = torch.mps.get_rng_state() if device.type == "mps" else None
+    rng = rng_state()
     times = []
     for _ in range(repeats + 1):
         synchronize(device)
@@ -53,19 +45,15 @@ def measured_speed(step, parts, device, repeats=3):
         times.append(time.perf_counter() - start)
     for name, part in parts.items():
         part.load_state_dict(before[name])
-    torch.set_rng_state(cpu_rng)
-    if cuda_rng is not None:
-        torch.cuda.set_rng_state(cuda_rng)
-    if mps_rng is not None:
-        torch.mps.set_rng_state(mps_rng)
+    set_rng_state(rng)
     return sorted(times[1:])[repeats // 2]
 
 
 def announce(step, view, parts, steps, test_images, cfg, machine):
-    """One line before training: steps, expected time at the speed measured now, peak memory. Changes nothing.
+    """One line before training: steps, expected time at the speed measured now, peak memory.
 
     step(batch) is one training iteration on `parts`; view[(index, sample_seed)] is a training sample;
-    test_images are evaluated on the way, each counted as 0.4 of its share of a step, as there is no backward.
+    test_images are evaluated on the way; without a backward pass each takes 0.4 of a step's image.
     """
     def read_batch():                                   # this process's batch, as one loader process would
         return default_collate([view[(i % len(view), i)] for i in range(cfg.batch_size // machine.world)])
@@ -88,10 +76,8 @@ def cost_of_model(parts, train_step, predict, num_classes, cfg, device):
     """What a segmentation network costs on random images of --crop pixels: a dict of numbers.
 
     parts: model, optimizer, scheduler, made for this measurement, which leaves the model in eval mode.
-    train_step(x, labels): one step on --batch-size images; predict(x): from one image to labels. Returns
-    parameters (those that learn), gflops (1e9 multiply-adds of the model for one image, as mmsegmentation
-    counts), training_gib (memory of one training step on CUDA, None elsewhere), training_images_per_second
-    and inference_images_per_second.
+    train_step(x, labels): one step on --batch-size images; predict(x): from one image to labels. gflops: 1e9
+    multiply-adds of the model for one image, as mmsegmentation counts; training_gib: None but on CUDA.
     """
     net = parts["model"]
     x = torch.randn(cfg.batch_size, 3, cfg.crop, cfg.crop).to(device, memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ from common.run import UserError
 
 UNLABELLED = 255
 XML_NAMES = ("background plane bike bird boat bottle bus car cat chair cow table dog horse motorbike person "
-             "plant sheep sofa train monitor").split()   # ScribbleSup's names of the 21 classes of VOC, by id
+             "plant sheep sofa train monitor").split()  # ScribbleSup's names of the 21 classes of VOC, by id
 CLASS_ID = {name: i for i, name in enumerate(XML_NAMES)} | {       # and VOC's own
     "aeroplane": 1, "bicycle": 2, "diningtable": 11, "pottedplant": 16, "tvmonitor": 20}
 MIN_SHARE, MIN_PIXELS = 0.0005, 10                       # a region smaller than this gets no stroke
@@ -28,10 +28,9 @@ MIN_SHARE, MIN_PIXELS = 0.0005, 10                       # a region smaller than
 def read_strokes(path):
     """ScribbleSup XML file -> (width, height) of its image, strokes [(class id, points float (n,2))].
 
-    Below the root are a <size> with <width> and <height>, and for each stroke a <polygon> with its class name
-    in <tag> and with <point>s, whose first child is x and whose second is y. Strokes without a point are left
-    out. UserError: damaged or another kind of file, a class name that is not in CLASS_ID, a stroke that lies
-    wholly outside the image.
+    Below the root are a <size> with <width> and <height>, and for each stroke a <polygon> with its class
+    name in <tag> and with <point>s of x and y. Strokes without a point are left out. UserError: damaged or
+    another kind of file, a class name that is not in CLASS_ID, a stroke that lies wholly outside the image.
     """
     try:
         root = ElementTree.parse(path).getroot()
@@ -68,7 +67,7 @@ def draw_strokes(strokes, width, height, thickness=3):
     """Strokes [(class id, points (n,2))] -> uint8 (H,W), 255 elsewhere; later strokes cover earlier ones.
 
     A line with curved joints and a disc at every vertex, both `thickness` pixels wide, as the loaders of
-    GatedCRFLoss and TreeEnergyLoss draw ScribbleSup. One point alone is a disc; what is outside is cut off.
+    GatedCRFLoss and TreeEnergyLoss draw ScribbleSup. What is outside is cut off.
     """
     picture = Image.new("L", (width, height), UNLABELLED)
     draw = ImageDraw.Draw(picture)
@@ -82,7 +81,7 @@ def draw_strokes(strokes, width, height, thickness=3):
 
 def central_part(points, shrink):
     """Polyline (n,2) -> its central 1 - shrink by length, (m,2); all of it at 0, its midpoint alone at 1."""
-    along = np.append(0, np.linalg.norm(np.diff(points, axis=0), axis=1).cumsum())    # (n,) way to each point
+    along = np.append(0, np.linalg.norm(np.diff(points, axis=0), axis=1).cumsum())   # (n,) way to each point
     low, high = along[-1] * shrink / 2, along[-1] * (1 - shrink / 2)
     if low <= 0:
         return points
@@ -99,29 +98,18 @@ def check_ratios(drop, shrink):
             raise UserError(f"{name} {ratio} is no ratio: choose a number from 0 (all stays as it is) to 1.")
 
 
-def kept_strokes(count, drop, seed):
-    """bool (count,): False with probability `drop`, and then at every higher ratio too."""
-    return np.random.default_rng(seed).random(count) >= drop
-
-
 def weaken_strokes(strokes, drop=0.0, shrink=0.0, seed=0):
-    """Scribble-drop and scribble-shrink (PFA, B.1, Fig. 8) of strokes as lines, see `weaken`; a new list.
-
-    Shrinking goes by arc length. Drawn, the cut ends may differ by a pixel from the line that was there.
-    """
+    """Scribble-drop and scribble-shrink (PFA, B.1, Fig. 8) of strokes as lines, see `weaken`; a new list."""
     check_ratios(drop, shrink)
-    keep = kept_strokes(len(strokes), drop, seed)
-    return [(class_id, central_part(points, shrink)) for (class_id, points), k in zip(strokes, keep) if k]
+    kept = np.random.default_rng(seed).random(len(strokes)) >= drop
+    return [(class_id, central_part(points, shrink)) for (class_id, points), k in zip(strokes, kept) if k]
 
 
 # ---- strokes as pixels -----------------------------------------------------------------------------------
 
 def strokes_of_mask(scribbles):
     """uint8 (H,W), 255 = unlabelled -> int64 (H,W): 0 = unlabelled, else the number of the pixel's stroke.
-
-    A stroke is what touches, at a side or a corner, with the same class; numbers 1, 2, ... by first pixel.
-    So two strokes of one class that cross are one.
-    """
+    A stroke is what touches with the same class, see connected_components."""
     return connected_components(np.where(scribbles == UNLABELLED, 0, scribbles.astype(np.int32) + 1))
 
 
@@ -160,15 +148,15 @@ def shrunk(strokes, shrink):
 def weaken(scribbles, drop=0.0, shrink=0.0, seed=0):
     """Scribble-drop and scribble-shrink (PFA, B.1, Fig. 8): uint8 (H,W) -> uint8 (H,W), with fewer labels.
 
-    drop: each stroke (see strokes_of_mask) is removed with this probability, whatever happens to the others;
-    0 removes none, 1 all. shrink: of each stroke the central 1 - shrink of its length stays, measured along
-    its pixels; 0 leaves it whole, 1 leaves a dot about as wide as the stroke. Where a stroke forks or closes
-    into a ring, what is near its middle stays. The seed decides the result, and what is left at larger
-    ratios is part of what is left at smaller ones. UserError: ratios outside 0..1.
+    drop: each stroke (see strokes_of_mask) is removed with this probability, whatever happens to the others.
+    shrink: of each stroke the central 1 - shrink of its length stays, measured along its pixels; 1 leaves a
+    dot about as wide as the stroke. Of a stroke that forks or closes into a ring, what is near its middle
+    stays. What is left at larger ratios is part of what is left at smaller ones.
     """
     check_ratios(drop, shrink)
     strokes = strokes_of_mask(scribbles)
-    kept = np.append(False, kept_strokes(strokes.max(), drop, seed))[strokes]                       # (H,W)
+    luck = np.random.default_rng(seed).random(strokes.max())
+    kept = np.append(False, luck >= drop)[strokes]                                                  # (H,W)
     if shrink > 0 and kept.any():
         kept &= shrunk(strokes, shrink)
     return np.where(kept, scribbles, UNLABELLED).astype(np.uint8)
@@ -180,7 +168,7 @@ def painted_strokes(path, image, num_classes):
     """Strokes somebody drew on a photograph -> uint8 (H,W): class ids, 255 = unlabelled.
 
     image uint8 (3,H,W). An index PNG as data/README.md describes it, or a painting in the colours of
-    figures.palette: on transparency, on white, or on the image itself, whose unchanged pixels are no strokes.
+    figures.palette: on transparency, on white, or on the image, whose unchanged pixels are no strokes.
     A painted pixel has the class whose colour is at most 40 away in each of R, G and B. UserError: another
     size, nothing labelled.
     """
@@ -208,17 +196,6 @@ def painted_strokes(path, image, num_classes):
 
 # ---- scribbles from full masks ---------------------------------------------------------------------------
 
-def deepest_pieces(regions, depth):
-    """Region numbers and depth (h,w) -> numbers (h,w): of each region the piece with its deepest pixel.
-
-    A region may have fallen apart where only every n-th pixel was taken.
-    """
-    pieces = connected_components(regions)
-    best = np.zeros(pieces.max() + 1, bool)
-    best[pieces.ravel()[extreme(regions, depth)]] = True
-    return np.where(best[pieces], regions, 0)
-
-
 def middle_lines(rng, regions, depth):
     """A curved line along the middle of each region, regions and depth int (h,w): {number: points (n,2)}.
 
@@ -228,7 +205,10 @@ def middle_lines(rng, regions, depth):
     """
     if not regions.any():
         return {}
-    regions = deepest_pieces(regions, depth)
+    pieces = connected_components(regions)               # a region may fall apart on a coarser grid:
+    best = np.zeros(pieces.max() + 1, bool)              # only the piece with its deepest pixel counts
+    best[pieces.ravel()[extreme(regions, depth)]] = True
+    regions = np.where(best[pieces], regions, 0)
     deepest = extreme(regions, depth)
     numbers = regions.ravel()[deepest]
     limit = np.zeros(regions.max() + 1)
@@ -260,7 +240,7 @@ def scribbles_from_mask(mask, seed=0, thickness=None):
     """Full mask uint8 (H,W), 255 = ignore -> scribbles uint8 (H,W), 255 = unlabelled, which agree with it.
 
     One stroke in each connected region of a class that has MIN_SHARE of the pixels and at least MIN_PIXELS:
-    a curve along its middle, cut off at the region's edge. The seed decides the curves. thickness: in pixels;
+    a curve along its middle, cut off at the region's edge. The seed decides the curves. thickness in pixels;
     None is 1/125 of the mask's shorter side, which is 3 in most images of VOC.
     """
     rng = np.random.default_rng(seed)
@@ -271,7 +251,7 @@ def scribbles_from_mask(mask, seed=0, thickness=None):
     scribbles = np.full(mask.shape, UNLABELLED, np.uint8)
     if not regions.any():
         return scribbles
-    depth, stride = depth_inside(regions), -(-max(mask.shape) // 128)    # lines are found on every n-th pixel
+    depth, stride = depth_inside(regions), -(-max(mask.shape) // 128)   # lines are found on every n-th pixel
     middle = stride // 2
     lines = middle_lines(rng, regions[middle::stride, middle::stride], depth[middle::stride, middle::stride])
     for start in extreme(regions, depth):                # its deepest pixel

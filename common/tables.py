@@ -22,10 +22,9 @@ from common.run import UserError, read_json, replacing, write_json
 class Table(NamedTuple):
     """One table of a paper.
 
-    rows: {name: options that the row changes, or in place of them a sentence why it cannot be run}.
-    columns: {heading: key of metrics.json, (key, name) of a dict in it, or a function of all of it}. paper:
-    {row: what is printed, a value for each heading of paper_columns; None = not printed}. digits: {heading:
-    decimals} where not 1.
+    rows: {name: options that the row changes, or a sentence why it cannot be run}. columns: {heading: key of
+    metrics.json, (key, name) of a dict in it, or a function of all of it}. paper: {row: a value for each of
+    paper_columns; None = not printed}. digits: {heading: decimals} where not 1.
     """
     title: str
     rows: dict
@@ -66,10 +65,8 @@ def row_configs(name, changes, cfg, folder=folder_of):
 
 
 def train_rows(rows, cfg, train, machine, folder=folder_of):
-    """{row: [metrics, one a seed]} for the rows that can be run; those that are done are kept, seed by seed.
-
-    folder, seeds: see row_configs. UserError where a row sets the seed itself and --seeds is above 1.
-    """
+    """{row: [metrics, one a seed]} for the rows that can be run; see row_configs and finished_row.
+    UserError where a row sets the seed itself and --seeds is above 1."""
     results = {}
     for name, changes in rows.items():
         if isinstance(changes, str):
@@ -87,23 +84,18 @@ def train_rows(rows, cfg, train, machine, folder=folder_of):
 
 def finished_row(train, cfg, machine):
     """Metrics of the run in cfg.out: read if it is finished, else trained or resumed.
-
-    A run that was made with other settings, data or weights does not count and is made again; one that was
-    evaluated otherwise is evaluated again.
-    """
+    A run with other settings, data or weights is made again; one that was evaluated otherwise, evaluated."""
     out = Path(cfg.out)
     trained = False
     if (out / "config.json").exists():
         saved = read_json(out / "config.json", "")
-        now = json.loads(json.dumps(asdict(cfg)))       # tuples become lists, as in the file
-
-        def same(names):
-            return all(saved.get(name) == now[name] for name in names)
-        trained = same([f.name for f in fields(cfg) if f.metadata["source"] or not f.metadata["runtime"]])
-        evaluated = same([f.name for f in fields(cfg) if f.metadata["evaluation"]])
+        asked = json.loads(json.dumps(asdict(cfg)))     # tuples become lists, as in the file
+        differing = [f.metadata for f in fields(cfg) if saved.get(f.name) != asked[f.name]]
+        trained = not any(option["source"] or not option["runtime"] for option in differing)
+        evaluated = not any(option["evaluation"] for option in differing)
         if trained and evaluated and (out / "metrics.json").exists():
             metrics = read_json(out / "metrics.json", "")              # --eval-only may have written it anew
-            alike = all(now[name] == value for name, value in metrics.get("evaluated", {}).items())
+            alike = all(asked[name] == value for name, value in metrics.get("evaluated", {}).items())
             if alike and metrics.get("finished", True):
                 return metrics
     if dist.is_initialized():
@@ -161,19 +153,15 @@ def table_text(table, results):
 
 
 def write_table(number, table, results, cfg, machine, about="", more="", name="table"):
-    """OUT/tableN.md, printed too, and OUT/tableN.json: {row: {column: [a value a seed]}}; first process only.
-
-    about: what else a reader must know of the runs, in a few words. more: text below the table. name:
-    "figure" writes figureN.md and figureN.json.
-    """
+    """OUT/tableN.md, printed too, and OUT/tableN.json, {row: {column: [a value a seed]}}, by one process.
+    about: more on the runs, in a few words. more: text below the table. name: "figure" writes figureN.*."""
     if machine.rank:
         return
     seeds = f"seed {cfg.seed}"
     if cfg.seeds > 1:
         seeds = f"seeds {cfg.seed} to {cfg.seed + cfg.seeds - 1}: mean +- sample deviation"
-    facts = ", ".join(fact for fact in (f"Preset {cfg.preset}", about, machine.device.type, seeds) if fact)
-    head = f"{table.title}. {facts}."
-    text = "\n\n".join(part for part in (head, table_text(table, results), more) if part)
+    facts = ", ".join(filter(None, [f"Preset {cfg.preset}", about, machine.device.type, seeds]))
+    text = "\n\n".join(filter(None, [f"{table.title}. {facts}.", table_text(table, results), more]))
     path = Path(cfg.out) / f"{name}{number}"
     values = {row: {heading: values_of(column, runs) for heading, column in table.columns.items()}
               for row, runs in results.items()}

@@ -5,21 +5,20 @@ Use    from common.toy_birds import bird_index, make_bird
        bird = make_bird(seed=0, index=bird_index("train", 7))
 
 A species is a combination of one head, beak, wing, tail and belly, and species *share* these variants: every
-variant belongs to at least two species, and two species differ in two parts or more (SPECIES_VARIANTS). So it
+variant belongs to at least two species, and two species differ in two parts or more (SPECIES_VARIANTS). It
 is known which part prototypes a model with a shared pool should find, and which classes should share them.
 
-A bird is a pile of polygons, painted into one *index map*, which holds at every pixel the number of the
-polygon seen there. Picture, part centres and visibility are look-ups in that map, so they agree by
-construction. It has twice the picture's size; halving the picture smooths the edges.
+A bird is a pile of polygons in one *index map*, as in common/toy_scenes.py: picture, part centres and
+visibility are look-ups in that map, so they agree by construction.
 
 Easy: a variant is told from its colour and pattern alone, and the parts lie apart from each other.
 Hard, on purpose: no single part tells the species; place, side, size and tilt vary, and so do light, colours
 and noise; colours occur in several parts; the body's colour tells nothing; a leaf may hide a part.
 """
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from common.toy_scenes import WOOD, box, disc, pick_colour, rotation
+from common.toy_scenes import WOOD, box, disc, paint, pick_colour, rotation
 
 SPLITS = {"train": 720, "test": 240}                           # pictures per split
 FIRST_INDEX = {"train": 0, "test": 120_000}                    # splits share no picture; multiples of 12
@@ -56,9 +55,9 @@ DRAWINGS = {
                       (RED, [(-9.6, 0), (-8, 7), (-3, 10.5), (3, 10.5), (8, 6.5), (9, 3.5), (-3, 3.5)])],
         "black with a white eye ring": [(BLACK, SKULL), (WHITE, disc(3, .5, 4.8, 4.8)),
                                         (BLACK, disc(3, .5, 2.4, 2.4))],
-        "white with a dark eye stripe": [(WHITE, SKULL), (BLACK, [
-            (-9.6, -2), (-9, 4.4), (2, 4.6), (9, 2.5), (9, -1.5), (2, -2.6)]),
-                                         (CREAM, disc(3.5, 1, 1.2, 1.2))],
+        "white with a dark eye stripe": [
+            (WHITE, SKULL), (BLACK, [(-9.6, -2), (-9, 4.4), (2, 4.6), (9, 2.5), (9, -1.5), (2, -2.6)]),
+            (CREAM, disc(3.5, 1, 1.2, 1.2))],
         "purple crest": [(PURPLE, SKULL), (WHITE, disc(3.5, 1, 2.6, 2.6)), EYE, (PURPLE, [
             (0, 7), (-4, 16), (-7, 9), (-13, 14), (-10, 5), (-16, 6), (-9, -1)])]},
     "beak": {
@@ -120,12 +119,6 @@ def oval(x, y, rx, ry):
     return np.concatenate([disc(x, y, rx, ry), [(x + 1.4 * rx, y)]])
 
 
-def leaf_over(rng, outline):
-    """A leaf that covers points (n,2): corners in the same frame, colour, no part."""
-    low, high = outline.min(axis=0), outline.max(axis=0)
-    return oval(*(low + high) / 2, *(high - low) * 0.7 + 1), pick_colour(rng, LEAF), -1
-
-
 def bird_shapes(rng, variants):
     """The bird in units, facing right: its shapes in painting order, sometimes with a leaf on one part."""
     turn = {part: rng.uniform(-limit, limit) for part, limit in SWING.items()}
@@ -150,8 +143,10 @@ def bird_shapes(rng, variants):
             corners = corners + rng.normal(0, 0.25, (len(corners), 2))                 # drawn by hand
             shapes.append((placed(part, corners), pick_colour(rng, [colour]), number))
         if part == hidden:                                     # parts painted later lie over the leaf
-            corners, *rest = leaf_over(rng, np.concatenate([corners for _, corners in drawing]))
-            shapes.append((placed(part, corners), *rest))
+            outline = np.concatenate([corners for _, corners in drawing])
+            low, high = outline.min(axis=0), outline.max(axis=0)
+            leaf = oval(*(low + high) / 2, *(high - low) * 0.7 + 1)
+            shapes.append((placed(part, leaf), pick_colour(rng, LEAF), -1))
     return shapes
 
 
@@ -186,15 +181,6 @@ def compose(rng, variants):
 
 # ---- from shapes to pixels --------------------------------------------------------------------------------
 
-def paint(shapes, size):
-    """Index map, Pillow image of mode P, (2 size, 2 size): 1 + the number of the shape seen, 0 = backdrop."""
-    index_map = Image.new("P", (2 * size, 2 * size))
-    draw = ImageDraw.Draw(index_map)
-    for number, (corners, _, _) in enumerate(shapes, start=1):
-        draw.polygon((corners * (2 * size / 96)).ravel().tolist(), fill=number)
-    return index_map
-
-
 def backdrop(rng, size):
     """A blurred background, Pillow RGB image (size, size): a gradient with soft blobs."""
     top, bottom = (pick_colour(rng, [colour]) for colour in BACKDROPS[rng.integers(len(BACKDROPS))])
@@ -227,7 +213,7 @@ def part_centres(part_of, index_map):
     of the picture, x to the right, y down; (0, 0) where a part is not visible.
     """
     part = part_of[index_map].ravel() + 1                      # 0 = no part
-    y, x = np.indices(index_map.shape) / 2 - 0.25              # two pixels of the map make one of the picture
+    y, x = np.indices(index_map.shape) / 2 - 0.25              # two pixels of the map make one of image
     count, sum_x, sum_y = (np.bincount(part, values, minlength=len(PARTS) + 1)[1:]
                            for values in (None, x.ravel(), y.ravel()))
     visible = count >= 4 * MIN_PIXELS
@@ -249,7 +235,7 @@ def make_bird(seed, index, size=96):
     rng = np.random.default_rng((seed, index))
     label = index % len(SPECIES)
     shapes = compose(rng, SPECIES_VARIANTS[label])
-    index_map = paint(shapes, size)
+    index_map = paint(shapes, size, 96, first=1)               # 0 = backdrop
     part_of = np.array([-1] + [part for _, _, part in shapes])
     centres, visible = part_centres(part_of, np.asarray(index_map))
     return {"image": photograph(rng, index_map, shapes), "label": label, "centres": centres,

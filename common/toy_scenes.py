@@ -4,17 +4,18 @@ Look   python -m data.toy_scenes --out runs/toy_scenes      # all splits as file
 Use    from common.toy_scenes import make_scene, scene_index
        scene = make_scene(seed=0, index=scene_index("train", 7))
 
-A scene is a pile of polygons. All of them are painted, far ones first, into one *index map*, which holds at
-every pixel the number of the polygon seen there. Image, class mask, part map and scribbles are look-ups in
-that map, so they agree by construction. It has twice the scene's size; halving the picture smooths the edges.
+A scene is a pile of polygons, painted, far ones first, into one *index map*, which holds at every pixel the
+number of the polygon on top. Image, class mask, part map and scribbles are look-ups in that map, so they
+agree by construction. It has twice the scene's size; halving the picture smooths the edges.
 
-What makes the task hard, on purpose: a long tail (a third of all pixels are sky, 0.3 % birds),
-look-alikes (a taxi is a car with a sign on its roof, a chapel a slim house with a pointed roof), sizes over a
-factor of four, occlusion, colours that classes share, nameless clutter that counts as background, light,
-contrast, colour cast and noise.
+Hard, on purpose: a long tail (a third of all pixels are sky, 0.3 % birds), look-alikes (a taxi is a car with
+a sign on its roof, a chapel a slim house with a pointed roof), sizes over a factor of four, occlusion,
+shared colours, nameless clutter that counts as background, light, contrast, colour cast and noise.
 """
 import numpy as np
 from PIL import Image, ImageDraw
+
+from common.regions import depth_inside
 
 SPLITS = {"train": 400, "val": 100, "test": 100}              # scenes per split
 FIRST_INDEX = {"train": 0, "val": 100_000, "test": 200_000}   # splits share no scene
@@ -79,8 +80,8 @@ OBJECTS = {
         ("sail", PAINT[::2], [(-.02, .22), (.4, .26), (-.02, 1)]),
         ("hull", PAINT, [(-.48, .24), (.5, .24), (.34, 0), (-.36, 0)])]),
     "person": (26, 0.07, "ground", [
-        ("legs", DARK + PAINT[1:2], [(-.17, 0), (-.04, 0), (0, .3), (.04, 0), (.17, 0), (.16, .46),
-                                     (-.16, .46)]),
+        ("legs", DARK + PAINT[1:2],
+         [(-.17, 0), (-.04, 0), (0, .3), (.04, 0), (.17, 0), (.16, .46), (-.16, .46)]),
         ("torso", PAINT, [(-.19, .42), (.19, .42), (.26, .8), (-.26, .8)]),
         ("head", SKIN, disc(0, .91, .13, .14))]),
     "bird": (16, 0.04, "sky", [
@@ -92,7 +93,7 @@ OBJECTS = {
         ("envelope", PAINT, np.concatenate([disc(0, .1, .36, .38)[:8], [(-.1, -.42), (.1, -.42)]]))]),
 }
 CLASSES = list(STUFF) + list(OBJECTS)
-PARTS = ["none"] + list(dict.fromkeys(f"{name}:{shape[0]}" for name in OBJECTS for shape in OBJECTS[name][3]))
+PARTS = ["none"] + list(dict.fromkeys(f"{name}:{part[0]}" for name in OBJECTS for part in OBJECTS[name][3]))
 LOOKALIKES = [(CLASSES.index(a), CLASSES.index(b)) for a, b in (("car", "taxi"), ("house", "chapel"))]
 TEXTURE = {"background": 1, "grass": 2, "tree": 1, "water": 3}   # which of textures(); the others 0
 
@@ -172,7 +173,7 @@ def place_object(rng, name, region, places, horizon):
         y = horizon + (126 - horizon) * np.clip(0.8 * growth + rng.normal(0.1, 0.2), 0.02, 1)
     stretch = np.diag((rng.choice((-1, 1)) * rng.uniform(0.85, 1.15), -rng.uniform(0.85, 1.15)))
     matrix = size * stretch @ rotation(rng.normal(0, 0.25 if name == "bird" else 0.06))
-    colour = {part: pick_colour(rng, colours) for part, colours, _ in parts}       # both wheels look the same
+    colour = {part: pick_colour(rng, colours) for part, colours, _ in parts}      # both wheels look the same
     shapes = []
     for part, _, corners in parts:
         corners = corners + rng.normal(0, 0.012, (len(corners), 2))                # drawn by hand
@@ -205,12 +206,13 @@ def compose(rng):
 
 # ---- from shapes to pixels --------------------------------------------------------------------------------
 
-def paint(shapes, size):
-    """Index map, Pillow image of mode P, (2 size, 2 size): the number of the shape seen at each pixel."""
+def paint(shapes, size, width=128, first=0):
+    """Index map, Pillow image of mode P, (2 size, 2 size): `first` + the number of the shape on top. width:
+    of the picture in which the corners of the shapes are given."""
     index_map = Image.new("P", (2 * size, 2 * size))
     draw = ImageDraw.Draw(index_map)
-    for number, shape in enumerate(shapes):
-        draw.polygon((shape[0] * (2 * size / 128)).ravel().tolist(), fill=number)
+    for number, shape in enumerate(shapes, start=first):
+        draw.polygon((shape[0] * (2 * size / width)).ravel().tolist(), fill=number)
     return index_map
 
 
@@ -252,19 +254,9 @@ def part_centres(shapes, numbers):
     return np.array(rows, dtype=float).reshape(-1, 4)
 
 
-def interior(regions):
-    """The region map (H,W) with 0 at the picture's border and wherever one of the 4 neighbours differs."""
-    middle = regions[1:-1, 1:-1]
-    same = (middle == regions[:-2, 1:-1]) & (middle == regions[2:, 1:-1])
-    same &= (middle == regions[1:-1, :-2]) & (middle == regions[1:-1, 2:])
-    return np.pad(middle * same, 1)
-
-
 def draw_scribbles(rng, regions, mask, walks=24, steps=20):
-    """One curved stroke in each region that is large enough: class ids uint8 (H,W), 255 = unlabelled.
-
-    `walks` random walks start at random pixels of a region; the one that stays inside longest is its stroke.
-    """
+    """One curved stroke in each region that is large enough: class ids uint8 (H,W), 255 = unlabelled. Of
+    `walks` random walks from random pixels of a region the one that stays inside longest is its stroke."""
     size, area = len(regions), np.bincount(regions.ravel())
     ids = np.flatnonzero(area >= MIN_STROKE_PIXELS)  # (R,) regions with a stroke
     pixels = np.argsort(regions.ravel(), kind="stable")  # grouped by region
@@ -276,8 +268,9 @@ def draw_scribbles(rng, regions, mask, walks=24, steps=20):
     angle = turn.cumsum(2)  # (R,walks,steps)
     x = (start % size)[..., None] + (step[:, None, None] * np.cos(angle)).cumsum(2)
     y = (start // size)[..., None] + (step[:, None, None] * np.sin(angle)).cumsum(2)
-    column, row = np.rint([x, y]).astype(int).clip(0, size - 1)  # the border is not interior
-    inside = interior(regions)[row, column] == ids[:, None, None]
+    column, row = np.rint([x, y]).astype(int).clip(0, size - 1)  # the border is not inside
+    inner = np.where(depth_inside(regions) > 1, regions, 0)  # 0 at the edge of a region
+    inside = inner[row, column] == ids[:, None, None]
     length = np.logical_and.accumulate(inside, axis=2).sum(2)  # steps before it leaves
     strokes = Image.new("L", (size, size))
     draw = ImageDraw.Draw(strokes)

@@ -44,8 +44,8 @@ def denormalise(x):
 
 
 def fitted_size(height, width, size, ratio=1.0):
-    """(height, width) of the largest image of this aspect whose long side is at most 4 size * ratio and whose
-    short side is at most size * ratio (mmcv's keep-ratio rule). size = 0: height * ratio, width * ratio."""
+    """(height, width) of the largest image of this aspect inside 4 size * ratio and size * ratio (mmcv's
+    keep-ratio rule). size = 0: height * ratio, width * ratio."""
     factor = ratio
     if size:
         factor = min(int(4 * size * ratio) / max(height, width), int(size * ratio) / min(height, width))
@@ -54,9 +54,7 @@ def fitted_size(height, width, size, ratio=1.0):
 
 def resize_to_short_side(image, size):
     """uint8 (3,H,W) -> uint8 (3,h,w): short side `size`, long side <= 4 size, aspect kept; 0 = as it is.
-
-    Bilinear without antialiasing, as OpenCV does it and so as the networks of the papers were scored.
-    """
+    Bilinear without antialiasing, as OpenCV does it and so as the networks of the papers were scored."""
     return F.resize(image, fitted_size(*image.shape[1:], size), antialias=False)
 
 
@@ -67,9 +65,7 @@ def resize_to_square(image, size):
 
 def warp(image, matrix, mirrored=False, upside_down=False):
     """Projective warp, enlarged until no border shows, and flips: uint8 (3,S,S) -> uint8 (3,S,S).
-
-    matrix (3,3): coordinates x, y, 1 of the output -> of the input, both from -1 to 1.
-    """
+    matrix (3,3): coordinates x, y, 1 of the output -> of the input, both from -1 to 1."""
     line = torch.linspace(-1, 1, image.shape[-1])
     y, x = torch.meshgrid(line, line, indexing="ij")
     grid = torch.stack([x, y, torch.ones_like(x)], -1) @ matrix.T    # (S,S,3)
@@ -84,7 +80,7 @@ def crop_corner(mask, crop, max_share=0.75, retries=10):
     """Corner (y, x) of a random crop x crop window of the mask uint8 (H,W): mmsegmentation's RandomCrop.
 
     Drawn again, at most `retries` times, while one class covers max_share or more of the window's labelled
-    pixels, or none is labelled. The last draw is taken as it is.
+    pixels, or none is labelled.
     """
     rows, columns = (max(side - crop, 0) + 1 for side in mask.shape)
     for _ in range(retries + 1):
@@ -101,10 +97,8 @@ def scale_values(image, factor=1.0, shift=0.0):
 
 
 def scale_saturation(image, factor):
-    """HSV saturation times `factor`, at most 1; hue and value stay. uint8 (3,H,W) -> uint8.
-
-    Saturation is (max - min) / max over R, G, B: scaling it scales each channel's distance from the maximum.
-    """
+    """HSV saturation, (max - min) / max over R, G, B, times `factor`, at most 1: every distance from the
+    maximum is scaled; hue and value stay. uint8 (3,H,W) -> uint8."""
     highest, lowest = image.amax(0).float(), image.amin(0).float()                          # (H,W)
     stretch = (highest / (highest - lowest).clamp(min=1)).clamp_(max=factor)                # saturation <= 1
     return image.float().sub_(highest).mul_(stretch).add_(highest).round_().to(torch.uint8)
@@ -112,9 +106,7 @@ def scale_saturation(image, factor):
 
 def shift_hue(image, steps):
     """HSV hue plus `steps` of 2 degrees (OpenCV's scale 0..179), |steps| <= 30. uint8 (3,H,W) -> uint8.
-
-    OpenCV rounds hue and saturation to 8 bits on the way; here 0 steps change nothing.
-    """
+    OpenCV rounds hue and saturation to 8 bits on the way; here 0 steps change nothing."""
     r, g, b = image.float()                                                                 # (H,W)
     highest, lowest = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = highest - lowest
@@ -128,10 +120,7 @@ def shift_hue(image, steps):
 
 
 def distort_colours(image):
-    """mmsegmentation's PhotoMetricDistortion, every step with probability 1/2. uint8 (3,H,W) -> uint8.
-
-    Not torchvision's ColorJitter, which multiplies the brightness and mixes with grey for the saturation.
-    """
+    """mmsegmentation's PhotoMetricDistortion, every step with probability 1/2. uint8 (3,H,W) -> uint8."""
     if coin():
         image = scale_values(image, shift=uniform(-32, 32))                                 # brightness
     contrast, contrast_first = coin(), coin()
@@ -169,11 +158,8 @@ BLUR = torch.softmax(-(torch.arange(5.0) - 2) ** 2 / (2 * 1.1 ** 2), 0).tolist()
 
 
 def rotated(image, mask, angle, rows, columns):
-    """The window rows x columns (slices) of an image turned about its centre by `angle` degrees.
-
-    image float (3,H,W), normalised, mask uint8 (H,W) -> (3,h,w) bilinear, (h,w) nearest. What comes from
-    outside the image is 0, the mean colour, and 255.
-    """
+    """The window rows x columns (slices) of an image turned about its centre by `angle` degrees: float
+    (3,H,W), normalised, mask uint8 (H,W) -> (3,h,w) bilinear, (h,w) nearest. Outside are 0 and 255."""
     height, width = mask.shape
     y = torch.arange(rows.start, rows.stop)[:, None] - (height - 1) / 2             # from the centre
     x = torch.arange(columns.start, columns.stop) - (width - 1) / 2
@@ -194,13 +180,11 @@ def blurred(image):
 
 
 def augment_scribble(image, mask, size, crop, scale=(0.5, 2.0), rotation=10.0, blur=True):
-    """Training pipeline of PFA (Sec. 4.2): scale r ~ U(scale); then, each with probability 1/2, a rotation of
+    """Training pipeline of PFA (Sec. 4.2): scale r ~ U(scale); each with probability 1/2, a rotation of
     U(-rotation, rotation) degrees about the centre, a 5x5 Gaussian blur, a flip; pad evenly with the mean
-    colour and 255; random crop.
+    colour and 255; random crop. Rotation and blur are done on the crop alone, which comes to the same.
 
-    image uint8 (3,H,W), mask uint8 (H,W) -> float32 (3,crop,crop) normalised, uint8 (crop,crop). Sizes as in
-    fitted_size. The mask is only ever resampled by nearest neighbour. Rotation and blur are worked out for
-    the crop alone, which comes to the same.
+    image uint8 (3,H,W), mask uint8 (H,W) -> float32 (3,crop,crop) normalised, uint8 (crop,crop).
     """
     height, width = fitted_size(*mask.shape, size, uniform(*scale))
     turn, angle, blurs, flips = coin(), uniform(-rotation, rotation), coin() and blur, coin()

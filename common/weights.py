@@ -37,24 +37,22 @@ def locate_weights(weights, backbone):
                         f"original {backbone}.pth or of pytorch_model.bin from HuggingFace's "
                         f"nvidia/{backbone.replace('_', '-')}")
     if weights == "imagenet" and backbone == "resnet50_inat":
-        raise UserError("resnet50_inat has weights from iNaturalist 2017, not ImageNet: give the path or URL "
+        raise UserError("resnet50_inat has weights from iNaturalist 2017, not ImageNet: give path or URL "
                         "of BBN.iNaturalist2017.res50.180epoch.best_model.pth, or none")
     if weights == "imagenet":
-        raise UserError(f"there are no ImageNet weights for {backbone}: train it from scratch (weights none)")
+        raise UserError(f"there are no ImageNet weights for {backbone}: train it from scratch, weights none")
     if weights.split("?")[0].endswith(".safetensors"):
         raise UserError(f"{weights}: reading .safetensors would take another package; use the .bin or .pth "
                         "file of the same model")
     if not weights.startswith(("http://", "https://")) and not Path(weights).is_file():
-        raise UserError(f"{weights}: no such file; weights are none, imagenet, or the path or http(s) URL of "
+        raise UserError(f"{weights}: no such file; weights are none, imagenet, or path or http(s) URL of "
                         "a state dict")
     return weights
 
 
 def weights_in(weights, backbone):
-    """Of a folder FOLDER/BACKBONE.pth, or "imagenet" where that is missing and torchvision has weights.
-
-    Anything else but a folder is returned as it is. UserError as locate_weights.
-    """
+    """Of a folder: FOLDER/BACKBONE.pth, or "imagenet" where that is missing and torchvision has weights.
+    Anything else is returned as it is. UserError as locate_weights."""
     if weights not in ("none", "imagenet") and Path(weights).is_dir():
         path = Path(weights) / f"{backbone}.pth"
         weights = str(path) if path.exists() or backbone in MIT else "imagenet"
@@ -88,12 +86,8 @@ def read_state_dict(source):
 
 
 def load_mit_weights(model, state_dict, source="state dict"):
-    """Load a MixTransformer from tensors named as in the original release or by HuggingFace, all or none.
-
-    Classifier and decoder (head.*, classifier.*, decode_head.*) are left out. HuggingFace's "segformer." in
-    front may be absent; its separate keys and values are joined into kv.
-    Raises UserError if a name or shape does not fit.
-    """
+    """Load a MixTransformer from tensors named as in the original release or by HuggingFace, whose separate
+    keys and values are joined into kv. Without classifier and decoder. UserError as load_fitting."""
     if any(re.match(r"(backbone\.)?layers\.\d\.[012]\.", name) for name in state_dict):
         raise UserError(f"{source}: these names (layers.0.0.projection ...) are mmsegmentation's; use the "
                         "original mit_b*.pth or HuggingFace's nvidia/mit-b* instead")
@@ -111,21 +105,17 @@ def original_mit_name(name):
     if match is None:
         return name
     part = {"patch_embeddings": "patch_embed", "block": "block", "layer_norm": "norm"}[match[1]]
-    stage = int(match[2]) + 1                                               # they count stages from 0
     rest = match[3]
     for theirs, ours in (("attention.self.query", "attn.q"), ("attention.self.", "attn."),
                          ("attention.output.dense", "attn.proj"), ("mlp.dense", "mlp.fc"),
                          ("layer_norm_", "norm"), ("layer_norm", "norm")):
         rest = rest.replace(theirs, ours)
-    return f"{part}{stage}.{rest}"
+    return f"{part}{int(match[2]) + 1}.{rest}"                               # they count stages from 0
 
 
 def conventional_branch(state):
     """The ResNet-50 in a checkpoint of BBN under torchvision's names.
-
-    module.backbone.cb_block is the last block of layer4. What does not start with module.backbone. (the
-    classifier) and module.backbone.rb_block (the branch for rare classes) are left out.
-    """
+    cb_block is the last block of layer4. The classifier and rb_block, for rare classes, are left out."""
     prefix = "module.backbone."
     names = [name for name in state if name.startswith(prefix) and not name.startswith(prefix + "rb_block.")]
     return {re.sub("^cb_block", "layer4.2", name.removeprefix(prefix)): state[name] for name in names}

@@ -70,10 +70,8 @@ def read_names(root):
             raise UserError(f"{path} is missing: ROOT must be the unpacked cocostuff-10k-v1.1.zip with "
                             "imageLists/, images/ and annotations/ (see data/README.md).")
         names[split] = path.read_text(encoding="utf-8").split()
-    have = {folder: {entry.name for entry in os.scandir(root / folder)} if (root / folder).is_dir() else set()
-            for folder in ("images", "annotations")}
     for folder, ending in (("images", ".jpg"), ("annotations", ".mat")):
-        lost = [n for n in names["train"] + names["test"] if n + ending not in have[folder]]
+        lost = [n for n in names["train"] + names["test"] if not (root / folder / (n + ending)).is_file()]
         if lost:
             raise UserError(f"{root / folder / (lost[0] + ending)} is missing, and {len(lost) - 1} more of "
                             "the listed files: unpack the download again.")

@@ -6,35 +6,26 @@
     python -m data.prepare_scribbles weaken FOLDER OUT --drop 0.3 --shrink 0.5  # PFA, Fig. 8; PNG or XML
 
 OUT must be new or empty. It gets an index PNG for every file, in the same sub-folders: class ids along the
-strokes, 255 = unlabelled. It appears only when it is complete. The work is done by common/strokes.py.
+strokes, 255 = unlabelled. They appear when all are complete. The work is done by common/strokes.py.
 """
 import argparse
 import json
-import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from common.figures import palette
-from common.files import list_images, listing, opened, read_index_map
+from common.figures import index_picture, palette
+from common.files import list_images, listing, new_folder, opened, read_index_map
 from common.loaders import mixed_seed
 from common.run import UserError
-from common.strokes import (UNLABELLED, check_ratios, draw_strokes, read_strokes, scribbles_from_mask, weaken,
+from common.strokes import (UNLABELLED, draw_strokes, read_strokes, scribbles_from_mask, weaken,
                             weaken_strokes)
 
-PALETTE = palette(256).tolist()
-PALETTE[UNLABELLED] = [255, 255, 255]
-
-
-def save_mask(path, ids):
-    """Class ids uint8 (H,W) as a PNG whose pixel values are the ids, with colours for viewers, 255 white."""
-    picture = Image.fromarray(ids)
-    picture.putpalette(sum(PALETTE, []))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+COLOURS = palette(256)                                             # for viewers
+COLOURS[UNLABELLED] = 255                                          # white
 
 
 def files_below(folder, endings):
@@ -43,8 +34,8 @@ def files_below(folder, endings):
         files = sorted(p for p in folder.rglob(f"*{ending}") if p.name[0] != ".")
         if files:
             return files
-    raise UserError(f"{folder} holds no file {' or '.join(f'*{e}' for e in endings)}: pass the folder of the "
-                    f"masks or strokes; found there: {listing(folder)}.")
+    raise UserError(f"{folder} holds no file {' or '.join(f'*{e}' for e in endings)}: pass the folder of "
+                    f"the masks or strokes; found there: {listing(folder)}.")
 
 
 def read_mask(path, unlabelled=UNLABELLED):
@@ -54,13 +45,18 @@ def read_mask(path, unlabelled=UNLABELLED):
     return ids
 
 
-def weakened(path, drop, shrink, seed):
-    """One file of scribbles, PNG or XML -> uint8 (H,W); its name without ending is part of the seed."""
-    seed = mixed_seed(seed, path.stem)
+def mask_of(path, options):
+    """One file of masks or strokes -> scribbles uint8 (H,W); its name without ending is part of the seed."""
+    if options.command == "xml":
+        (width, height), strokes = read_strokes(path)
+        return draw_strokes(strokes, width, height)
+    seed = mixed_seed(options.seed, path.stem)
+    if options.command == "masks":
+        return scribbles_from_mask(read_mask(path, options.unlabelled), seed)
     if path.suffix == ".png":
-        return weaken(read_mask(path), drop, shrink, seed)
+        return weaken(read_mask(path), options.drop, options.shrink, seed)
     (width, height), strokes = read_strokes(path)
-    return draw_strokes(weaken_strokes(strokes, drop, shrink, seed), width, height)
+    return draw_strokes(weaken_strokes(strokes, options.drop, options.shrink, seed), width, height)
 
 
 def read_points(path):
@@ -72,8 +68,8 @@ def read_points(path):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: pass the JSON file of the points.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read as a file of points ({type(error).__name__}: {error}): it is "
-                        'damaged, or not of the form {"NAME": [{"x": 10.5, "y": 20, "cls": 3}]}.') from None
+        raise UserError(f"{path} cannot be read as a file of points ({type(error).__name__}: {error}): it "
+                        'is damaged or not like {"NAME": [{"x": 10.5, "y": 20, "cls": 3}]}.') from None
 
 
 def class_id(value):
@@ -91,30 +87,19 @@ def discs(path, points, radius):
 def write_masks(out, jobs, classes=None):
     """Write masks into the folder `out`, new or empty; jobs: {path below out: function -> uint8 (H,W)}.
 
-    classes: ids to keep, what has another id becomes unlabelled; None = all. All is written beside it and
-    renamed at the end. Returns the share of labelled pixels in percent and the class ids that occur.
-    UserError: `out` holds something already, or cannot be written.
+    classes: ids to keep, what has another id becomes unlabelled; None = all. Returns the share of labelled
+    pixels in percent and the class ids that occur. UserError as new_folder.
     """
-    beside, counts = out.with_name(out.name + ".unfinished"), np.zeros(256, np.int64)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder: choose another name or remove it first.")
-    if beside.exists():
-        raise UserError(f"{beside} is left from an earlier call that was cut short: remove it first.")
-    try:
-        beside.mkdir(parents=True)
+    counts = np.zeros(256, np.int64)
+    with new_folder(out) as folder:
         for path, draw in tqdm(jobs.items(), desc=str(out), disable=None):
             mask = draw()
             if classes is not None:
                 mask = np.where(np.isin(mask, classes), mask, UNLABELLED).astype(np.uint8)
             counts += np.bincount(mask.ravel(), minlength=256)
-            save_mask((beside / path).with_suffix(".png"), mask)
-        if out.exists():
-            out.rmdir()                                  # not every system renames onto an empty folder
-        beside.rename(out)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error}): choose another folder.") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            target = (folder / path).with_suffix(".png")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            index_picture(mask, COLOURS).save(target)
     return 100 * counts[:UNLABELLED].sum() / counts.sum(), np.flatnonzero(counts[:UNLABELLED]).tolist()
 
 
@@ -127,7 +112,7 @@ def point_jobs(options):
     if not named:
         raise UserError(f"{options.source} names none of the images in {options.images}: it has "
                         f"{', '.join(list(points)[:3]) or 'no names'}; pass the folder of these images.")
-    return {path.name: lambda path=path: discs(path, points[path.stem], options.radius) for path in named}
+    return {path.name: partial(discs, path, points[path.stem], options.radius) for path in named}
 
 
 def jobs_of(options):
@@ -136,25 +121,9 @@ def jobs_of(options):
         return point_jobs(options)
     if not options.source.is_dir():
         raise UserError(f"{options.source} is no folder: pass the one that holds the masks or strokes.")
-    if options.command == "xml":
-        files = files_below(options.source, [".xml"])
-
-        def draw(path):
-            (width, height), strokes = read_strokes(path)
-            return draw_strokes(strokes, width, height)
-    elif options.command == "masks":
-        files = files_below(options.source, [".png"])
-
-        def draw(path):
-            mask = read_mask(path, options.unlabelled)
-            return scribbles_from_mask(mask, mixed_seed(options.seed, path.stem))
-    else:
-        check_ratios(options.drop, options.shrink)
-        files = files_below(options.source, [".png", ".xml"])
-
-        def draw(path):
-            return weakened(path, options.drop, options.shrink, options.seed)
-    return {path.relative_to(options.source): lambda path=path: draw(path) for path in files}
+    endings = {"xml": [".xml"], "masks": [".png"], "weaken": [".png", ".xml"]}[options.command]
+    files = files_below(options.source, endings)
+    return {path.relative_to(options.source): partial(mask_of, path, options) for path in files}
 
 
 def parse(argv):
@@ -192,8 +161,8 @@ def main(argv=None):
     except UserError as error:
         print(f"prepare_scribbles: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"wrote {len(jobs)} masks to {options.out}: {labelled:.2f} % of the pixels are labelled, class ids "
-          f"{' '.join(map(str, classes)) or 'none'}")
+    print(f"wrote {len(jobs)} masks to {options.out}: {labelled:.2f} % of the pixels are labelled, class "
+          f"ids {' '.join(map(str, classes)) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -2,15 +2,13 @@
 
     python -m data.toy_birds --out runs/toy_birds          # both splits; open overview.png first
 """
-import argparse
 import csv
-import shutil
 import sys
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from common.toy_birds import PARTS, SPECIES, SPECIES_VARIANTS, SPLITS, VARIANTS, bird_index, make_bird
+from data import toy_files
 
 
 def overview(seed, cell=160, columns=6):
@@ -53,33 +51,7 @@ def write_birds(folder, seed, counts):
 
 def main(arguments=None):
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser("python -m data.toy_birds", description="Write toy birds as files.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures (default 0)")
-    parser.add_argument("--count", type=int, help=f"pictures per split (default {SPLITS})")
-    options = parser.parse_args(arguments)
-    out = options.out
-    counts = SPLITS if options.count is None else dict.fromkeys(SPLITS, options.count)
-    if options.seed < 0 or not 1 <= min(counts.values()) < 100_000:
-        print("--seed must be 0 or more, --count between 1 and 99999.", file=sys.stderr)
-        return 2
-    if out.exists() and not (out.is_dir() and next(out.iterdir(), None) is None):
-        print(f"--out {out} is not an empty folder: name another one or remove it first.", file=sys.stderr)
-        return 2
-    draft = out / "unfinished"                 # everything is written here first; classes.txt moves up last
-    try:
-        draft.mkdir(parents=True)
-        write_birds(draft, options.seed, counts)
-        for name in ("train", "test", "parts.csv", "overview.png", "classes.txt"):
-            (draft / name).replace(out / name)
-    except OSError as error:
-        print(f"cannot write to --out {out}: {error}", file=sys.stderr)
-        return 2
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    print(f"wrote {sum(counts.values())} birds {counts}, {len(SPECIES)} species, to {out}; "
-          f"open {out / 'overview.png'} first")
-    return 0
+    return toy_files.main("birds", "pictures", SPLITS, f"{len(SPECIES)} species", write_birds, arguments)
 
 
 if __name__ == "__main__":

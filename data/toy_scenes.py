@@ -2,22 +2,19 @@
 
     python -m data.toy_scenes --out runs/toy_scenes        # all splits; open overview.png first
 """
-import argparse
 import csv
-import os
-import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.toy_scenes import LOOKALIKES  # noqa: F401, a table that goes with the ids in the files
+from common.figures import index_picture
 from common.toy_scenes import CLASSES, PARTS, SPLITS, UNLABELLED, make_scene, scene_index
+from data import toy_files
 
 MASK_COLOURS = [(60, 60, 60), (90, 175, 240), (130, 180, 70), (160, 150, 155), (35, 80, 165), (30, 105, 60),
-                (205, 95, 60), (130, 45, 110), (225, 45, 60), (245, 195, 30), (250, 135, 60), (240, 140, 185),
-                (100, 65, 180), (60, 210, 190)]                # for the eye only
+                (205, 95, 60), (130, 45, 110), (225, 45, 60), (245, 195, 30), (250, 135, 60),
+                (240, 140, 185), (100, 65, 180), (60, 210, 190)]                # for the eye only
 
 
 def palettes():
@@ -30,13 +27,6 @@ def palettes():
         pale = 0.22 * owners[:i].count(owner)
         of_part[i] = of_class[CLASSES.index(owner)] * (1 - pale) + 255 * pale
     return of_class, of_part
-
-
-def save_ids(path, ids, palette):
-    """Write an id map uint8 (H,W) as a PNG whose pixel values are the ids, with colours for the eye."""
-    image = Image.fromarray(ids)
-    image.putpalette(palette.tobytes())
-    image.save(path)
 
 
 def overview(scenes):
@@ -54,7 +44,8 @@ def overview(scenes):
         for j, (caption, panel) in enumerate(panels.items()):
             x, y = (k % 2 * 4 + j) * cell, top + k // 2 * cell
             draw.text((x + 4, 4), caption, "black", font)
-            sheet.paste(Image.fromarray(panel).resize((cell - 2, cell - 2), Image.Resampling.NEAREST), (x, y))
+            small = Image.fromarray(panel).resize((cell - 2, cell - 2), Image.Resampling.NEAREST)
+            sheet.paste(small, (x, y))
     for i, name in enumerate(CLASSES):
         x = 8 + i * (8 * cell // len(CLASSES))
         draw.rectangle((x, height + 20, x + 20, height + 40), fill=tuple(of_class[i].tolist()))
@@ -63,61 +54,32 @@ def overview(scenes):
 
 
 def write_scenes(folder, seed, counts):
-    """Write counts[split] scenes of every split into an empty folder; returns how many in all."""
+    """Write counts[split] scenes of every split, their tables and overview.png into an empty folder."""
     of_class, of_part = palettes()
-    kinds = {"images": "image", "masks": "mask", "parts": "parts", "scribbles": "scribbles"}
-    palette_of = {"masks": of_class, "parts": of_part, "scribbles": of_class}
-    rows = []
+    maps = {"masks": ("mask", of_class), "parts": ("parts", of_part), "scribbles": ("scribbles", of_class)}
+    rows = [("split", "scene", "part_id", "part", "class_id", "x", "y")]
     for split, count in counts.items():
-        for kind in kinds:
+        for kind in ("images", *maps):
             (folder / kind / split).mkdir(parents=True)
         for i in range(count):
             scene = make_scene(seed, scene_index(split, i))
             stem = f"{i:04d}"
             Image.fromarray(scene["image"]).save(folder / "images" / split / f"{stem}.png")
-            for kind, palette in palette_of.items():
-                save_ids(folder / kind / split / f"{stem}.png", scene[kinds[kind]], palette)
+            for kind, (key, palette) in maps.items():
+                index_picture(scene[key], palette).save(folder / kind / split / f"{stem}.png")
             rows += [(split, stem, int(p), PARTS[int(p)], int(c), f"{x:.2f}", f"{y:.2f}")
                      for p, c, x, y in scene["part_centres"]]
     with open(folder / "part_centres.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("split", "scene", "part_id", "part", "class_id", "x", "y")] + rows)
+        csv.writer(file).writerows(rows)
     overview([make_scene(seed, i) for i in range(min(8, counts["train"]))]).save(folder / "overview.png")
     for file, names in (("parts.txt", PARTS), ("classes.txt", CLASSES)):
         (folder / file).write_text("".join(f"{i} {name}\n" for i, name in enumerate(names)))
-    return sum(counts.values())
 
 
 def main(arguments=None):
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser("python -m data.toy_scenes", description="Write toy scenes as files.")
-    parser.add_argument("--out", required=True, help="folder to write, new or empty")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other scenes (default 0)")
-    parser.add_argument("--count", type=int, help=f"scenes per split (default {SPLITS})")
-    options = parser.parse_args(arguments)
-    out, unfinished = Path(options.out), Path(options.out) / "unfinished"
-    counts = SPLITS if options.count is None else dict.fromkeys(SPLITS, options.count)
-    problem = ""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        problem = f"--out {out} exists and is not an empty folder: choose another name or remove it first."
-    elif options.seed < 0 or not 1 <= min(counts.values()) < 100_000:
-        problem = "--seed must be 0 or more, --count between 1 and 99999."
-    if problem:
-        print(problem, file=sys.stderr)
-        return 2
-    try:                                       # all is written to DIR/unfinished and moved up at the end
-        unfinished.mkdir(parents=True)
-        total = write_scenes(unfinished, options.seed, counts)
-        for name in sorted(os.listdir(unfinished), key="classes.txt".__eq__):      # classes.txt comes last
-            os.replace(unfinished / name, out / name)
-        unfinished.rmdir()
-    except OSError as error:
-        print(f"cannot write to --out {out}: {error}", file=sys.stderr)
-        return 2
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"wrote {total} scenes {counts}, {len(CLASSES)} classes, {len(PARTS) - 1} parts to {out}; "
-          f"open {out / 'overview.png'} first")
-    return 0
+    contents = f"{len(CLASSES)} classes, {len(PARTS) - 1} parts"
+    return toy_files.main("scenes", "scenes", SPLITS, contents, write_scenes, arguments)
 
 
 if __name__ == "__main__":

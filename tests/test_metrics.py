@@ -59,7 +59,7 @@ def test_every_rate_equals_brute_force(num_classes, used, seed):
     labels, predictions = random_maps(seed, num_classes, classes_used=used)
     confusion = filled(num_classes, (labels, predictions))
     expected = brute_force(labels, predictions, num_classes)
-    for name, rates in [("iou", confusion.iou()), ("acc", confusion.acc()), ("f1", confusion.f1())]:
+    for name, rates in zip(("iou", "acc", "f1"), confusion.rates()):
         assert rates.shape == (num_classes,) and rates.dtype == torch.float64
         for rate, value in zip(rates.tolist(), expected[name]):
             assert math.isnan(rate) if value is None else rate == pytest.approx(value, abs=1e-12)
@@ -116,7 +116,7 @@ def test_scores_are_of_the_whole_split_and_not_a_mean_over_images():
     # Image 1: 1 of 1 pixel right; image 2: 1 of 3. Whole split: IoU 2/4; mean over images: (1 + 1/3) / 2.
     first = (torch.tensor([[[0, 255, 255]]]), torch.tensor([[[0, 1, 1]]]))
     second = (torch.tensor([[[0, 0, 0]]]), torch.tensor([[[0, 1, 1]]]))
-    assert filled(2, first, second).iou()[0].item() == pytest.approx(0.5)
+    assert filled(2, first, second).rates()[0][0].item() == pytest.approx(0.5)
 
 
 def test_uint8_maps_count_like_int64_maps():

@@ -186,8 +186,7 @@ def test_centroid_of_a_hook_lies_off_it_and_nothing_gives_nothing():
 def test_toy_scenes_have_the_parts_of_their_generator():
     data = open_dataset("toy_scenes", "", "val", seed=4)
     parts = pt.open_parts(data)
-    assert parts.num_parts == len(parts.part_names) == len(toy_scenes.PARTS) - 1
-    assert parts.part_names[0] == "tree:trunk" == parts.part_name(5, 1)
+    assert parts.num_parts == len(toy_scenes.PARTS) - 1 and toy_scenes.PARTS[1] == "tree:trunk"
     assert parts.classes == [c for c, name in enumerate(data.classes)
                              if any(part.startswith(name + ":") for part in toy_scenes.PARTS)]
     for i in (3, 0, 3):
@@ -275,8 +274,8 @@ def test_cityscapes_labels(tmp_path):
     assert part_map.dtype == torch.uint8 and (part_map.numpy() == expected).all()
     assert parts.keypoints(2).tolist() == [[12, 2, 0, 0], [13, 2, 2, 3], [13, 5, 7, 5]]   # 18/7 = 2.57 -> 3
     assert parts.keypoints(1).shape == (0, 4) and parts.part_map(1) is None
-    assert parts.classes == [11, 12, 13, 14, 15] and parts.num_parts == 5 == len(parts.part_names)
-    assert [parts.part_name(*at) for at in ((12, 2), (13, 2), (15, 5), (11, 4))] == [
+    assert parts.classes == [11, 12, 13, 14, 15] and parts.num_parts == 5
+    assert [parts.names[c][p - 1] for c, p in ((12, 2), (13, 2), (15, 5), (11, 4))] == [
         "head", "wheel", "chassis", "leg"]
 
 
@@ -304,8 +303,8 @@ def test_pascal_labels(tmp_path):
     assert parts.part_map(0).tolist() == [[24, 0, 1, 0, 19, 0], [0, 0, 0, 0, 0, 1]]
     assert parts.keypoints(0).tolist() == [[10, 1, 5, 1], [10, 19, 4, 0], [15, 1, 2, 0], [15, 24, 0, 0]]
     assert parts.classes == [1, 2, 3, 5, 6, 7, 8, 10, 12, 13, 14, 15, 16, 17, 19, 20]
-    assert parts.num_parts == 24 == len(parts.part_names)
-    assert [parts.part_name(*at) for at in ((10, 19), (15, 24))] == ["tail", "right_foot"]
+    assert parts.num_parts == 24
+    assert [parts.names[c][p - 1] for c, p in ((10, 19), (15, 24))] == ["tail", "right_foot"]
 
 
 @pytest.mark.parametrize("c, folds, count", [
@@ -318,9 +317,7 @@ def test_pascal_numbers_repeated_parts_and_we_do_not(tmp_path, c, folds, count):
     save(tmp_path / "a.tif", np.array([[c * 100_000 + 100 + raw for raw in folds]], np.int32))
     parts = pt.open_parts(data, str(tmp_path))
     assert parts.part_map(0).tolist() == [list(folds.values())]
-    assert parts.part_name(c, count) and "*" not in parts.part_name(c, count)
-    with pytest.raises(IndexError):
-        parts.part_name(c, count + 1)
+    assert len(parts.names[c]) == count and "*" not in "".join(parts.names[c])
 
 
 def test_sizes_must_agree(tmp_path):
@@ -394,7 +391,7 @@ def test_keypoint_file(tmp_path):
     parts = pt.open_parts(data, keypoint_file(tmp_path / "points.json"))
     assert parts.part_names == ["nose", "tail", "ear"] and parts.num_parts == 3 and parts.classes == [8, 17]
     assert [parts.has(i) for i in range(3)] == [True, True, False]
-    assert parts.part_name(8, 3) == "ear" and parts.part_map(0) is None
+    assert parts.part_map(0) is None
     rows = parts.keypoints(0)
     assert rows.dtype == torch.float32 and rows.tolist() == [
         [8, 2, 3, 1], [8, 1, 3, 0],                      # the ear is not visible, 2.6 and 0.2 are rounded

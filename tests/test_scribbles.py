@@ -491,7 +491,7 @@ def test_mistakes_leave_nothing_behind(tmp_path, capsys):
     (out / "mine.txt").write_text("x")
     assert f"{out} exists and is not an empty folder" in fails(["weaken", source, out], capsys)
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
-    (tmp_path / "new.unfinished").mkdir()
+    (tmp_path / "new" / "unfinished").mkdir(parents=True)
     assert "cut short" in fails(["weaken", source, tmp_path / "new"], capsys)
 
 
