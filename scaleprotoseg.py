@@ -48,7 +48,7 @@ Where we do something else, or had to choose ([D*] marks the line):
      class has none are left out. All classes of Pascal with parts count; the code drops cow.
 [D9] Validation sees whole images; the code crops and scales them at random. The last weights are kept.
 [D10] Where the backbone is frozen batch norm is in eval mode, also where it is trained (U-Net, tiny).
-[D11] The plain network is trained as the others are (Adam, no CRF); Table 6's is one of SGD and a CRF.
+[D11] The plain network is trained as the others are (Adam, no CRF); Table 6's had SGD, and a CRF at the end.
 [D12] Sec. 11 leaves open how IoUs are averaged: ours is a mean over the images that hold the class in 10 or
      more cells of the common grid; of fewer cells any two maps pick the same. We take --equivariance images
      of the projection split, the paper all training images.
