@@ -53,7 +53,7 @@ from common.heads import (DeepLabv2Head, DeepLabv3PlusHead, FCNHead, MLPHead, Se
                           auxiliary_head, conv_bn_relu, double_conv)
 from common.mit import MIT, MixTransformer, init_weights, set_drop_path
 from common.run import UserError
-from common.weights import load_weights
+from common.weights import load_mit_weights, load_weights  # noqa: F401, goes with MixTransformer
 
 TORCHVISION = {                                                # channels of the four levels
     "resnet50": (256, 512, 1024, 2048), "resnet101": (256, 512, 1024, 2048),

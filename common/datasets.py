@@ -255,16 +255,16 @@ def em_files(root, split):
     return [pairs[i] for i in chosen], pages and [pages[i] for i in chosen]
 
 
+SBD = (" (10,582 names; it and the masks of SegmentationClassAug/ come from SBD, Hariharan et al. 2011, see "
+       "data/README.md; or take the split train)")
+
+
 def voc_list(name, root, split):
     """The folder of VOC, `root` or one below it, and the lines of the split's list."""
     root = find_root(name, root, "JPEGImages", ["VOC2012", "VOCdevkit/VOC2012"])
     path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not path.is_file():
-        hint = ""
-        if split == "trainaug":
-            hint = (" (10,582 names; it and the masks of SegmentationClassAug/ come from SBD, Hariharan et "
-                    "al. 2011; or take the split train)")
-        raise layout_error(name, root, f"the list {path} is missing{hint}")
+        raise layout_error(name, root, f"the list {path} is missing{SBD if split == 'trainaug' else ''}")
     return root, read_list(path)
 
 
@@ -272,6 +272,8 @@ def voc_files(root, split, mask_dir):
     root, names = voc_list("voc", root, split)
     usual = "SegmentationClassAug" if split == "trainaug" else "SegmentationClass"
     masks = mask_folder(root, mask_dir) if mask_dir else usual
+    if split == "trainaug" and not (root / masks).is_dir():
+        raise layout_error("voc", root, f"the folder {masks}/ is missing{SBD}")
     return pair_files("voc", root, "JPEGImages", masks, names)
 
 
