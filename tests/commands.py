@@ -1,4 +1,4 @@
-"""Command lines of the scripts, for the tests: called in this process, as a new one spends seconds on importing torch."""
+"""Command lines of the scripts, called in the test's own process: a new one spends seconds on importing torch."""
 import contextlib
 import io
 import sys

@@ -348,15 +348,19 @@ def test_prototypes_from_a_file(tmp_path):
     np.save(tmp_path / "rows.npy", rows)
     train_set = cbp_occl.datasets.open_dataset("toy_scenes", "", "train")
     cfg = config(tmp_path, prototypes=str(tmp_path / "rows.npy"))
-    W = cbp_occl.build_model(cfg, classes, "none", cbp_occl.initial_rows(cfg, train_set, CPU)).classifier.class_vectors()
+
+    def model(settings):
+        return cbp_occl.build_model(settings, classes, "none", cbp_occl.initial_rows(settings, train_set, CPU))
+
+    W = model(cfg).classifier.class_vectors()
     assert torch.allclose(W @ W.T, 4 * torch.eye(classes), atol=1e-5)
     assert torch.allclose(W[0], 2 * torch.nn.functional.normalize(torch.tensor(rows[0]), dim=0))
     raw = replace(cfg, orthogonal=False, equal=False)
-    W = cbp_occl.build_model(raw, classes, "none", cbp_occl.initial_rows(raw, train_set, CPU)).classifier.class_vectors()
+    W = model(raw).classifier.class_vectors()
     assert torch.equal(W, torch.tensor(rows))
     np.save(tmp_path / "rows.npy", rows[:, :5])
     with pytest.raises(UserError, match=r"rows.npy.*\(\d+, 5\).*--head-channels"):
-        cbp_occl.build_model(cfg, classes, "none", cbp_occl.initial_rows(cfg, train_set, CPU))
+        model(cfg)
 
 
 def test_masked_rows_are_the_backbones_class_means():
