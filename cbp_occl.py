@@ -68,7 +68,6 @@ from common import cbp_occl_figures, datasets, files, run, segmentation, speed, 
 from common.backbones import build_network, class_means_of_backbone, parameter_groups
 from common.loaders import TestView, TrainView, eval_loader, pixel_counts, to_device, train_loader
 from common.run import RunConfig, UserError, opt
-from common.transforms import normalise, resize_to_short_side
 
 
 # ---- options and recipes ---------------------------------------------------------------------------------
@@ -635,7 +634,7 @@ def evaluate_run(cfg, machine):
 
 def predict_image(net, image, cfg, device):
     """uint8 (3,H,W) -> class ids (H,W) uint8 on the CPU."""
-    x = normalise(resize_to_short_side(image, cfg.size))[None].to(device)
+    x = segmentation.network_input(image, cfg.size).to(device)
     return predict_labels(net, x, image.shape[1:], cfg)[0].to(torch.uint8).cpu()
 
 

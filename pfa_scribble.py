@@ -361,7 +361,7 @@ class FeatureAugmenter(nn.Module):
             return F.relu(f + self.expand(e)).transpose(1, 2)            # Eq. (8)
 
     def attention(self, e_f, e_fp, mask):
-        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M); masked keys have 0."""
+        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M); 0 if masked, unless all are."""
         similarity = e_f @ e_fp.transpose(1, 2)                          # no 1 / sqrt(D), as printed
         return similarity.masked_fill(~mask[:, None], torch.finfo(similarity.dtype).min).softmax(2)
 
@@ -438,7 +438,7 @@ class PFA(nn.Module):
     def augmented(self, features, prototypes, present, paths):
         """{path: logits (B,N,h,w) of f_aug}; Fig. 2's three decoders are this one classifier.
 
-        features (B,C,h,w), prototypes (B,N,C) local ones, present (B,N) bool, paths: some of PATHS.
+        features (B,C,h,w), prototypes (B,N,C) for the path local, present (B,N) bool, paths: of PATHS.
         """
         embedded = self.augmenter.embed(features) if paths else None     # once for both
         logits = {}
@@ -582,8 +582,7 @@ def train(cfg, machine):
     tell_time(parts, view, sets, progress, cfg, machine)
     start = progress["iteration"]
     phase = None
-    loader = train_loader(view, cfg.batch_size, cfg.seed, start, cfg.iterations, cfg.workers, machine.device,
-                          machine.rank, machine.world)
+    loader = train_loader(view, cfg.batch_size, cfg.seed, start, cfg.iterations, cfg.workers, *machine)
     torch.backends.cudnn.benchmark = True                                # crops are of one size
     log = run.Log(cfg.out, progress, machine)
     bar = tqdm(loader, total=cfg.iterations, initial=start, leave=False, disable=machine.quiet)
@@ -667,9 +666,9 @@ def log_row(log, net, val_set, iteration, phase, lr, cfg, machine):
     rates = evaluate(Predictor(net, cfg), val_set, machine, [mode])
     miou = {name: score["miou"] for name, score in (rates["plain"] | rates.get(mode, {})).items()}
     text = ", ".join(f"{name} {value:.1f}" for name, value in miou.items())
-    log.row(f"iteration {iteration} ({phase})", dict(iteration=iteration, phase=phase, lr=lr),
-            {f"val_{path}": miou.get(path) for path in ("plain", *PATHS)}, f"{cfg.val_split} mIoU {text}",
-            losses=("pce", "con_local", "con_global"))
+    log.row(f"iteration {iteration} ({phase})", before=dict(iteration=iteration, phase=phase, lr=lr),
+            after={f"val_{path}": miou.get(path) for path in ("plain", *PATHS)},
+            text=f"{cfg.val_split} mIoU {text}", losses=("pce", "con_local", "con_global"))
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------
@@ -727,7 +726,9 @@ class Predictor(NamedTuple):
     def augmented(self, plain, present, paths):
         """{path: ids} with the prototypes of the classes present."""
         with run.autocast(plain.features.device, self.cfg.amp):
-            prototypes = prototypes_of(plain.features, plain.logits, present[None], self.cfg)
+            prototypes = None                                            # the memory has the global ones
+            if "local" in paths:
+                prototypes = prototypes_of(plain.features, plain.logits, present[None], self.cfg)
             logits = self.net.augmented(plain.features, prototypes, present[None], paths)
         return {path: enlarge(maps, plain.ids.shape).argmax(1)[0] for path, maps in logits.items()}
 
@@ -775,7 +776,7 @@ def evaluate(predictor, data, machine, modes=(), scores=None):
         return predictions
     names = [("plain", "plain"), *((mode, path) for mode in modes for path in paths)]
     view = TestView(data, cfg.test_size)                                 # whole images [D16]
-    loader = eval_loader(view, cfg.workers, machine.device, machine.rank, machine.world)
+    loader = eval_loader(view, cfg.workers, *machine)
     rates = segmentation.evaluate(net, loader, data.num_classes, names, predict, machine)
     by_mode = {}
     for (mode, path), score in rates.items():

@@ -602,9 +602,10 @@ def train_phase(net, phase, sets, progress, cfg, machine):
         score = evaluate(net, val_loader, machine.device)
         progress |= dict(epoch=progress["epoch"] + 1, iteration=progress["iteration"] + steps)
         log.row(f"{phase} {progress['epoch']}",
-                dict(phase=phase, epoch=progress["epoch"], lr=scheduler.get_last_lr()[-1]),
-                dict(val_accuracy=score["accuracy"], val_ce=score["ce"]),
-                f"val accuracy {score['accuracy']:.1f}", ("ce", "cluster", "separation", "orth", "l1"))
+                before=dict(phase=phase, epoch=progress["epoch"], lr=scheduler.get_last_lr()[-1]),
+                after=dict(val_accuracy=score["accuracy"], val_ce=score["ce"]),
+                text=f"val accuracy {score['accuracy']:.1f}",
+                losses=("ce", "cluster", "separation", "orth", "l1"))
         scheduler.step()
         if isinstance(net, ProtoPool) and not finetune:
             progress["slot"].append(net.soft_assignment(tau)[0, 0].tolist())       # Fig. 5

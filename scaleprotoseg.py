@@ -800,9 +800,9 @@ def log_row(net, data, log, iteration, lr, cfg, machine):
     """One more row of log.csv: the network as it stands, evaluated on val [D9]."""
     phase = log.progress["phase"]
     score = evaluate(net, data, ["final"], cfg, machine)["final"]
-    log.row(f"{phase} {iteration}", dict(phase=phase, iteration=iteration, lr=lr),
-            dict(val_miou=score["miou"], val_pixel_acc=score["pixel_acc"]),
-            f"{cfg.val_split} mIoU {score['miou']:.1f}", losses=("ce", "diversity", "l1", "entropy"))
+    log.row(f"{phase} {iteration}", before=dict(phase=phase, iteration=iteration, lr=lr),
+            after=dict(val_miou=score["miou"], val_pixel_acc=score["pixel_acc"]),
+            text=f"{cfg.val_split} mIoU {score['miou']:.1f}", losses=("ce", "diversity", "l1", "entropy"))
 
 
 def project(net, sets, log, cfg, machine):

@@ -140,7 +140,7 @@ def train_classifier(cfg, data, machine):
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     start = run.load_checkpoint(path, parts, device)["iteration"] if resumes else 0
     loader = train_loader(ImageLabels(data, cfg.classifier_size), cfg.batch_size, cfg.seed, start,
-                          cfg.classifier_iterations, cfg.workers, device, machine.rank, machine.world)
+                          cfg.classifier_iterations, cfg.workers, *machine)
     bar = tqdm(loader, total=cfg.classifier_iterations, initial=start, desc="classifier", leave=False,
                disable=machine.quiet)
     for iteration, batch in enumerate(bar, start + 1):

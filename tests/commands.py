@@ -1,4 +1,4 @@
-"""Command lines of the scripts, called in the test's own process: a new one spends seconds on importing torch."""
+"""Command lines of the scripts, called in the test's process: a new one spends seconds importing torch."""
 import contextlib
 import io
 import sys
