@@ -937,7 +937,7 @@ def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_
     loader = loaders.eval_loader(chosen, cfg.workers, device)
     for batch in tqdm(loader, desc="equivariance", leave=False, disable=None):
         x, mask = to_device(batch, device, "image", "mask")
-        maps = [net.similarity(segmentation.shrunk(x, ratio))[0] for ratio in ratios]     # (P,h,w) each
+        maps = [net.similarity(measures.shrunk(x, ratio))[0] for ratio in ratios]     # (P,h,w) each
         for s, t in itertools.combinations(range(len(ratios)), 2):
             large = maps[s]                                          # image shrunk by r(s): for scale t
             small = segmentation.resized(maps[t][None], large.shape[1:])[0]               # for scale s
@@ -1025,7 +1025,7 @@ def explain(d):
     image = files.read_image(Path(d.cfg.explain))
     similarity = d.similarity(image)                                 # (P,h,w)
     logits = d.net.logits(similarity[None], d.cfg.threshold)[0]      # (C,h,w)
-    c, cell = segmentation.class_and_cell(logits, image.shape[1:], d.cfg.class_, d.classes, d.cfg.pixel)
+    c, cell = gallery.class_and_cell(logits, image.shape[1:], d.cfg.class_, d.classes, d.cfg.pixel)
     y0, y1, x0, x1 = figures.cell_block(cell, logits.shape[1:], image.shape[1:])
     predicted = d.classes[int(logits[:, cell[0], cell[1]].argmax())]
     explanation = {"class": d.classes[c], "predicted": predicted, "x": (x0 + x1) // 2, "y": (y0 + y1) // 2}

@@ -20,7 +20,9 @@ from common.figures import cell_block, framed, heat, in_colours, thumbnail
 from common.loaders import counts_of_masks
 from common.metrics import row_quantile
 from common.regions import connected_components
-from common.segmentation import labels_of_cells, network_input, resized, shrunk
+from common.run import UserError
+from common.scaleprotoseg_measures import shrunk
+from common.segmentation import labels_of_cells, network_input, resized
 from common.transforms import normalise
 
 
@@ -363,11 +365,36 @@ def explanation_text(explanation):
     return f"{text}; most against it: {against}" if against else text
 
 
+def class_id(name, classes, option):
+    """The id of a class by its name; UserError if there is none."""
+    if name not in classes:
+        raise UserError(f"{option} {name}: this run knows no such class; it knows {', '.join(classes)}.")
+    return classes.index(name)
+
+
+def class_and_cell(logits, size, name, classes, pixel):
+    """Class id and cell (row, column) to explain, from --class NAME and --pixel X Y; both may be empty.
+
+    logits (C,h,w) of an image of `size` (H,W). Without --pixel the cell where the logit of the class is
+    highest; without --class the class predicted at the pixel, or the one that most cells have.
+    """
+    (H, W), (h, w) = size, logits.shape[1:]
+    c = class_id(name, classes, "--class") if name else None
+    if not pixel:
+        c = int(torch.bincount(logits.argmax(0).flatten()).argmax()) if c is None else c
+        return c, divmod(int(logits[c].argmax()), w)
+    x, y = pixel
+    if not (0 <= x < W and 0 <= y < H):
+        raise UserError(f"--pixel {x} {y} lies outside the image, which is {W} x {H}: give x, y inside it.")
+    cell = y * h // H, x * w // W
+    return int(logits[:, cell[0], cell[1]].argmax()) if c is None else c, cell
+
+
 @torch.no_grad()
 def draw_failures(d, most=3):
     """OUT/failures/CLASS-N.png (Sec. 17): the test images with the most wrong pixels of --failure, missed or
     invented, among those with an IoU of the class below --failure-iou. Returns all of these, dicts."""
-    c = segmentation.class_id(d.cfg.failure, d.classes, "--failure")
+    c = class_id(d.cfg.failure, d.classes, "--failure")
     failures = []
     for i in tqdm(range(len(d.test)), desc="failures", leave=False, disable=None):
         if not (d.test.read_mask(i) == c).any():

@@ -198,6 +198,11 @@ def mean_overlap(net, data, cfg, device):
     return float(100 * total[0] / total[1]) if total[1] > 0 else None
 
 
+def shrunk(x, factor):
+    """Images (B,3,H,W), smaller by the factor, antialiased."""
+    return x if factor == 1 else F.interpolate(x, scale_factor=1 / factor, mode="bilinear", antialias=True)
+
+
 def equivariance_ratios(net, iou, least):
     """iou (P,P) on the CPU -> the ratios of Fig. 7 in percent, and the pairs; pairs that share a prototype
     merge into a group."""

@@ -26,36 +26,6 @@ def labels_of_cells(mask, size):
     return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long()
 
 
-def shrunk(x, factor):
-    """Images (B,3,H,W), smaller by the factor, antialiased."""
-    return x if factor == 1 else F.interpolate(x, scale_factor=1 / factor, mode="bilinear", antialias=True)
-
-
-def class_id(name, classes, option):
-    """The id of a class by its name; UserError if there is none."""
-    if name not in classes:
-        raise UserError(f"{option} {name}: this run knows no such class; it knows {', '.join(classes)}.")
-    return classes.index(name)
-
-
-def class_and_cell(logits, size, name, classes, pixel):
-    """Class id and cell (row, column) to explain, from --class NAME and --pixel X Y; both may be empty.
-
-    logits (C,h,w) of an image of `size` (H,W). Without --pixel the cell where the logit of the class is
-    highest; without --class the class predicted at the pixel, or the one that most cells have.
-    """
-    (H, W), (h, w) = size, logits.shape[1:]
-    c = class_id(name, classes, "--class") if name else None
-    if not pixel:
-        c = int(torch.bincount(logits.argmax(0).flatten()).argmax()) if c is None else c
-        return c, divmod(int(logits[c].argmax()), w)
-    x, y = pixel
-    if not (0 <= x < W and 0 <= y < H):
-        raise UserError(f"--pixel {x} {y} lies outside the image, which is {W} x {H}: give x, y inside it.")
-    cell = y * h // H, x * w // W
-    return int(logits[:, cell[0], cell[1]].argmax()) if c is None else c, cell
-
-
 @torch.inference_mode()
 def evaluate(net, loader, num_classes, names, predict, machine):
     """{name: rates in percent (common/metrics.py)} over a split, all processes together; 255 never counts.

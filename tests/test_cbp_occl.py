@@ -350,7 +350,8 @@ def test_prototypes_from_a_file(tmp_path):
     cfg = config(tmp_path, prototypes=str(tmp_path / "rows.npy"))
 
     def model(settings):
-        return cbp_occl.build_model(settings, classes, "none", cbp_occl.initial_rows(settings, train_set, CPU))
+        given = cbp_occl.initial_rows(settings, train_set, CPU)
+        return cbp_occl.build_model(settings, classes, "none", given)
 
     W = model(cfg).classifier.class_vectors()
     assert torch.allclose(W @ W.T, 4 * torch.eye(classes), atol=1e-5)

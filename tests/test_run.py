@@ -217,7 +217,8 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path):
     (tmp_path / "a" / "notes.txt").write_text("mine")
     run.start_run(cfg, CPU)
     assert (tmp_path / "a" / "previous-1" / "last.pt").read_text() == "weights"
-    assert (tmp_path / "a" / "previous-1" / "notes.txt").exists() and not (tmp_path / "a" / "last.pt").exists()
+    assert (tmp_path / "a" / "previous-1" / "notes.txt").exists()
+    assert not (tmp_path / "a" / "last.pt").exists()
     run.start_run(cfg, CPU)
     assert (tmp_path / "a" / "previous-2" / "config.json").exists()
 
