@@ -1,4 +1,4 @@
-"""What holds for every script: options with help, marks of the header in the body, no other script imported."""
+"""For every script: options with help, marks of the header in the body, no other script imported."""
 import importlib
 import re
 import subprocess
