@@ -274,6 +274,7 @@ def setup(device="auto", seed=0):
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
         torch.backends.cudnn.benchmark = True
+        torch.set_num_threads(min(2, torch.get_num_threads()))      # it only loads: runs side by side get on
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
                                 timeout=timedelta(hours=6))    # rank 0 draws while the others wait
