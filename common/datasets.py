@@ -1,9 +1,5 @@
-"""Data sets for semantic segmentation: their tables, their layouts on disk, and readers for all ten.
-
-    data = open_dataset("camvid", "/path/to/CamVid", "train")  # checks the layout, see data/README.md
-    image, mask = data.read(0)                                 # uint8 (3,H,W) RGB; (H,W), 255 = ignore
-
-What a network sees of them is in common/loaders.py.
+"""Data sets for semantic segmentation: their tables, their layouts on disk (data/README.md), and readers for
+all ten, see open_dataset. What a network sees of them is in common/loaders.py.
 """
 import os
 import re
@@ -11,6 +7,8 @@ import zlib
 from pathlib import Path
 
 import torch
+from torchvision.datasets import Cityscapes
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from common import strokes, toy_scenes
 from common.files import (IGNORE, IMAGE_ENDINGS, files_in, listing, opened, read_image, read_index_map,
@@ -32,9 +30,8 @@ SPLITS = {
 }
 DATASETS = tuple(SPLITS)
 UNLABELLED = {"ade20k": 0, "cocostuff10k": 0, "camvid": 11}      # unlabelled pixels in the files; else 255
-EVALUATED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)   # of Cityscapes' 34
 LABELS = {                                               # value in the files -> id, for other numberings
-    "cityscapes": {**dict.fromkeys((*range(34), 255), IGNORE), **{v: i for i, v in enumerate(EVALUATED)}},
+    "cityscapes": {c.id: c.train_id for c in Cityscapes.classes if c.id >= 0} | {IGNORE: IGNORE},
     "em": {0: 0, 255: 1},                                # here 255 is a class
 }
 TREES = {                                               # what a reader expects, and where the data come from
@@ -78,6 +75,8 @@ def split_names(text):
     return [" ".join(name.split()) for name in text.split(",")]
 
 
+COCO_THINGS = [name for name in FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]
+               if name not in ("__background__", "N/A")]             # person, bicycle, ... toothbrush: 80
 CLASSES = {                                              # the index of a name is its id
     "toy_scenes": toy_scenes.CLASSES,
     "ade20k": split_names("""
@@ -95,15 +94,8 @@ CLASSES = {                                              # the index of a name i
         bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
         ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
         flag"""),
-    "cocostuff10k": split_names("""
-        person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
-        stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe,
-        backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball
-        bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife,
-        spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair,
-        couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone,
-        microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
-        toothbrush, banner, blanket, branch, bridge, building-other, bush, cabinet, cage, cardboard, carpet,
+    "cocostuff10k": COCO_THINGS + split_names("""
+        banner, blanket, branch, bridge, building-other, bush, cabinet, cage, cardboard, carpet,
         ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt,
         door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood, flower, fog,
         food-other, fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat,
@@ -117,9 +109,7 @@ CLASSES = {                                              # the index of a name i
         horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"""),
     "camvid": split_names("""
         sky, building, pole, road, pavement, tree, sign symbol, fence, car, pedestrian, bicyclist"""),
-    "cityscapes": split_names("""
-        road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky,
-        person, rider, car, truck, bus, train, motorcycle, bicycle"""),
+    "cityscapes": [c.name for c in Cityscapes.classes if c.train_id in range(19)],
     "em": ["membrane", "cell"],
 }
 CLASSES["voc_scribble"] = CLASSES["voc"]
@@ -177,8 +167,8 @@ def pair_files(name, root, images, masks, names=None, tail="", image_tail="", en
     return [(image_of[stem], mask_of[stem]) for stem in stems]
 
 
-def find_root(name, root, inside, below):
-    """`root` or one of the sub-folders `below`: the first that has the folder `inside`."""
+def find_root(name, root, inside, below=()):
+    """`root` or one of the sub-folders `below`: the first that has the folder `inside`, else UserError."""
     for candidate in (root, *(root / b for b in below)):
         if (candidate / inside).is_dir():
             return candidate
@@ -225,13 +215,12 @@ def cityscapes_files(root, split):
 
 
 def em_files(root, split):
-    """-> [(image path, mask path)], [page in the TIFF stacks] or None.
+    """-> [(image path, mask path)], of TIFF stacks [(image path, mask path, page)].
 
     All images, in the order of their numbers, are cut at random into two thirds train and one third val: the
     number in the split's name is the seed.
     """
     volume, labels = root / "train-volume.tif", root / "train-labels.tif"
-    pages = None
     if volume.is_file():
         if not labels.is_file():
             raise layout_error("em", root, "train-labels.tif is missing")
@@ -240,8 +229,7 @@ def em_files(root, split):
         if count != mask_count:
             raise UserError(f"{volume} has {count} pages, but {labels} has {mask_count}: every image needs "
                             "its label, so copy or download both again.")
-        pages = range(count)
-        pairs = [(volume, labels)] * count
+        pairs = [(volume, labels, page) for page in range(count)]
     else:
         root = find_root("em", root, "image", ["train"])
         pairs = sorted(pair_files("em", root, "image", "label"),          # 2 before 10
@@ -251,8 +239,7 @@ def em_files(root, split):
     part, seed = split.split("-")
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(int(seed))).tolist()
     third = len(pairs) // 3
-    chosen = sorted(order[third:] if part == "train" else order[:third])
-    return [pairs[i] for i in chosen], pages and [pages[i] for i in chosen]
+    return [pairs[i] for i in sorted(order[third:] if part == "train" else order[:third])]
 
 
 SBD = (" (10,582 names; it and the masks of SegmentationClassAug/ come from SBD, Hariharan et al. 2011, see "
@@ -290,8 +277,7 @@ def voc_scribble_files(root, split, mask_dir):
     if not (mask_dir or folders):
         raise layout_error("voc_scribble", root, f"no folder of scribbles ({', '.join(SCRIBBLE_FOLDERS)})")
     masks = mask_folder(root, mask_dir or folders[0])
-    if not (root / masks).is_dir():
-        raise layout_error("voc_scribble", root, f"the folder {masks}/ is missing")
+    find_root("voc_scribble", root, masks)
     ending = next((ending for ending in (".png", ".xml") if files_in(root / masks, (ending,))), "")
     if not ending:
         raise layout_error("voc_scribble", root, f"{masks}/ holds neither *.png nor *.xml (has "
@@ -306,8 +292,7 @@ def camvid_files(root, split):
 
 
 def folder_files(root, split, mask_dir):
-    if not (root / "images").is_dir():
-        raise layout_error("folder", root, "the folder images/ is missing")
+    find_root("folder", root, "images")
     splits = [s for s in SPLITS["folder"] if (root / "images" / s).is_dir() or (root / f"{s}.txt").is_file()]
     if split not in splits:
         raise layout_error("folder", root, f"no split {split!r} (there: {', '.join(splits) or 'none'})")
@@ -338,32 +323,36 @@ def folder_classes(root):
 
 PAIRS = {"ade20k": ade20k_files, "cocostuff10k": cocostuff10k_files, "cocostuff164k": cocostuff164k_files,
          "cityscapes": cityscapes_files, "voc": voc_files, "voc_scribble": voc_scribble_files,
-         "camvid": camvid_files, "folder": folder_files}
+         "camvid": camvid_files, "em": em_files, "folder": folder_files}
 
 
 # ---- data sets -------------------------------------------------------------------------------------------
 
 class SegmentationSet:
-    """Images and masks on disk. Attributes: name, split, classes (names), num_classes, paths, pages."""
+    """Images and masks on disk. Attributes: name, split, classes (names), num_classes, paths, names.
 
-    def __init__(self, name, split, classes, paths, unlabelled=IGNORE, pages=None):
+    paths: [(image path, mask path)], and the page if these are TIFF stacks. names: of the images, without
+    ending; page or stem if none are given.
+    """
+
+    def __init__(self, name, split, classes, paths, unlabelled=IGNORE, names=None):
         self.name, self.split, self.classes, self.num_classes = name, split, classes, len(classes)
-        self.paths, self.unlabelled = paths, unlabelled                 # [(image path, mask path)]
-        self.pages = pages                                              # [page], if these are TIFF stacks
+        self.paths, self.unlabelled = paths, unlabelled
+        self.names = names or [str(page[0]) if page else image.stem for image, _, *page in paths]
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.names)
 
     def name_of(self, i):
-        return str(self.pages[i]) if self.pages else self.paths[i][0].stem
+        return self.names[i]
 
     def read_mask(self, i):
         """uint8 (H,W): ids 0..N-1, 255 = ignore."""
-        path = self.paths[i][1]
+        _, path, *page = self.paths[i]
         if self.name in LABELS:
             problem = (f"which are no labels of {self.name}: use its original files, unchanged: "
                        f"{TREES[self.name][0]}.")
-            return read_values(path, LABELS[self.name], problem, self.pages[i] if self.pages else 0)
+            return read_values(path, LABELS[self.name], problem, *page)
         if path.suffix.lower() == ".xml":
             (width, height), drawn = strokes.read_strokes(path)
             return torch.from_numpy(strokes.draw_strokes(drawn, width, height))
@@ -371,12 +360,12 @@ class SegmentationSet:
 
     def read(self, i):
         """Image uint8 (3,H,W), mask uint8 (H,W). UserError: damaged file, sizes differ, values no ids."""
-        image = read_image(self.paths[i][0], self.pages[i] if self.pages else 0)
-        mask = self.read_mask(i)
+        path, mask_path, *page = self.paths[i]
+        image, mask = read_image(path, *page), self.read_mask(i)
         if image.shape[1:] != mask.shape:
             (h, w), (mask_h, mask_w) = image.shape[1:], mask.shape
-            raise UserError(f"{self.paths[i][0]} is {w} x {h} pixels, but its mask {self.paths[i][1]} is "
-                            f"{mask_w} x {mask_h}: both must have the same size.")
+            raise UserError(f"{path} is {w} x {h} pixels, but its mask {mask_path} is {mask_w} x {mask_h}: "
+                            "both must have the same size.")
         return image, mask
 
 
@@ -384,15 +373,10 @@ class ToyScenes(SegmentationSet):
     """Scenes of common/toy_scenes.py, drawn when first read and kept in memory; paths is None."""
 
     def __init__(self, split, seed=0, labels="mask"):
-        super().__init__("toy_scenes", split, CLASSES["toy_scenes"], None)
+        names = [f"{i:04d}" for i in range(toy_scenes.SPLITS[split])]   # as python -m data.toy_scenes
+        super().__init__("toy_scenes", split, CLASSES["toy_scenes"], None, names=names)
         self.seed, self.labels = seed, labels                           # labels: "mask" or "scribbles"
-        self.scenes = [None] * toy_scenes.SPLITS[split]
-
-    def __len__(self):
-        return len(self.scenes)
-
-    def name_of(self, i):
-        return f"{i:04d}"                        # as python -m data.toy_scenes names its files
+        self.scenes = [None] * len(names)
 
     def read(self, i):
         if self.scenes[i] is None:
@@ -414,15 +398,9 @@ class WeakerScribbles(SegmentationSet):
 
     def __init__(self, data, drop=0.0, shrink=0.0, seed=0):
         strokes.check_ratios(drop, shrink)
-        super().__init__(data.name, data.split, data.classes, data.paths, data.unlabelled, data.pages)
+        super().__init__(data.name, data.split, data.classes, data.paths, names=data.names)
         self.data, self.drop, self.shrink, self.seed = data, drop, shrink, seed
         self.kept = [None] * len(data)                                  # [(height, width), bytes]
-
-    def __len__(self):
-        return len(self.data)
-
-    def name_of(self, i):
-        return self.data.name_of(i)
 
     def read_mask(self, i):
         if self.kept[i] is None:
@@ -462,15 +440,10 @@ def open_dataset(name, root, split, seed=0, mask_dir=""):
     if not root:
         raise UserError(f"{name} needs a folder (--data ROOT): {TREES[name][0]}; source: {TREES[name][1]} "
                         "(see data/README.md).")
-    root, pages = Path(root).expanduser(), None
-    if name == "em":
-        paths, pages = em_files(root, split)
-    elif takes_any:
-        paths = PAIRS[name](root, split, mask_dir)
-    else:
-        paths = PAIRS[name](root, split)
+    root = Path(root).expanduser()
+    paths = PAIRS[name](root, split, mask_dir) if takes_any else PAIRS[name](root, split)
     classes = folder_classes(root) if name == "folder" else CLASSES[name]
-    return SegmentationSet(name, split, classes, paths, UNLABELLED.get(name, IGNORE), pages)
+    return SegmentationSet(name, split, classes, paths, UNLABELLED.get(name, IGNORE))
 
 
 def num_classes_of(name, root, split):
