@@ -79,7 +79,7 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from common import files, heads, pfa_figures, run, segmentation, speed, strokes, tables
-from common.backbones import GOES_WITH, build_network, freeze_layer_norms
+from common.backbones import GOES_WITH, build_network, norm_parameters
 from common.image_classifier import (ClassifierConfig, scorer, scores_of_classifier, scores_of_file,
                                      scores_quality)
 from common.loaders import (ScribbleView, TestView, eval_loader, of_all_ranks, share_of_ranks, to_device,
@@ -549,7 +549,8 @@ def train_step(model, net, optimizer, scheduler, x, scribbles, image_classes, ph
 def build_optimizer(net, cfg, device):
     """AdamW and its schedule (Sec. 4.2): all but the backbone learns cfg.head_lr times faster."""
     if cfg.freeze_norms:                                                 # [D12]
-        freeze_layer_norms(net.network.backbone)
+        for parameter in norm_parameters(net.network.backbone, nn.LayerNorm):
+            parameter.requires_grad_(False)
     groups = split_parameters(net, cfg.lr, cfg.lr * cfg.head_lr)
     optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
     if cfg.lr_policy == "linear":                                        # [D11]

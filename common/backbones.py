@@ -16,11 +16,7 @@ becomes PFA's: level 4 is as fine as level 3.
 
 mobilenet_v2 (for laptops and small GPUs) has 256 channels under every head, tiny (for toy pictures) 64.
 
-    extractor = build_extractor("resnet34", weights="imagenet")
-    features = extractor(images)                    # (B,512,H/32,W/32): no pooling, no classifier
-
-    dense = build_dense("resnet101", weights="imagenet")
-    features = dense(images)                        # (B,2048,h,w), h about H/8: one fine map, no head
+build_extractor and build_dense give a backbone without a head: one map of 1/32 or about 1/8 of the sides.
 
     channels         tiny  mobilenet_v2  resnet34  larger ResNets  densenet121  densenet161  unet
     build_extractor  48    1280          512       2048            1024         2208         -
@@ -55,12 +51,12 @@ from common.mit import MIT, MixTransformer, init_weights, set_drop_path
 from common.run import UserError
 from common.weights import load_mit_weights, load_weights  # noqa: F401, goes with MixTransformer
 
-TORCHVISION = {                                                # channels of the four levels
+CHANNELS = {                                                   # of the four levels
     "resnet50": (256, 512, 1024, 2048), "resnet101": (256, 512, 1024, 2048),
     "swin_t": (96, 192, 384, 768), "swin_s": (96, 192, 384, 768), "swin_b": (128, 256, 512, 1024),
     "convnext_tiny": (96, 192, 384, 768), "convnext_small": (96, 192, 384, 768),
     "convnext_base": (128, 256, 512, 1024),
-    "mobilenet_v2": (24, 32, 96, 320),
+    "mobilenet_v2": (24, 32, 96, 320), "tiny": (32, 48, 64, 64),
 }
 DROP_PATH = {name: 0.1 for name in MIT} | {
     "swin_t": 0.3, "swin_s": 0.3, "swin_b": 0.3,
@@ -90,7 +86,7 @@ class TorchvisionBackbone(nn.Module):
 
     def __init__(self, net, name):
         super().__init__()
-        self.dims = TORCHVISION[name]
+        self.dims = CHANNELS[name]
         self.swin = name.startswith("swin")                             # its maps are (B,h,w,C)
         self.norms = nn.ModuleList(nn.Identity() for _ in self.dims)
         if name.startswith("resnet"):
@@ -171,13 +167,12 @@ class TinyBackbone(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.dims = (32, 48, 64, 64)
-        self.stages = nn.ModuleList([
+        self.dims = CHANNELS["tiny"]
+        self.stages = nn.Sequential(
             nn.Sequential(conv_bn_relu(3, 16, 3, 2), conv_bn_relu(16, 32, 3, 2), ResidualBlock(32)),
             nn.Sequential(conv_bn_relu(32, 48, 3, 2), ResidualBlock(48)),
             nn.Sequential(conv_bn_relu(48, 64, 3, 2), ResidualBlock(64)),
-            nn.Sequential(conv_bn_relu(64, 64, 3), ResidualBlock(64)),
-        ])
+            nn.Sequential(conv_bn_relu(64, 64, 3), ResidualBlock(64)))
         self.apply(init_weights)
 
     def forward(self, x):
@@ -268,16 +263,15 @@ def build_network(backbone, head, num_classes, head_channels=0, weights="none", 
 
     if backbone in MIT:
         body = MixTransformer(*MIT[backbone], heads=(1, 2, 5, 8), sr_ratios=(8, 4, 2, 1),
-                              strides=(4, 2, 2, last_stride), drop_path=drop_path)
-        load_weights(body, weights, backbone)
+                              strides=(4, 2, 2, last_stride))
     elif backbone == "tiny":
         body = TinyBackbone()
-        load_weights(body, weights, backbone)
     else:
-        net = torchvision_classifier(backbone, output_stride if head in DILATED else 32)
-        load_weights(net, weights, backbone)                            # before cutting: the keys still fit
-        set_drop_path(net, drop_path)
-        body = TorchvisionBackbone(net, backbone)
+        body = torchvision_classifier(backbone, output_stride if head in DILATED else 32)
+    load_weights(body, weights, backbone)                               # before cutting: the keys still fit
+    set_drop_path(body, drop_path)
+    if backbone not in MIT and backbone != "tiny":
+        body = TorchvisionBackbone(body, backbone)
 
     heads = {"segformer": SegFormerHead, "fcn": FCNHead, "upernet": UPerHead, "mlp": MLPHead,
              "deeplabv2": DeepLabv2Head,
@@ -305,14 +299,13 @@ def build_extractor(backbone, weights="none"):
     """
     if backbone not in EXTRACTORS:
         raise UserError(f"backbone {backbone} is not available: choose one of {', '.join(EXTRACTORS)}")
+    name = backbone.removesuffix("_inat")
+    net = TinyBackbone() if name == "tiny" else torchvision.models.get_model(name, weights=None)
+    load_weights(net, weights, backbone)
     if backbone == "tiny":
-        net = TinyBackbone()
-        load_weights(net, weights, backbone)
-        extractor = nn.Sequential(*net.stages[:2])
+        extractor = net.stages[:2]
         extractor.channels = net.dims[1]
         return extractor
-    net = torchvision.models.get_model(backbone.removesuffix("_inat"), weights=None)
-    load_weights(net, weights, backbone)
     parts = OrderedDict(net.named_children())
     classifier = parts.popitem()[1]                                     # the last of its parts
     parts.pop("avgpool", None)                                          # ResNet's; others pool in forward
@@ -342,32 +335,24 @@ def build_dense(backbone, weights="none", output_stride=8, width=64):
         raise UserError(f"backbone {backbone} is not available: choose one of {', '.join(DENSE)}")
     strides = {"unet": (1, 8), "tiny": (4, 8, 16)}.get(backbone, (8, 16))
     if output_stride not in strides:
-        choice = ", ".join(map(str, strides[:-1])) + f" or {strides[-1]}"
-        if backbone == "unet":
-            choice = "1, or 8 (the default), which also gives 1"
-        raise UserError(f"output stride {output_stride} is not available: {backbone} takes {choice}")
-    if width != 64 and backbone != "unet":
-        raise UserError(f"width {width} is not available for {backbone}: leave it at 64, it is unet's alone")
+        raise UserError(f"output stride {output_stride} is not available: {backbone} takes one of "
+                        f"{', '.join(map(str, strides))}")
+    if width < 1 or (width != 64 and backbone != "unet"):
+        raise UserError(f"width {width} is not available for {backbone}: unet takes 1 or more, others 64")
     if backbone == "unet":
-        if width < 1:
-            raise UserError(f"width {width} is not available for unet: give 1 or more")
-        net = UNet(width)
-        load_weights(net, weights, backbone)
-        return net
+        dense = UNet(width)
+        load_weights(dense, weights, backbone)
+        return dense
     net = TinyBackbone() if backbone == "tiny" else torchvision_classifier(backbone, 32)
     load_weights(net, weights, backbone)                                # before cutting: the keys still fit
-    if backbone == "tiny":
-        dilate(net, output_stride)
-        dense = nn.Sequential(OrderedDict(stages=nn.Sequential(*net.stages)))
-        dense.channels = net.dims[3]
-    elif backbone == "mobilenet_v2":
-        dilate(net, output_stride)
-        dense = nn.Sequential(OrderedDict(features=net.features[:18]))
-        dense.channels = net.features[17].out_channels
-    else:
+    if backbone.startswith("resnet"):
         dilate_as_deeplab(net, output_stride)
         dense = nn.Sequential(OrderedDict(list(net.named_children())[:-2]))     # without avgpool and fc
-        dense.channels = net.fc.in_features
+    else:
+        dilate(net, output_stride)
+        parts = dict(stages=net.stages) if backbone == "tiny" else dict(features=net.features[:18])
+        dense = nn.Sequential(OrderedDict(parts))
+    dense.channels = CHANNELS[backbone][3]
     dense.stride = output_stride
     return dense
 
@@ -400,18 +385,10 @@ def parameter_groups(net, backbone, lr, head_lr, weight_decay, stage_decay=1.0, 
     return [dict(params=params, lr=rate, weight_decay=decay) for (rate, decay), params in groups.items()]
 
 
-def norm_parameters(backbone):
-    """The weights and biases of a backbone's BatchNorms: list, in the order of its parameters."""
-    norms = (nn.BatchNorm2d, nn.SyncBatchNorm)                          # the second under torchrun
-    return [parameter for module in backbone.modules() if isinstance(module, norms)
+def norm_parameters(backbone, kinds=(nn.BatchNorm2d, nn.SyncBatchNorm)):
+    """Weights and biases of the norms of these kinds: list, in the order of the backbone's parameters."""
+    return [parameter for module in backbone.modules() if isinstance(module, kinds)
             for parameter in module.parameters()]
-
-
-def freeze_layer_norms(backbone):
-    """The weights and biases of a backbone's LayerNorms do not learn any more; in place."""
-    for module in backbone.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -1177,13 +1177,13 @@ def test_imagenet_weights_of_dense_networks_are_torchvisions(monkeypatch, backbo
 
 @pytest.mark.parametrize("backbone, options, words", [
     ("vgg16", {}, "vgg16 is not available: choose one of resnet101, resnet50, mobilenet_v2, unet, tiny"),
-    ("resnet101", {"output_stride": 4}, "output stride 4 is not available: resnet101 takes 8 or 16"),
-    ("resnet50", {"output_stride": 32}, "output stride 32 is not available: resnet50 takes 8 or 16"),
-    ("mobilenet_v2", {"output_stride": 4}, "mobilenet_v2 takes 8 or 16"),
-    ("tiny", {"output_stride": 2}, "output stride 2 is not available: tiny takes 4, 8 or 16"),
-    ("unet", {"output_stride": 16}, "output stride 16 is not available: unet takes 1, or 8"),
-    ("unet", {"width": 0}, "width 0 is not available for unet: give 1 or more"),
-    ("tiny", {"width": 32}, "width 32 is not available for tiny: leave it at 64")])
+    ("resnet101", {"output_stride": 4}, "output stride 4 is not available: resnet101 takes one of 8, 16"),
+    ("resnet50", {"output_stride": 32}, "output stride 32 is not available: resnet50 takes one of 8, 16"),
+    ("mobilenet_v2", {"output_stride": 4}, "mobilenet_v2 takes one of 8, 16"),
+    ("tiny", {"output_stride": 2}, "output stride 2 is not available: tiny takes one of 4, 8, 16"),
+    ("unet", {"output_stride": 16}, "output stride 16 is not available: unet takes one of 1, 8"),
+    ("unet", {"width": 0}, "width 0 is not available for unet: unet takes 1 or more"),
+    ("tiny", {"width": 32}, "width 32 is not available for tiny: unet takes 1 or more, others 64")])
 def test_dense_options_that_do_not_exist_are_one_sentence(backbone, options, words):
     with pytest.raises(UserError) as error:
         dense_on_meta(backbone, **options)
