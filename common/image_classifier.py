@@ -23,7 +23,7 @@ from common.backbones import EXTRACTORS, build_extractor
 from common.loaders import to_device, train_loader
 from common.metrics import mean_average_precision
 from common.run import RunConfig, UserError, opt
-from common.transforms import normalise, resize_to_square
+from common.transforms import normalise, resize_whole
 
 
 @dataclass
@@ -112,7 +112,7 @@ class ImageLabels(Dataset):
     def __getitem__(self, key):
         index, sample_seed = key
         image, mask = self.data.read(index)
-        image = normalise(resize_to_square(image, self.size))
+        image = normalise(resize_whole(image, self.size, square=True))
         image = image.flip(2) if sample_seed % 2 else image
         return {"image": image, "classes": labelled_classes(mask, self.data.num_classes)}
 
@@ -178,7 +178,7 @@ def scores_of_classifier(cfg, train_set, test_set, machine):
 @torch.inference_mode()
 def classify(net, image, cfg, device):
     """uint8 (3,H,W) -> scores (N,) float32 on the CPU; the background's is 1."""
-    x = normalise(resize_to_square(image, cfg.classifier_size))[None]
+    x = normalise(resize_whole(image, cfg.classifier_size, square=True))[None]
     with run.autocast(device, cfg.amp):
         logits = net(x.to(device, memory_format=torch.channels_last))[0].float()
     return torch.cat([torch.ones(1), logits.sigmoid().cpu()])

@@ -1,8 +1,5 @@
-"""Data for image classification: readers for four data sets, and the views that a network gets of them.
-
-    data = open_images("cub", "/path/to/CUB_200_2011", "train")    # checks the layout, see data/README.md
-    image, label = data.read(0)                                    # uint8 (3,H,W) RGB, cut to its box; int
-    view = TrainView(data, size=224, augment=flip_and_turn)        # for train_loader of common/loaders.py
+"""Data for image classification: readers for four data sets (data/README.md), see open_images, and the views
+that a network gets of them, for train_loader of common/loaders.py.
 
 CUB and Stanford Cars have no validation images: split "val" is a share of every class's training images, and
 split "train" is the others.
@@ -122,12 +119,16 @@ def box_corners(box):
 
 # ---- CUB-200-2011: lists whose lines begin with the id of an image, a class or a part --------------------
 
-def read_table(path, columns=None, ids=()):
+def read_table(root, file, columns=None, ids=()):
     """Lines "ID NUMBER ..." with so many `columns` after the id -> float64 (lines, 1 + columns); without
     columns, lines "ID TEXT" -> {id: text}.
 
-    UserError names the first line that is not of this kind, or the first of `ids` that has no line.
+    UserError if there is no such file in root, for the first line that is not of this kind, or for the first
+    of `ids` that has no line.
     """
+    path = root / file
+    if not path.is_file():
+        raise layout_error("cub", root, f"the list {file} is missing", TREES)
     pattern = r"\d+\s+\S.*" if columns is None else r"\d+" + NUMBER * columns
     expected = "an id and a name" if columns is None else f"an id and {columns} numbers"
     matches = re.compile(pattern).fullmatch
@@ -150,8 +151,8 @@ def cub_parts(root, images):
     """The folder parts/ -> names of the P parts, {image id: (P,3) x, y, visible}; without it (), {}."""
     if not (root / "parts").is_dir():
         return (), {}
-    names = read_table(root / "parts" / "parts.txt")
-    table = read_table(root / "parts" / "part_locs.txt", 4)              # image, part, x, y, visible
+    names = read_table(root, "parts/parts.txt")
+    table = read_table(root, "parts/part_locs.txt", 4)                   # image, part, x, y, visible
     image, part = table[:, :2].astype(int).T
     located = np.zeros((1 + max([*images, *image]), 1 + max([*names, *part]), 3))   # by their ids
     located[image, part] = table[:, 2:]
@@ -161,23 +162,17 @@ def cub_parts(root, images):
 def cub_items(root, full_images):
     """-> class names, part names, {"train": items, "test": items} in the order of images.txt."""
     root = root / "CUB_200_2011" if (root / "CUB_200_2011").is_dir() else root
-    lists = ["images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt"]
-    lists += [] if full_images else ["bounding_boxes.txt"]
-    lists += ["parts/parts.txt", "parts/part_locs.txt"] if (root / "parts").is_dir() else []
-    for file in lists:
-        if not (root / file).is_file():
-            raise layout_error("cub", root, f"the list {file} is missing", TREES)
-    files = read_table(root / "images.txt")              # {image id: CLASS/NAME.jpg}
-    classes = read_table(root / "classes.txt")           # {class id: name}
+    files = read_table(root, "images.txt")               # {image id: CLASS/NAME.jpg}
+    classes = read_table(root, "classes.txt")            # {class id: name}
     images = root / "images"
     existing = {path.relative_to(images).as_posix() for path in images.glob("*/*")}
     missing = [file for file in files.values() if file not in existing]
     if missing:
         raise layout_error("cub", root, f"images/ lacks {len(missing)} of {len(files)} images of "
                            f"images.txt, such as {missing[0]}", TREES)
-    class_of = dict(read_table(root / "image_class_labels.txt", 1, files).tolist())
-    mark_of = dict(read_table(root / "train_test_split.txt", 1, files).tolist())
-    boxes = [] if full_images else read_table(root / "bounding_boxes.txt", 4, files).tolist()
+    class_of = dict(read_table(root, "image_class_labels.txt", 1, files).tolist())
+    mark_of = dict(read_table(root, "train_test_split.txt", 1, files).tolist())
+    boxes = [] if full_images else read_table(root, "bounding_boxes.txt", 4, files).tolist()
     box_of = {i: box for i, *box in boxes}
     part_names, parts_of = cub_parts(root, files)
     label_of = {key: label for label, key in enumerate(classes)}

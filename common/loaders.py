@@ -1,10 +1,5 @@
 """What a network sees of a data set: views, the order of the samples, loaders; and surveys of the masks.
 
-    view = TrainView(data, size=360, crop=360)                 # random scale, crop, flip and colours
-    loader = train_loader(view, batch_size=8, seed=0, start=0, stop=1000, workers=4, device="cuda")
-    for batch in loader:
-        images, labels = to_device(batch, device, "image", "mask")
-
 All that is random about a training sample comes from torch's CPU generator, with a seed of the sample's own:
 they are the same for any number of workers, and a resumed run goes on with the batches it would have had.
 """
@@ -18,8 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.files import IGNORE
 from common.run import UserError
-from common.transforms import (augment, augment_scribble, normalise, resize_to_short_side, resize_to_square,
-                               seeded)
+from common.transforms import augment, augment_scribble, normalise, resize_whole, seeded
 
 
 class TrainView(Dataset):
@@ -66,8 +60,8 @@ class ScribbleView(TrainView):
 class TestView(Dataset):
     """Whole images: view[i] -> dict(image, mask, index).
 
-    image float32 (3,h,w), normalised, by resize_to_short_side or, with `square`, resize_to_square; mask
-    int64 (H,W) as in the file: resize the logits to it before argmax. UserError for a square of size 0.
+    image float32 (3,h,w), normalised, by resize_whole; mask int64 (H,W) as in the file: resize the logits to
+    it before argmax. UserError for a square of size 0.
     """
     __test__ = False                                     # pytest: this is no test
 
@@ -82,8 +76,8 @@ class TestView(Dataset):
 
     def __getitem__(self, i):
         image, mask = self.data.read(i)
-        resized = (resize_to_square if self.square else resize_to_short_side)(image, self.size)
-        return {"image": normalise(resized), "mask": mask.long(), "index": i}
+        image = normalise(resize_whole(image, self.size, self.square))
+        return {"image": image, "mask": mask.long(), "index": i}
 
 
 # ---- batches and loaders ---------------------------------------------------------------------------------
@@ -198,16 +192,13 @@ def survey_scribbles(data, workers=0):
     """
     counts = torch.stack(list(counts_of_masks(data, workers)))                      # (images,256)
     labels = counts[:, :data.num_classes] > 0                                       # (images,N)
-    example = f", such as {data.paths[0][1]}," if data.paths else ""
-    masks = f"{data.name} {data.split}: all {len(data)} masks{example}"
-    expected = ("a scribble mask holds the class ids along the strokes and 255 at all other pixels, with "
-                "strokes of the background (0) and of the objects")
-    if not labels.any():
-        raise UserError(f"{masks} hold nothing but 255 (unlabelled): {expected}; pass the folder of such "
-                        "masks.")
-    if data.num_classes > 1 and not labels[:, 1:].any():
-        raise UserError(f"{masks} label only class 0, {data.classes[0]}: {expected}; if 0 stands for "
-                        "unlabelled pixels in your files, write 255 there.")
+    objects = labels[:, 1:] if data.num_classes > 1 else labels
+    if not objects.any():
+        content = f"only class 0, {data.classes[0]}" if labels.any() else "nothing but 255 (unlabelled)"
+        example = f", such as {data.paths[0][1]}," if data.paths else ""
+        raise UserError(f"{data.name} {data.split}: all {len(data)} masks{example} hold {content}; scribble "
+                        "masks hold the class ids along the strokes of the background (0) and of the "
+                        "objects: pass the folder of such masks, and write 255 at all other pixels.")
     empty = ~labels.any(1)                                                          # (images,)
     background = labels[:, 0] & ~labels[:, 1:].any(1)
     return {"images": labels.sum(0), "empty": [data.name_of(i) for i in empty.nonzero().flatten().tolist()],

@@ -8,12 +8,12 @@ from tqdm import tqdm
 from common import figures, run
 from common.metrics import ConfusionMatrix
 from common.run import UserError
-from common.transforms import normalise, resize_to_short_side, resize_to_square
+from common.transforms import normalise, resize_whole
 
 
 def network_input(image, size=0, square=False):
     """uint8 (3,H,W) -> normalised (1,3,h,w), resized as a TestView does."""
-    return normalise((resize_to_square if square else resize_to_short_side)(image, size))[None]
+    return normalise(resize_whole(image, size, square))[None]
 
 
 def resized(maps, size, mode="bilinear"):

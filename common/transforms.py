@@ -52,15 +52,11 @@ def fitted_size(height, width, size, ratio=1.0):
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
-def resize_to_short_side(image, size):
-    """uint8 (3,H,W) -> uint8 (3,h,w): short side `size`, long side <= 4 size, aspect kept; 0 = as it is.
-    Bilinear without antialiasing, as OpenCV does it and so as the networks of the papers were scored."""
-    return F.resize(image, fitted_size(*image.shape[1:], size), antialias=False)
-
-
-def resize_to_square(image, size):
-    """uint8 (3,H,W) -> uint8 (3,size,size), whatever the aspect; bilinear without antialiasing."""
-    return F.resize(image, [size, size], antialias=False)
+def resize_whole(image, size, square=False):
+    """uint8 (3,H,W) -> uint8 (3,h,w): short side `size`, long side <= 4 size, aspect kept, 0 = as it is; or,
+    if square, (3,size,size). Bilinear without antialiasing, as OpenCV does it and so as the networks of the
+    papers were scored."""
+    return F.resize(image, [size, size] if square else fitted_size(*image.shape[1:], size), antialias=False)
 
 
 def warp(image, matrix, mirrored=False, upside_down=False):

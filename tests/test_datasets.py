@@ -326,7 +326,7 @@ def test_test_view_keeps_the_mask_at_its_own_size(folder):
     assert sample["image"].shape == (3, 30, 42) and sample["index"] == 1
     assert sample["mask"].dtype == torch.int64 and torch.equal(sample["mask"], mask.long())
     assert torch.equal(loaders.TestView(data, 0)[1]["image"], transforms.normalise(image))
-    narrow = transforms.resize_to_short_side(random_image(10, 100), 32)
+    narrow = transforms.resize_whole(random_image(10, 100), 32)
     assert narrow.shape == (3, 13, 128)                                 # long side <= 4 * 32
 
 

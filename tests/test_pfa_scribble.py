@@ -1467,7 +1467,7 @@ def test_scores_of_the_run_are_its_classifiers_on_the_whole_picture(base, pictur
     run.load_checkpoint(base.out / "classifier.pt", dict(model=net), CPU)
     for name, row in scores_of_run(base.out).items():
         image = read_image(pictures / "images" / "test" / f"{name}.png")
-        x = transforms.normalise(transforms.resize_to_square(image, 32))[None]
+        x = transforms.normalise(transforms.resize_whole(image, 32, square=True))[None]
         with torch.no_grad():
             assert np.allclose(row[1:], net.eval()(x)[0].sigmoid(), atol=1e-6)
         assert np.array_equal(row, classify(net, image, cfg, CPU))
