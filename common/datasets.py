@@ -31,7 +31,7 @@ SPLITS = {
 DATASETS = tuple(SPLITS)
 UNLABELLED = {"ade20k": 0, "cocostuff10k": 0, "camvid": 11}      # unlabelled pixels in the files; else 255
 LABELS = {                                               # value in the files -> id, for other numberings
-    "cityscapes": {c.id: c.train_id for c in Cityscapes.classes if c.id >= 0} | {IGNORE: IGNORE},
+    "cityscapes": {c.id: c.train_id for c in Cityscapes.classes if c.id >= 0} | {255: 255},    # 19 count
     "em": {0: 0, 255: 1},                                # here 255 is a class
 }
 TREES = {                                               # what a reader expects, and where the data come from

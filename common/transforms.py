@@ -37,12 +37,6 @@ def normalise(image):
     return F.normalize(image.float(), MEAN, STD)
 
 
-def denormalise(x):
-    """The way back, for figures: float (3,H,W) -> uint8 (3,H,W)."""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (x.float() * std + mean).round().clamp(0, 255).to(torch.uint8)
-
-
 def fitted_size(height, width, size, ratio=1.0):
     """(height, width) of the largest image of this aspect inside 4 size * ratio and size * ratio (mmcv's
     keep-ratio rule). size = 0: height * ratio, width * ratio."""

@@ -21,6 +21,7 @@ from common import datasets as ds
 from common import files, loaders, toy_scenes, transforms
 from common.run import UserError
 from data import prepare_cocostuff10k as prepare
+from pixels import denormalise
 
 REPO = Path(__file__).parent.parent
 
@@ -109,7 +110,7 @@ def test_resizing_is_bilinear_without_antialiasing_and_nearest_for_masks():
         expected[:, i, j] = ((1 - dy) * ((1 - dx) * a[:, y0, x0] + dx * a[:, y0, x1])
                              + dy * ((1 - dx) * a[:, y1, x0] + dx * a[:, y1, x1]))
     nearest = mask.numpy()[(np.arange(new_h) * h // new_h)[:, None], np.arange(new_w) * w // new_w]
-    got = transforms.denormalise(out)[:, :new_h, :new_w].numpy().astype(float)
+    got = denormalise(out)[:, :new_h, :new_w].numpy().astype(float)
     got_labels = labels[:new_h, :new_w].numpy()
     if (got_labels != nearest).any():                                   # this sample was flipped
         got, got_labels = got[:, :, ::-1], got_labels[:, ::-1]
@@ -176,7 +177,7 @@ def test_image_and_mask_stay_together_and_half_are_flipped():
     for seed in range(100):
         torch.manual_seed(seed)
         x, y = transforms.augment(image, mask, size=0, crop=32, scale=(1.0, 1.0), photometric=False)
-        assert torch.equal(transforms.denormalise(x)[0], y)
+        assert torch.equal(denormalise(x)[0], y)
         windows = mask.unfold(0, 32, 1).unfold(1, 32, 1)                # every upright crop
         flips += not (windows == y).flatten(2).all(2).any()
     assert 30 < flips < 70
@@ -282,7 +283,7 @@ def test_normalise_by_hand_and_back():
     expected = [(0 - 123.675) / 58.395, (124 - 116.28) / 57.12, (255 - 103.53) / 57.375]
     assert transforms.normalise(image).flatten().tolist() == pytest.approx(expected)
     image = random_image(9, 7)
-    assert torch.equal(transforms.denormalise(transforms.normalise(image)), image)
+    assert torch.equal(denormalise(transforms.normalise(image)), image)
 
 
 # ---- views and loaders -----------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def test_square_test_view_ignores_the_aspect(folder):
     sample, (image, mask) = loaders.TestView(data, 33, square=True)[1], data.read(1)
     assert sample["image"].shape == (3, 33, 33) and torch.equal(sample["mask"], mask.long())
     expected = torch.nn.functional.interpolate(image[None].float(), (33, 33), mode="bilinear")[0]
-    assert (transforms.denormalise(sample["image"]).float() - expected).abs().max() <= 1   # from 40 x 56
+    assert (denormalise(sample["image"]).float() - expected).abs().max() <= 1   # from 40 x 56
     assert "--size 0" in message(loaders.TestView, data, 0, square=True)
 
 

@@ -31,6 +31,7 @@ from common import datasets, loaders, run, speed, toy_scenes, transforms
 from common import scaleprotoseg_measures as measures
 from common import tables as tables_module
 from common.files import read_image
+from pixels import denormalise
 from scaleprotoseg import Source, project_prototypes, prune_prototypes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -1310,7 +1311,7 @@ def seen_as(net, clean, noisy=None):
     noisy = clean if noisy is None else noisy
 
     def similarity(x):
-        i = round(transforms.denormalise(x[0].mean((1, 2), keepdim=True)).float().mean().item() / 20)
+        i = round(denormalise(x[0].mean((1, 2), keepdim=True)).float().mean().item() / 20)
         return (noisy if x.std((2, 3)).max() > 0.05 else clean)[i][None]
 
     net.similarity = similarity
@@ -1475,7 +1476,7 @@ def test_equivariance_looks_at_so_many_pictures_evenly_spaced_and_at_objects_of_
     for least_cells, pairs in ((10, 1), (11, 0)):
         found = scaleprotoseg.equivariance(net, Shades(masks), cfg, CPU, least_cells=least_cells)
         assert len(found["0.6"]["pairs"]) == pairs
-    shades = [round(transforms.denormalise(x[0]).float().mean().item() / 20) for x in seen]
+    shades = [round(denormalise(x[0]).float().mean().item() / 20) for x in seen]
     assert shades == [0, 0, 2, 2, 4, 4] * 2                             # each in two sizes
 
 

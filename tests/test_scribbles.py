@@ -19,6 +19,7 @@ from common import loaders, regions, transforms
 from common import strokes as st
 from common.run import UserError
 from data import prepare_scribbles as prepare
+from pixels import denormalise
 
 REPO = Path(__file__).parent.parent
 
@@ -665,7 +666,7 @@ def test_crops_fall_everywhere_and_half_are_flipped():
     for _ in range(300):
         image, _ = transforms.augment_scribble(x.expand(3, 4, 10), x, 0, 4, scale=(1, 1), rotation=0,
                                                blur=False)
-        row = transforms.denormalise(image)[0, 0].tolist()
+        row = denormalise(image)[0, 0].tolist()
         flips += row[0] > row[-1]
         lefts.append(min(row) // 25)
     assert 120 < flips < 180
@@ -677,7 +678,7 @@ def test_image_and_mask_stay_together(tmp_path):
     view = loaders.ScribbleView(folder_of(tmp_path, [mask]), 0, 72, blur=False)
     for seed in range(30):
         sample = view[(0, seed)]
-        value, label = transforms.denormalise(sample["image"])[0].float(), sample["mask"]
+        value, label = denormalise(sample["image"])[0].float(), sample["mask"]
         near = torch.nn.functional.max_pool2d(torch.stack([label, -label]).float()[None], 5, 1)[0]
         alike = torch.nn.functional.pad(near[0] == -near[1], [2, 2, 2, 2])  # no other label within 2 pixels
         inside, outside = alike & (label != 255), alike & (label == 255)
