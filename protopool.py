@@ -431,12 +431,17 @@ def finetune_losses(net, model, slots, labels, others, lam, cfg):
                 l1=cfg.w_l1 * off_class.abs().sum())
 
 
-def train_step(optimizer, losses):
-    """One step down the sum of the losses {name: scalar}; returns them detached, on the device."""
+def update(optimizer, losses):
+    """One step down the sum of the losses; returns them detached, on the device."""
     optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
     optimizer.step()
     return {name: value.detach() for name, value in losses.items()}
+
+
+def train_step(model, optimizer, x, labels, tau, cfg):
+    """One iteration up to the projection; returns the terms of the loss."""
+    return update(optimizer, losses_of(model, x, labels, tau, cfg))
 
 
 def build_optimizer(net, phase, cfg, device):
@@ -590,10 +595,9 @@ def train_phase(net, phase, sets, progress, cfg, machine):
         net.backbone.train(not frozen)                               # [D16]
         for _ in tqdm(range(steps), desc=phase, leave=False, disable=machine.quiet):
             if finetune:
-                losses = finetune_losses(net, model, *next(batches), cfg)
+                log.add(update(optimizer, finetune_losses(net, model, *next(batches), cfg)))
             else:
-                losses = losses_of(model, *next(batches), tau, cfg)
-            log.add(train_step(optimizer, losses))
+                log.add(train_step(model, optimizer, *next(batches), tau, cfg))
         run.share_buffers(net)
         score = evaluate(net, val_loader, machine.device)
         progress |= dict(epoch=progress["epoch"] + 1, iteration=progress["iteration"] + steps)
@@ -702,11 +706,9 @@ def announce(net, sets, progress, cfg, machine):
         return
     optimizer, _ = build_optimizer(net.train(), "joint", cfg, machine.device)
     tau = temperature_of("joint", 0, cfg)
-
-    def step(batch):
-        train_step(optimizer, losses_of(net, *to_device(batch, machine.device), tau, cfg))
-    speed.announce(step, training_view(sets, cfg, augment), dict(model=net, optimizer=optimizer),
-                   epochs * steps, epochs * len(sets["val"]), cfg, machine)
+    speed.announce(lambda batch: train_step(net, optimizer, *to_device(batch, machine.device), tau, cfg),
+                   training_view(sets, cfg, augment), dict(model=net, optimizer=optimizer), epochs * steps,
+                   epochs * len(sets["val"]), cfg, machine)
 
 
 def report(net, sets, progress, cfg, machine):

@@ -164,13 +164,7 @@ def make_config(Config, presets, preset="toy", **flags):
     cfg = Config(**{**presets[preset], **flags, "preset": preset})
     if not cfg.out:
         cfg.out = f"runs/{Path(sys.argv[0]).stem or 'run'}-{preset}"
-    for f in fields(Config):
-        if f.type is list:                                 # from Python, numbers may come as text
-            each, values = f.metadata["each"], getattr(cfg, f.name)
-            try:
-                setattr(cfg, f.name, [each(value) for value in values])
-            except (TypeError, ValueError):
-                raise UserError(f"{flag_of(f.name)} {values}: must be a list of {each.__name__}.") from None
+    _read_lists(cfg)
     check_options(cfg)
     for f in fields(Config):                               # the only place that multiplies by --schedule
         value = getattr(cfg, f.name)
@@ -179,13 +173,26 @@ def make_config(Config, presets, preset="toy", **flags):
     return cfg
 
 
+def _read_lists(cfg):
+    """Values of list options become what their option says: from Python, numbers may come as text."""
+    for f in fields(cfg):
+        if f.type is list:
+            each, values = f.metadata["each"], getattr(cfg, f.name)
+            try:
+                setattr(cfg, f.name, [each(value) for value in values])
+            except (TypeError, ValueError):
+                raise UserError(f"{flag_of(f.name)} {values}: must be a list of {each.__name__}.") from None
+
+
 def read_config(Config, out):
     """The settings of the run in the folder `out`; UserError if there is none of this script."""
     path = Path(out) / "config.json"
     saved = read_json(path, f"{out} holds no run (no config.json): train first, or pass a run's folder.")
     if not isinstance(saved, dict) or set(saved) - {f.name for f in fields(Config)}:
         raise UserError(f"{path} is not a config of this script: pass the folder of a run of this script.")
-    return Config(**saved)
+    cfg = Config(**saved)
+    _read_lists(cfg)                                   # a run of an earlier version has numbers as text
+    return cfg
 
 
 def _config_of_run(cfg, given):

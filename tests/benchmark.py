@@ -62,8 +62,7 @@ def protopool_steps(device, batch_size):
         net.last_layer.requires_grad_(plain)                           # as in the joint phase
         optimizer, _ = protopool.build_optimizer(net, "joint", cfg, device)
         tau = protopool.temperature(10)
-        steps.append(lambda net=net, optimizer=optimizer: protopool.train_step(
-            optimizer, protopool.losses_of(net, x, labels, tau, cfg)))
+        steps.append(lambda net=net, optimizer=optimizer: protopool.train_step(net, optimizer, x, labels, tau, cfg))
     return "protopool", "ResNet-34, 224x224", steps
 
 

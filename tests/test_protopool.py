@@ -487,7 +487,7 @@ def test_a_step_trains_what_it_should_and_reports_its_terms():
     optimizer, _ = protopool.build_optimizer(net, "joint", cfg, CPU)
     before = {k: v.detach().clone() for k, v in net.named_parameters()}
     x, labels = torch.randn(1, 3, 32, 32), torch.tensor([2])
-    terms = protopool.train_step(optimizer, protopool.losses_of(net.train(), x, labels, 0.5, cfg))
+    terms = protopool.train_step(net.train(), optimizer, x, labels, 0.5, cfg)
     assert set(terms) == {"ce", "cluster", "separation", "orth"} and terms["separation"] < 0
     assert not any(v.requires_grad for v in terms.values())
     still = {k for k, v in net.named_parameters() if torch.equal(v, before[k])}
@@ -1323,10 +1323,10 @@ def test_gpu_a_training_step_never_waits_for_the_device(reading):
     x, labels = torch.randn(6, 3, 32, 32).to(device), torch.tensor([0, 1, 2, 0, 1, 2]).to(device)
     net.train()
     for _ in range(3):                                                  # first calls: kernels load
-        protopool.train_step(optimizer, protopool.losses_of(net, x, labels, 0.5, cfg))
+        protopool.train_step(net, optimizer, x, labels, 0.5, cfg)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        terms = protopool.train_step(optimizer, protopool.losses_of(net, x, labels, 0.5, cfg))
+        terms = protopool.train_step(net, optimizer, x, labels, 0.5, cfg)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(v.is_cuda and math.isfinite(v) for v in terms.values())
