@@ -411,22 +411,6 @@ def penalty_loss(rows):
     return (cosine.square().sum() - len(rows)) / (len(rows) * (len(rows) - 1))
 
 
-def losses_of(model, net, x, labels, cfg):
-    """The terms of Eq. (7), scalars to be summed, and features (B,C,h,w); x (B,3,H,W), labels (B,H,W)."""
-    prototypes = net.classifier.class_vectors()                        # (N,C)
-    with run.autocast(x.device, cfg.amp):
-        logits, features, aux_logits = model(x)
-    losses = dict(ce=pixel_loss(logits, labels))
-    if aux_logits is not None:
-        losses["aux"] = 0.4 * pixel_loss(aux_logits, labels)           # mmsegmentation's auxiliary head
-    if cfg.w_centroid or cfg.w_category:
-        losses["occl"] = occl_loss(features, labels, prototypes, cfg.w_centroid, cfg.w_category, cfg.tau,
-                                   cfg.views)
-    if cfg.classifier == "penalty":
-        losses["penalty"] = 0.01 * penalty_loss(prototypes)            # 0.01: Sec. 4.3
-    return losses, features.detach()
-
-
 def update_by_ema(classifier, features, labels, cfg):
     """Table 4 "EMA": the prototypes step towards this batch's Category Centroids, over all processes."""
     num_classes = len(classifier.prototypes)
@@ -441,14 +425,27 @@ def update_by_ema(classifier, features, labels, cfg):
 
 
 def train_step(model, net, optimizer, scheduler, x, labels, cfg):
-    """One iteration -> the terms of Eq. (7), detached, on the device. model: net, or DDP around net."""
-    losses, features = losses_of(model, net, x, labels, cfg)
+    """One iteration on x (B,3,H,W), labels (B,H,W) -> the terms of Eq. (7), detached, on the device.
+
+    model: net, or DDP around net.
+    """
+    prototypes = net.classifier.class_vectors()                        # (N,C)
+    with run.autocast(x.device, cfg.amp):
+        logits, features, aux_logits = model(x)                        # (B,N,h,w), (B,C,h,w)
+    losses = dict(ce=pixel_loss(logits, labels))
+    if aux_logits is not None:
+        losses["aux"] = 0.4 * pixel_loss(aux_logits, labels)           # mmsegmentation's auxiliary head
+    if cfg.w_centroid or cfg.w_category:
+        losses["occl"] = occl_loss(features, labels, prototypes, cfg.w_centroid, cfg.w_category, cfg.tau,
+                                   cfg.views)
+    if cfg.classifier == "penalty":
+        losses["penalty"] = 0.01 * penalty_loss(prototypes)            # 0.01: Sec. 4.3
     optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()                                    # Eq. (7)
     optimizer.step()
     scheduler.step()
     if cfg.classifier == "ema":
-        update_by_ema(net.classifier, features, labels, cfg)
+        update_by_ema(net.classifier, features.detach(), labels, cfg)
     return {name: value.detach() for name, value in losses.items()}
 
 
@@ -464,38 +461,27 @@ def build_optimizer(net, cfg, device):
 
 # ---- training --------------------------------------------------------------------------------------------
 
-def prepare(cfg, train_set, machine):
-    """Model, optimizer and scheduler as a dict, and the progress so far: new, or of the run that is resumed.
-
-    Makes the run folder once the network stands, so that a mistake in the options leaves nothing behind.
-    """
+def train(cfg, machine):
+    """Train, evaluate, draw. The first process returns what metrics.json holds, the others None."""
+    splits = (cfg.train_split, cfg.val_split, cfg.test_split)
+    train_set, val_set, test_set = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in splits)
     checkpoint = Path(cfg.out) / "last.pt"
     resuming = cfg.resume and checkpoint.exists()                      # if none was saved yet, begin anew
-    torch.manual_seed(cfg.seed)
     if resuming:
         run.read_progress(cfg.out, classes=train_set.classes)          # the data must still have its classes
-        net = build_model(cfg, train_set.num_classes)
-    else:
-        rows = initial_rows(cfg, train_set, machine.device)
-        torch.manual_seed(cfg.seed)                                    # the random layers that the rows saw
-        net = build_model(cfg, train_set.num_classes, cfg.weights, rows)
-    run.start_run(cfg, machine)
+    torch.manual_seed(cfg.seed)
+    rows = None if resuming else initial_rows(cfg, train_set, machine.device)
+    torch.manual_seed(cfg.seed)                                        # the random layers that the rows saw
+    net = build_model(cfg, train_set.num_classes, "none" if resuming else cfg.weights, rows)
+    run.start_run(cfg, machine)                                        # options that fail leave no folder
     net = net.to(machine.device, memory_format=torch.channels_last)
     optimizer = build_optimizer(net, cfg, machine.device)
     scheduler = run.poly_schedule(optimizer, cfg.iterations, cfg.power, cfg.floor, cfg.warmup)
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     torch.manual_seed(cfg.seed + 1 + machine.rank)                     # dropout differs between processes
+    progress = dict(iteration=0, seconds=0.0, classes=train_set.classes, log=[], sums={})
     if resuming:
-        return parts, run.load_checkpoint(checkpoint, parts, machine.device)
-    return parts, dict(iteration=0, seconds=0.0, classes=train_set.classes, log=[], sums={})
-
-
-def train(cfg, machine):
-    """Train, evaluate, draw. The first process returns what metrics.json holds, the others None."""
-    splits = (cfg.train_split, cfg.val_split, cfg.test_split)
-    train_set, val_set, test_set = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in splits)
-    parts, progress = prepare(cfg, train_set, machine)
-    net, optimizer, scheduler = parts["model"], parts["optimizer"], parts["scheduler"]
+        progress = run.load_checkpoint(checkpoint, parts, machine.device)
     model = run.distribute(net, machine).train()                       # with one process: net itself
     start = progress["iteration"]
     samples = TrainView(train_set, cfg.size, cfg.crop)                 # random scale, crop, flip, colours
@@ -624,14 +610,6 @@ def load_run(cfg, device, classes=None):
     return net.eval(), progress
 
 
-def evaluate_run(cfg, machine):
-    """--eval-only: OUT/last.pt on --test-split, into metrics.json and figures/ again."""
-    splits = (cfg.train_split, cfg.test_split)
-    train_set, test_set = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in splits)
-    net, progress = load_run(cfg, machine.device, test_set.classes)
-    return report(net, cfg, train_set, test_set, progress, machine)
-
-
 def predict_image(net, image, cfg, device):
     """uint8 (3,H,W) -> class ids (H,W) uint8 on the CPU."""
     x = segmentation.network_input(image, cfg.size).to(device)
@@ -738,7 +716,10 @@ def main(cfg):
     if cfg.table:
         return run_table(cfg, machine)
     if cfg.eval_only:
-        return evaluate_run(cfg, machine)
+        splits = (cfg.train_split, cfg.test_split)
+        train_set, test_set = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in splits)
+        net, progress = load_run(cfg, machine.device, test_set.classes)
+        return report(net, cfg, train_set, test_set, progress, machine)
     for task, asked in ((profile, cfg.profile), (predict, cfg.predict)):
         if asked:                                                      # the first process does it alone
             return None if machine.rank else task(cfg, machine.device)

@@ -1,18 +1,6 @@
 """Run plumbing for the four scripts: options, device and processes, run folder, checkpoints, log, schedule.
 
-Nothing here belongs to one of the papers. A script uses it in this order:
-
-    cfg = parse_config(Config, PRESETS)                # dataclass + presets + flags
-    machine = setup(cfg.device, cfg.seed)              # also joins the other processes under torchrun
-    start_run(cfg, machine)                            # run folder with config.json
-    log = Log(cfg.out, progress, machine)
-    for each iteration:
-        log.add(losses)                                # sums on the device: a step never waits for it
-        if due(iteration, cfg.eval_every, total):
-            log.row("iteration 200", before={"iteration": 200}, after=rates, text="val mIoU 31.3")
-        if due(iteration, cfg.save_every, total):
-            log.save("last.pt", parts, iteration=iteration)
-    write_json(out / "metrics.json", rates | facts(cfg, net, progress, machine))
+Nothing here belongs to one of the papers, and the loop is each script's own: see its train().
 """
 
 import argparse
@@ -105,18 +93,14 @@ def check_options(cfg):
         value, about, flag = getattr(cfg, f.name), f.metadata, flag_of(f.name)
         if about["choices"] and value not in about["choices"]:
             raise UserError(f"{flag} {value}: choose one of {', '.join(map(str, about['choices']))}.")
-        limits = {name: about[name] for name in LIMITS if about[name] is not None}
+        limits = [(*LIMITS[name], about[name]) for name in LIMITS if about[name] is not None]
         if value is None or not limits:
             continue
         numbers = value if f.type is list else [value]
-        shown = " ".join(map(str, numbers))
-        if not all(map(math.isfinite, numbers)):
-            raise UserError(f"{flag} {shown}: must be a finite number.")
-        for name, limit in limits.items():
-            if not all(LIMITS[name][1](number, limit) for number in numbers):
-                words = " and ".join(LIMITS[name][0].format(limit) for name, limit in limits.items())
-                must = "must not be negative" if words == "0 or more" else f"must be {words}"
-                raise UserError(f"{flag} {shown}: {must}.")
+        for number in numbers:
+            if not (math.isfinite(number) and all(fits(number, limit) for _, fits, limit in limits)):
+                words = " and ".join(text.format(limit) for text, _, limit in limits)
+                raise UserError(f"{flag} {' '.join(map(str, numbers))}: must be {words}, and finite.")
     if cfg.seeds > 1 and not (getattr(cfg, "table", 0) or getattr(cfg, "figure", 0)):
         raise UserError(f"--seeds {cfg.seeds}: goes with --table; a single run has one --seed.")
 
@@ -190,7 +174,7 @@ def make_config(Config, presets, preset="toy", **flags):
 
 
 def _read_lists(cfg):
-    """Values of list options become what their option says: numbers may come as text."""
+    """Values of list options become what their option says: from Python, numbers may come as text."""
     for f in fields(cfg):
         if f.type is list:
             each, values = f.metadata["each"], getattr(cfg, f.name)
@@ -207,7 +191,7 @@ def read_config(Config, out):
     if not isinstance(saved, dict) or set(saved) - {f.name for f in fields(Config)}:
         raise UserError(f"{path} is not a config of this script: pass the folder of a run of this script.")
     cfg = Config(**saved)
-    _read_lists(cfg)
+    _read_lists(cfg)                                   # a run of an earlier version has numbers as text
     return cfg
 
 
@@ -292,11 +276,9 @@ def distribute(model, machine):
     """DistributedDataParallel around the model; on CUDA batch norm is synchronised."""
     if machine.world == 1:
         return model
-    cuda = machine.device.type == "cuda"
-    if cuda:
+    if machine.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(                  # buffers: see share_buffers
-        model, device_ids=[machine.device.index] if cuda else None, broadcast_buffers=False)
+    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)   # see share_buffers
 
 
 def share_buffers(model):
@@ -324,7 +306,7 @@ KEPT = re.compile(r"rows|previous-\d+")                                 # what a
 
 
 def start_run(cfg, machine):
-    """Make the run folder and write config.json; returns the folder.
+    """Make the run folder and write config.json.
 
     What an earlier run left there is moved to OUT/previous-1, -2, ..., all but rows/ and earlier previous-N.
     UserError: the folder cannot be made, or it is the one that is worked in.
@@ -349,7 +331,6 @@ def start_run(cfg, machine):
         write_json(out / "config.json", asdict(cfg))
     if dist.is_initialized():
         dist.barrier()
-    return out
 
 
 def write_json(path, value):
@@ -435,9 +416,7 @@ def load_checkpoint(path, parts, device):
         try:
             part.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError) as error:
-            lines = str(error).strip().splitlines()
-            raise UserError(f"{path} does not fit this {name} "
-                            f"({lines[min(1, len(lines) - 1)].strip()[:200]}): "
+            raise UserError(f"{path} does not fit this {name} ({' '.join(str(error).split())[:200]}): "
                             "it comes from a run with other options; use that run's config.json.") from None
     rank = dist.get_rank() if dist.is_initialized() else 0
     set_rng_state(saved["rng"][min(rank, len(saved["rng"]) - 1)])
@@ -457,15 +436,11 @@ def read_progress(out, keys=(), classes=None):
 
 def check_classes(known, classes, out):
     """UserError if the run in the folder `out` knows other classes than the data have; lists of names."""
-    known, classes = list(known), list(classes)
-    if known == classes:
-        return
-    both = min(len(known), len(classes))
-    differing = [c for c in range(both) if known[c] != classes[c]]
-    c = differing[0] if differing else both
-    theirs, ours = (names[c] if c < len(names) else "none" for names in (known, classes))
-    raise UserError(f"the run in {out} knows {len(known)} classes, but the data have {len(classes)}; class "
-                    f"{c} is {theirs} there and {ours} here: pass the --data of that run, or another run.")
+    for c, (theirs, ours) in enumerate(itertools.zip_longest(known, classes)):
+        if theirs != ours:
+            raise UserError(f"the run in {out} knows {len(known)} classes, but the data have "
+                            f"{len(classes)}; class {c} is {theirs} there and {ours} here: pass the --data of "
+                            "that run, or another run.")
 
 
 # ---- log -------------------------------------------------------------------------------------------------
@@ -532,10 +507,9 @@ def facts(cfg, net, progress, machine, *options):
     """What metrics.json tells of every run beside its rates; options: further ones to name, as "method"."""
     told = {name: getattr(cfg, name) for name in ("preset", "seed", *options)}
     evaluated = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["evaluation"]}
-    parameters = sum(p.numel() for p in net.parameters())
-    seconds = round(progress["seconds"], 1)
-    return told | dict(evaluated=evaluated, seconds=seconds, device=machine.device.type,
-                       processes=machine.world, parameters=parameters)
+    return told | dict(evaluated=evaluated, seconds=round(progress["seconds"], 1),
+                       device=machine.device.type, processes=machine.world,
+                       parameters=sum(p.numel() for p in net.parameters()))
 
 
 # ---- learning rate, time ---------------------------------------------------------------------------------

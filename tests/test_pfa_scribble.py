@@ -2152,7 +2152,7 @@ SHARES = "scribble-shrink momentum top-fraction score-threshold".split()
 @pytest.mark.parametrize("argv, words", [
     *[([f"--{name}", 0], [f"--{name} 0", "above 0"]) for name in BELOW],
     (["--lr", -1], ["--lr -1", "above 0"]), (["--crop", 0], ["--crop 0", "32 or more"]),
-    *[([f"--{name}", -1], [f"--{name} -1", "negative"]) for name in NEGATIVE],
+    *[([f"--{name}", -1], [f"--{name} -1", "0 or more"]) for name in NEGATIVE],
     *[([f"--{name}", value], [f"--{name} {value}", "0 or more and at most 1"]) for name in SHARES
       for value in (-0.1, 1.5)],
     *[(["--scribble-drop", value], [f"--scribble-drop {value}", "below 1"]) for value in (-0.1, 1, 1.5)],

@@ -1576,7 +1576,7 @@ QUICK = flags_of({**TINY, **ONE_EACH})
 
 @pytest.mark.parametrize("argv, words", [
     *[([f"--{name}", 0], [f"--{name} 0", "above 0"]) for name in BELOW],
-    *[([f"--{name}", -1], [f"--{name} -1", "negative"]) for name in NEGATIVE],
+    *[([f"--{name}", -1], [f"--{name} -1", "0 or more"]) for name in NEGATIVE],
     (["--scale-min", 1.5, "--scale-max", 0.5], ["--scale-max 0.5", "--scale-min 1.5"]),
     (["--threshold", 1], ["--threshold 1.0"]), (["--threshold", -0.1], ["--threshold -0.1"]),
     (["--rates", 2, 1], ["--rates 2 1"]), (["--rates", 1, 1], ["--rates 1 1"]),
