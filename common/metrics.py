@@ -136,8 +136,7 @@ def part_shares(inside, similarity, most=10):
 
 def part_consistency(inside, visible, own, share=0.8):
     """Percent of prototypes whose region holds one and the same part in at least `share` of the images where
-    that part is visible, among the images own (N,M) bool of its own classes (Huang et al., ICCV 2023).
-    """
+    that part is visible, among the images own (N,M) bool of its own classes (Huang et al., ICCV 2023)."""
     shown = (own[..., None] & visible[:, None]).sum(0)               # (M,P) images
     rates = (own[..., None] & inside).sum(0) / shown.clamp(min=1)
     return 100 * (rates.amax(1) >= share).float().mean().item()

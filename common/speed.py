@@ -99,11 +99,9 @@ def cost_of_model(parts, train_step, predict, num_classes, cfg, device):
 
 def report_costs(costs, cfg, device):
     """{name: what cost_of_model returns} -> a table on the screen, and OUT/profile.json."""
-    rows = []
-    for name, cost in costs.items():
-        rows.append([name, f"{cost['parameters'] / 1e6:.3f}", f"{cost['gflops']:.1f}",
-                     cell_text([cost["training_gib"]], 2), f"{cost['training_images_per_second']:.1f}",
-                     f"{cost['inference_images_per_second']:.1f}"])
+    rows = [[name, f"{cost['parameters'] / 1e6:.3f}", f"{cost['gflops']:.1f}",
+             cell_text([cost["training_gib"]], 2), f"{cost['training_images_per_second']:.1f}",
+             f"{cost['inference_images_per_second']:.1f}"] for name, cost in costs.items()]
     print(markdown(["model", "parameters, M", "GFLOPs", "training, GiB", "training, images/s",
                     "inference, images/s"], rows))
     about = dict(preset=cfg.preset, device=device.type, crop=cfg.crop, batch_size=cfg.batch_size)
