@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.data import BatchSampler
 
 from common.images import CleanView, TrainView, open_images
 from common.loaders import make_loader, to_device, train_loader
@@ -29,9 +30,7 @@ def clean_loader(data, cfg, device, rank=0, world=1):
 
     Every batch has cfg.batch_size images, but the last may be smaller; rank r of w gets the images r::w.
     """
-    indices = range(rank, len(data), world)
-    starts = range(0, len(indices), cfg.batch_size)
-    batches = [list(indices[start:start + cfg.batch_size]) for start in starts]
+    batches = BatchSampler(range(rank, len(data), world), cfg.batch_size, drop_last=False)
     return make_loader(CleanView(data, cfg.size), batches, cfg.workers, device)
 
 

@@ -1,8 +1,5 @@
 """Which classes are in an image? A classifier trained on the classes of the strokes, and files of scores.
 
-    scores = scores_of_classifier(cfg, train_set, test_set, machine)    # {image name: scores (N,)}
-    scores = read_scores("scores.npz", names, num_classes)              # the same from one of yours
-
 It stands in for Q2L and MCAR, which PFA asks at test time (A.2, Table 4). Scores are float32 between 0 and
 1, one a class; that of the background, class 0, is 1.
 """
@@ -15,12 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common import run
 from common.backbones import EXTRACTORS, build_extractor
-from common.loaders import to_device, train_loader
+from common.loaders import TestView, to_device, train_loader
 from common.metrics import mean_average_precision
 from common.run import RunConfig, UserError, opt
 from common.transforms import normalise, resize_whole
@@ -93,28 +89,21 @@ def scores_quality(scores, data, learned):
     """mAP of the scores against the classes of the labels (Table 4), over the classes learned (N,) bool."""
     rows = torch.stack([scores[data.name_of(i)] for i in range(len(data))])
     truth = torch.stack([labelled_classes(data.read_mask(i), data.num_classes) for i in range(len(data))])
-    columns = learned.cpu().clone()
-    columns[0] = False                                   # the background
-    return mean_average_precision(rows[:, columns], truth[:, columns])
+    known = learned[1:].cpu()                            # without the background
+    return mean_average_precision(rows[:, 1:][:, known], truth[:, 1:][:, known])
 
 
 # ---- the classifier --------------------------------------------------------------------------------------
 
-class ImageLabels(Dataset):
-    """Square images, classes of their strokes: view[(index, sample_seed)] -> dict(image, classes (N,))."""
-
-    def __init__(self, data, size):
-        self.data, self.size = data, size
-
-    def __len__(self):
-        return len(self.data)
+class ImageLabels(TestView):
+    """Images, classes of their strokes: view[(index, sample_seed)] -> dict(image, classes (N,)).
+    With `square`, as the classifier wants them. Half of the seeds flip the image."""
 
     def __getitem__(self, key):
         index, sample_seed = key
-        image, mask = self.data.read(index)
-        image = normalise(resize_whole(image, self.size, square=True))
-        image = image.flip(2) if sample_seed % 2 else image
-        return {"image": image, "classes": labelled_classes(mask, self.data.num_classes)}
+        sample = super().__getitem__(index)
+        image = sample["image"].flip(2) if sample_seed % 2 else sample["image"]
+        return {"image": image, "classes": labelled_classes(sample["mask"], self.data.num_classes)}
 
 
 def build_classifier(cfg, num_classes, weights="none"):
@@ -139,8 +128,9 @@ def train_classifier(cfg, data, machine):
     scheduler = run.poly_schedule(optimizer, max(1, cfg.classifier_iterations))
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     start = run.load_checkpoint(path, parts, device)["iteration"] if resumes else 0
-    loader = train_loader(ImageLabels(data, cfg.classifier_size), cfg.batch_size, cfg.seed, start,
-                          cfg.classifier_iterations, cfg.workers, *machine)
+    view = ImageLabels(data, cfg.classifier_size, square=True)
+    loader = train_loader(view, cfg.batch_size, cfg.seed, start, cfg.classifier_iterations, cfg.workers,
+                          *machine)
     bar = tqdm(loader, total=cfg.classifier_iterations, initial=start, desc="classifier", leave=False,
                disable=machine.quiet)
     for iteration, batch in enumerate(bar, start + 1):

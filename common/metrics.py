@@ -1,11 +1,6 @@
 """Scores: segmentation from one confusion matrix over a whole split (the protocol of mmsegmentation), mAP of
 several labels an image, and whether the regions that prototypes point at hold the same part.
 
-    matrix = ConfusionMatrix(num_classes, device)
-    for each batch: matrix.update(labels, logits.argmax(1))   # logits already at the label's own size
-    matrix.all_reduce()                                       # several processes: sum their counts
-    result = matrix.summary()                                 # percent
-
 With T = labelled pixels of a class, P = pixels predicted as it, TP = pixels that are both:
     IoU = TP / (T + P - TP)        acc = TP / T        F1 = 2 TP / (T + P)
 mIoU and mAcc are means over the classes for which the ratio exists: a class in neither the labels nor the
@@ -18,10 +13,9 @@ import torch.nn.functional as F
 
 
 class ConfusionMatrix:
-    """Counts in `matrix`: (N,N) int64 on the device, row = label, column = prediction."""
+    """Counts in `matrix`: (N,N) int64 on the device, row = label, column = prediction. N is at most 255."""
 
     def __init__(self, num_classes, device="cpu"):
-        self.num_classes = num_classes                              # N, at most 255: id 255 means ignore
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
         self.finished = False                                       # True once all_reduce was called
 
@@ -37,7 +31,7 @@ class ConfusionMatrix:
                              "differ in shape: resize the logits to the label's size before argmax")
         if self.finished:
             raise RuntimeError("update after all_reduce: start a new ConfusionMatrix for another split")
-        N = self.num_classes
+        N = len(self.matrix)
         # One bin per (label, prediction) pair and one more for the ignored pixels, dropped below. A boolean
         # index or bincount would make a GPU wait for the size of the result.
         pair = torch.where(labels == 255, N * N, labels.long() * N + predictions.long()).flatten()
@@ -142,8 +136,7 @@ def part_shares(inside, similarity, most=10):
 
 def part_consistency(inside, visible, own, share=0.8):
     """Percent of prototypes whose region holds one and the same part in at least `share` of the images where
-    that part is visible, among the images own (N,M) bool of its own classes (Huang et al., ICCV 2023).
-    """
+    that part is visible, among the images own (N,M) bool of its own classes (Huang et al., ICCV 2023)."""
     shown = (own[..., None] & visible[:, None]).sum(0)               # (M,P) images
     rates = (own[..., None] & inside).sum(0) / shown.clamp(min=1)
     return 100 * (rates.amax(1) >= share).float().mean().item()

@@ -9,7 +9,7 @@ from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.run import duration, rng_state, set_rng_state, write_json
-from common.tables import markdown
+from common.tables import cell_text, markdown
 
 
 def synchronize(device):
@@ -99,12 +99,9 @@ def cost_of_model(parts, train_step, predict, num_classes, cfg, device):
 
 def report_costs(costs, cfg, device):
     """{name: what cost_of_model returns} -> a table on the screen, and OUT/profile.json."""
-    rows = []
-    for name, cost in costs.items():
-        memory = "-" if cost["training_gib"] is None else f"{cost['training_gib']:.2f}"
-        speeds = [cost["training_images_per_second"], cost["inference_images_per_second"]]
-        rows.append([name, f"{cost['parameters'] / 1e6:.3f}", f"{cost['gflops']:.1f}", memory,
-                     *(f"{speed:.1f}" for speed in speeds)])
+    rows = [[name, f"{cost['parameters'] / 1e6:.3f}", f"{cost['gflops']:.1f}",
+             cell_text([cost["training_gib"]], 2), f"{cost['training_images_per_second']:.1f}",
+             f"{cost['inference_images_per_second']:.1f}"] for name, cost in costs.items()]
     print(markdown(["model", "parameters, M", "GFLOPs", "training, GiB", "training, images/s",
                     "inference, images/s"], rows))
     about = dict(preset=cfg.preset, device=device.type, crop=cfg.crop, batch_size=cfg.batch_size)

@@ -2,7 +2,6 @@
 
 A stroke as a line is (class id, points float (n,2)): x and y in pixels, (0, 0) is the centre of the first.
 Drawn scribbles are a map uint8 (H,W): class ids along the strokes, 255 = unlabelled.
-The command line is data/prepare_scribbles.py.
 """
 from xml.etree import ElementTree
 
@@ -35,8 +34,7 @@ def read_strokes(path):
     try:
         root = ElementTree.parse(path).getroot()
         if root.find("size") is None or root.find("object") is not None:
-            raise ValueError("it has no <size>" if root.find("size") is None else
-                             "it describes boxes, <object>, and not strokes, <polygon>")
+            raise ValueError("it has no <size>, or describes boxes, <object>, and not strokes, <polygon>")
         width, height = (int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
         drawn = [(stroke.findtext("tag", "").strip(),
                   np.array([[float(point[0].text), float(point[1].text)] for point in stroke.iter("point")]))
@@ -118,11 +116,11 @@ def extreme(regions, values):
     pixels = np.flatnonzero(regions)
     number = regions.ravel()[pixels]
     order = np.lexsort((values.ravel()[pixels], number))
-    return pixels[order[np.append(np.flatnonzero(np.diff(number[order])), len(order) - 1)]]
+    return pixels[order[np.diff(number[order], append=0) != 0]]                    # the last of each number
 
 
-def ends_and_middle(strokes):
-    """Stroke numbers 1..K (H,W) -> length float (K,), flat index (K,) of the pixel in the middle of each.
+def shrunk(strokes, shrink):
+    """Stroke numbers 1..K (H,W) -> bool (H,W): the pixels that are left of them, around their middles.
 
     From any pixel the farthest is one end, and from there the farthest is the other. In the middle the way
     to the farther end is shortest; among the pixels across the stroke one inside is taken, not at its rim.
@@ -133,13 +131,8 @@ def ends_and_middle(strokes):
     other = extreme(strokes, from_one)
     from_other = geodesic_distance(strokes, other)
     inside = 0.5 * depth_inside(strokes) - np.maximum(from_one, from_other)
-    return from_one.ravel()[other], extreme(strokes, inside)
-
-
-def shrunk(strokes, shrink):
-    """Stroke numbers 1..K (H,W) -> bool (H,W): the pixels that are left of them."""
-    length, middle = ends_and_middle(strokes)
-    way = geodesic_distance(strokes, middle)                                                        # (H,W)
+    length = from_one.ravel()[other]                                                                # (K,)
+    way = geodesic_distance(strokes, extreme(strokes, inside))                     # (H,W) from the middle
     area = np.bincount(strokes.ravel())[1:]
     reach = np.maximum((1 - shrink) * way.ravel()[extreme(strokes, way)], area / (length + 1) / 2)  # (K,)
     return (way <= np.append(0, reach)[strokes]) & (strokes > 0)
@@ -205,11 +198,9 @@ def middle_lines(rng, regions, depth):
     """
     if not regions.any():
         return {}
-    pieces = connected_components(regions)               # a region may fall apart on a coarser grid:
-    best = np.zeros(pieces.max() + 1, bool)              # only the piece with its deepest pixel counts
-    best[pieces.ravel()[extreme(regions, depth)]] = True
-    regions = np.where(best[pieces], regions, 0)
     deepest = extreme(regions, depth)
+    pieces = connected_components(regions)               # a region may fall apart on a coarser grid:
+    regions = np.where(np.isin(pieces, pieces.ravel()[deepest]), regions, 0)       # its deepest piece counts
     numbers = regions.ravel()[deepest]
     limit = np.zeros(regions.max() + 1)
     limit[numbers] = 0.3 * depth.ravel()[deepest]
@@ -230,9 +221,8 @@ def middle_lines(rng, regions, depth):
 
 def smooth(points, reach=3):
     """Polyline (n,2) -> (n,2): each point the mean of itself and `reach` points on both sides; ends stay."""
-    padded = np.concatenate([points[:1].repeat(reach, 0), points, points[-1:].repeat(reach, 0)])
-    sums = np.cumsum(np.concatenate([np.zeros((1, 2)), padded]), axis=0)
-    means = (sums[2 * reach + 1:] - sums[:-2 * reach - 1]) / (2 * reach + 1)
+    padded = np.pad(points, ((reach, reach), (0, 0)), mode="edge")
+    means = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=0).mean(2)
     return np.concatenate([points[:1], means[1:-1], points[-1:]]) if len(points) > 1 else points
 
 
@@ -249,8 +239,6 @@ def scribbles_from_mask(mask, seed=0, thickness=None):
     large = np.bincount(regions.ravel()) >= max(MIN_PIXELS, MIN_SHARE * mask.size)
     regions = np.where(large[regions], regions, 0)
     scribbles = np.full(mask.shape, UNLABELLED, np.uint8)
-    if not regions.any():
-        return scribbles
     depth, stride = depth_inside(regions), -(-max(mask.shape) // 128)   # lines are found on every n-th pixel
     middle = stride // 2
     lines = middle_lines(rng, regions[middle::stride, middle::stride], depth[middle::stride, middle::stride])

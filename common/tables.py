@@ -1,10 +1,5 @@
 """Ablation tables: a table is data (rows, columns, the paper's numbers), and this file trains and prints it.
 
-    modules = Table("Table 3: the two modules", rows={"baseline": dict(classifier="learnable"), "CBP": {}},
-                    columns={"mIoU": "miou"}, paper_columns=("paper mIoU",), paper={"baseline": (33.4,)})
-    results = train_rows(modules.rows, cfg, train, machine)    # OUT/rows/ROW, and ROW-seed1 ... with --seeds
-    write_table(3, modules, results, cfg, machine)             # OUT/table3.md, OUT/table3.json
-
 Nothing here knows a method. train(cfg, machine) is the script's own, and leaves metrics.json in cfg.out.
 """
 import json
@@ -45,10 +40,10 @@ def folder_of(name):
     return re.sub(r"[ /]+", "-", name.replace("w/o", "no").replace(" = ", "").replace(",", ""))
 
 
-def folder_of_changes(changes, usual, leave_out=("weights",)):
+def folder_of_changes(changes, usual):
     """A folder's name for a row by what differs from the Config `usual`, so that tables share rows."""
     return "_".join(f"{name}-{value}" for name, value in changes.items()
-                    if name not in leave_out and value != getattr(usual, name))
+                    if name != "weights" and value != getattr(usual, name))
 
 
 def row_out(cfg, folder, seed):

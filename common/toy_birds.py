@@ -1,9 +1,5 @@
 """Toy birds: small pictures of 12 invented species, for fine-grained classification without a download.
 
-Look   python -m data.toy_birds --out runs/toy_birds        # both splits as files; open overview.png first
-Use    from common.toy_birds import bird_index, make_bird
-       bird = make_bird(seed=0, index=bird_index("train", 7))
-
 A species is a combination of one head, beak, wing, tail and belly, and species *share* these variants: every
 variant belongs to at least two species, and two species differ in two parts or more (SPECIES_VARIANTS). It
 is known which part prototypes a model with a shared pool should find, and which classes should share them.
@@ -222,9 +218,8 @@ def part_centres(part_of, index_map):
 
 
 def make_bird(seed, index, size=96):
-    """One picture as a dict; (seed, index, size) alone decide it. H = W = size, at least 48.
-
-    Another version of numpy or Pillow may draw a slightly different picture.
+    """One picture as a dict; (seed, index, size) alone decide it, but for slight differences between
+    versions of numpy and Pillow. H = W = size, at least 48.
 
     image     uint8 (H,W,3)  RGB
     label     int            species, index % 12

@@ -1,9 +1,5 @@
 """Toy scenes: small landscapes with houses, cars and birds, for semantic segmentation without a download.
 
-Look   python -m data.toy_scenes --out runs/toy_scenes      # all splits as files; open overview.png first
-Use    from common.toy_scenes import make_scene, scene_index
-       scene = make_scene(seed=0, index=scene_index("train", 7))
-
 A scene is a pile of polygons, painted, far ones first, into one *index map*, which holds at every pixel the
 number of the polygon on top. Image, class mask, part map and scribbles are look-ups in that map, so they
 agree by construction. It has twice the scene's size; halving the picture smooths the edges.
@@ -221,9 +217,8 @@ def textures(rng, size):
     def pattern(h, w):
         small = Image.fromarray(rng.standard_normal((h, w), dtype=np.float32))
         return np.asarray(small.resize((size, size), Image.Resampling.BILINEAR))
-    flat = np.zeros((size, size), np.float32)
-    return np.stack([flat, pattern(size // 5, size // 5), pattern(size // 8, size // 2),
-                     pattern(size // 2, size // 10)])
+    return np.stack([np.zeros((size, size), np.float32), pattern(size // 5, size // 5),
+                     pattern(size // 8, size // 2), pattern(size // 2, size // 10)])
 
 
 def photograph(rng, index_map, shapes, numbers):
@@ -283,9 +278,8 @@ def draw_scribbles(rng, regions, mask, walks=24, steps=20):
 
 
 def make_scene(seed, index, size=128):
-    """One scene as a dict; (seed, index, size) alone decide it. H = W = size, at least 32.
-
-    Another version of numpy or Pillow may draw a slightly different scene.
+    """One scene as a dict; (seed, index, size) alone decide it, but for slight differences between versions
+    of numpy and Pillow. H = W = size, at least 32.
 
     image         uint8 (H,W,3)  RGB
     mask          uint8 (H,W)    class ids

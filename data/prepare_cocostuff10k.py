@@ -12,7 +12,6 @@ the download is changed. Once interrupted, the same command goes on where it sto
 """
 import argparse
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -23,18 +22,16 @@ from tqdm import tqdm
 from common.run import UserError, replacing
 
 UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)              # in the original numbering 0..182
-USED = [i for i in range(1, 183) if i not in UNUSED]               # 171: 80 things, then 91 kinds of stuff
-TRAIN_ID = np.full(256, 255, np.uint8)                             # original id -> 0..171; 255 = no such id
-TRAIN_ID[[0, *USED]] = range(172)
+USED = [i for i in range(183) if i not in UNUSED]                  # 172: 0, 80 things, 91 kinds of stuff
 
 
 def to_train_ids(labels, path):
     """Labels (H,W), 0..182 -> uint8 (H,W), 0..171. UserError names `path` if an id does not exist."""
-    bad = np.unique(labels[(labels < 0) | (labels > 182) | np.isin(labels, UNUSED)]).tolist()
+    bad = np.setdiff1d(labels, USED).tolist()
     if bad:
         raise UserError(f"{path}: S holds the ids {bad[:5]}, which COCO-Stuff10K v1.1 does not have: take "
                         "the labels of cocostuff-10k-v1.1.zip.")
-    return TRAIN_ID[labels.astype(np.uint8)]
+    return np.searchsorted(USED, labels).astype(np.uint8)
 
 
 def read_mat(path):
@@ -52,13 +49,11 @@ def read_mat(path):
 def link_or_copy(source, target):
     """A hard link where the file system has them, else a copy; `target` appears only when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(target.name + ".tmp")
-    beside.unlink(missing_ok=True)
     try:
-        os.link(source, beside)
+        os.link(source, target)
     except OSError:
-        shutil.copyfile(source, beside)
-    os.replace(beside, target)
+        with replacing(target, "wb") as file:
+            file.write(source.read_bytes())
 
 
 def read_names(root):

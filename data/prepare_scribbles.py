@@ -28,16 +28,6 @@ COLOURS = palette(256)                                             # for viewers
 COLOURS[UNLABELLED] = 255                                          # white
 
 
-def files_below(folder, endings):
-    """Files with the first of these endings that occurs, also in sub-folders, sorted. UserError if none."""
-    for ending in endings:
-        files = sorted(p for p in folder.rglob(f"*{ending}") if p.name[0] != ".")
-        if files:
-            return files
-    raise UserError(f"{folder} holds no file {' or '.join(f'*{e}' for e in endings)}: pass the folder of "
-                    f"the masks or strokes; found there: {listing(folder)}.")
-
-
 def read_mask(path, unlabelled=UNLABELLED):
     """Mask file -> uint8 (H,W), any ids; the value `unlabelled` becomes 255. UserError: colours, 16 bits."""
     ids = read_index_map(path, 255).numpy()
@@ -63,19 +53,15 @@ def read_points(path):
     """JSON file {name: [{"x", "y", "cls"}]} -> {name: [(class id, point float (1,2))]}; UserError else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {name: [(class_id(point["cls"]), np.array([[float(point["x"]), float(point["y"])]]))
-                       for point in points] for name, points in content.items()}
+        return {name: [(range(UNLABELLED).index(point["cls"]),           # ValueError: no class id
+                        np.array([[float(point["x"]), float(point["y"])]])) for point in points]
+                for name, points in content.items()}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: pass the JSON file of the points.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as a file of points ({type(error).__name__}: {error}): it "
-                        'is damaged or not like {"NAME": [{"x": 10.5, "y": 20, "cls": 3}]}.') from None
-
-
-def class_id(value):
-    if value not in range(UNLABELLED):
-        raise ValueError(f"cls {value} is no class id, 0..254")
-    return int(value)
+                        'is damaged or not like {"NAME": [{"x": 10.5, "y": 20, "cls": 3}]}, with class ids '
+                        "from 0 to 254.") from None
 
 
 def discs(path, points, radius):
@@ -121,9 +107,13 @@ def jobs_of(options):
         return point_jobs(options)
     if not options.source.is_dir():
         raise UserError(f"{options.source} is no folder: pass the one that holds the masks or strokes.")
-    endings = {"xml": [".xml"], "masks": [".png"], "weaken": [".png", ".xml"]}[options.command]
-    files = files_below(options.source, endings)
-    return {path.relative_to(options.source): partial(mask_of, path, options) for path in files}
+    patterns = {"xml": ["*.xml"], "masks": ["*.png"], "weaken": ["*.png", "*.xml"]}[options.command]
+    for pattern in patterns:                                       # files of the first kind that occurs
+        files = sorted(path for path in options.source.rglob(pattern) if path.name[0] != ".")
+        if files:
+            return {path.relative_to(options.source): partial(mask_of, path, options) for path in files}
+    raise UserError(f"{options.source} holds no file {' or '.join(patterns)}: pass the folder of the "
+                    f"masks or strokes; found there: {listing(options.source)}.")
 
 
 def parse(argv):

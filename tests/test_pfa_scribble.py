@@ -1453,7 +1453,7 @@ def test_neither_network_nor_classifier_learns_from_full_masks(base, other_masks
 
 def test_the_classifier_is_told_the_classes_of_the_strokes(pictures):
     cfg = config("unused", pictures)
-    view = ImageLabels(pfa.open_sets(cfg)["train"], 32)
+    view = ImageLabels(pfa.open_sets(cfg)["train"], 32, square=True)
     for k in range(6):
         sample, strokes = view[k, 0], ids_in(pictures / "strokes" / "train" / f"p{k}.png")
         assert sample["classes"].nonzero()[:, 0].tolist() == classes_of_crop(strokes)
