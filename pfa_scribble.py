@@ -175,7 +175,7 @@ class Config(ClassifierConfig, MethodConfig):
 
     def __post_init__(self):
         """What was not given comes from the reading."""
-        for name, value in READINGS[self.reading].items():
+        for name, value in READINGS.get(self.reading, {}).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 

@@ -95,14 +95,14 @@ class Config(RunConfig):
     backbone: str = opt("resnet101", "network before the ASPP", choices=DENSE)
     weights: str = opt("imagenet", "backbone weights: imagenet (downloaded), file, URL or none", source=True)
     frozen_bn: bool = opt(True, "batch norm keeps its pretrained statistics and scales (Sec. 6)")
-    output_stride: int = opt(8, "pixels a side that a cell of the feature map stands for; the U-Net has 1")
+    output_stride: int = opt(8, "pixels a side of a cell of the feature map; the U-Net has 1", above=0)
     unet_width: int = opt(64, "channels of the U-Net's first level; 16 for a CPU", above=0)
-    rates: list = opt((6, 12, 18, 24), "dilation of the ASPP convolutions: scales, small to large", each=int)
+    rates: list = opt((6, 12, 18, 24), "dilation of the ASPP convolutions: scales, rising", each=int, at_least=1)
     depth: int = opt(64, "D, channels of a scale's features and of its prototypes", above=0)
     input_scales: list = opt((), "further sizes of the image, as factors", each=float, above=0, below=4)
     crop: int = opt(513, "training crop in pixels; lower it if memory runs out", above=0)
     scale_min: float = opt(0.5, "smallest factor by which training images are resized at random", above=0)
-    scale_max: float = opt(1.5, "largest factor by which training images are resized at random")
+    scale_max: float = opt(1.5, "largest factor by which training images are resized at random", above=0)
     test_size: int = opt(0, "short side of test images; 0 = the image's own", at_least=0)
     test_square: bool = opt(False, "test images are resized to test-size x test-size (Pascal)")
     batch_size: int = opt(10, "images an iteration, over all GPUs", above=0)
@@ -139,7 +139,8 @@ class Config(RunConfig):
     class_: str = opt("", "class that --explain explains (default: the predicted one)", runtime=True)
     pixel: list = opt((), "x y to explain (default: the strongest of the class)", each=int, runtime=True)
     failure: str = opt("", "class whose worst test images are drawn (Sec. 17)", uses_run=True)
-    failure_iou: float = opt(0.2, "epsilon_IoU of Sec. 17: images below it fail", runtime=True)
+    failure_iou: float = opt(0.2, "epsilon_IoU of Sec. 17: images below it fail", at_least=0, at_most=1,
+                             runtime=True)
     table: int = opt(0, "train and evaluate this table's rows", choices=(0, 5, 7, 8, 9, 10), runtime=True)
 
 
@@ -182,8 +183,8 @@ def check_config(cfg):
         raise UserError(f"--scale-max {cfg.scale_max} is below --scale-min {cfg.scale_min}: swap them.")
     if cfg.test_square and not cfg.test_size:
         raise UserError("--test-square needs the side of the square: add --test-size.")
-    if cfg.rates != sorted(set(cfg.rates)) or min(cfg.rates) < 1:
-        raise UserError(f"--rates {' '.join(map(str, cfg.rates))}: give whole numbers from 1 on, rising.")
+    if cfg.rates != sorted(set(cfg.rates)):
+        raise UserError(f"--rates {' '.join(map(str, cfg.rates))}: give each once, rising.")
     if cfg.pixel and len(cfg.pixel) != 2:
         raise UserError(f"--pixel {' '.join(map(str, cfg.pixel))}: give x and y, two whole numbers.")
     if (cfg.class_ or cfg.pixel) and not cfg.explain:
@@ -789,7 +790,6 @@ def announce(net, view, sets, progress, cfg, machine):
     def step(batch):
         x, labels = to_device(batch, machine.device, "image", "mask")
         train_step(net, net, optimizer, scheduler, x, labels, "joint", cfg)
-
     net.train()
     torch.backends.cudnn.benchmark = True
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
