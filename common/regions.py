@@ -82,8 +82,7 @@ def geodesic_distance(regions, sources, price=None):
         closer = way < distance[to]
         to, way = to[closer], way[closer]
         np.minimum.at(distance, to, way)
-        number[to] = np.arange(len(to))                  # no longer needed: now it finds doubles
-        front = to[number[to] == np.arange(len(to))]
+        front = np.unique(to)
     result = np.full(ids.size, np.inf)
     result[pixels] = distance[:-1]
     return result.reshape(-1, width)[1:-1, 1:-1]
