@@ -73,8 +73,7 @@ def part_centroids(part_map, class_map):
     pieces = connected_components(ids)
     y, x = pieces.nonzero()
     piece = pieces[y, x] - 1                             # 0..K-1
-    area = np.bincount(piece)
-    # means over every piece; its pixels have one id
+    area = np.bincount(piece)                            # number of pixels, which have one id
     key, x, y = (np.bincount(piece, values) / area for values in (ids[y, x], x, y))
     rows = np.stack([key // 256, key % 256, np.rint(x), np.rint(y)], axis=1)
     return rows[np.argsort(key, kind="stable")].astype(np.float32)

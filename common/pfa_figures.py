@@ -35,7 +35,7 @@ def draw_figures(predictor, sets, scores, headline, baseline, log):
 def draw_colours(file, classes):
     """colours.png: what to paint the strokes of --draw with."""
     colours = figures.palette(len(classes)).tolist()
-    entries = [(colour, f"{c} {classes[c]}: {', '.join(map(str, colour))}") for c, colour in enumerate(colours)]
+    entries = [(rgb, f"{c} {classes[c]}: {', '.join(map(str, rgb))}") for c, rgb in enumerate(colours)]
     title = figures.text_piece("Colours of the classes (red, green, blue)", 700, 18)
     figures.save_stack(file, [title, figures.legend_piece(entries, 700)])
 
@@ -54,9 +54,8 @@ def with_strokes(image, scribbles):
 def plain_cells(predictor, baseline, image):
     """The plain prediction of an image, and {caption: ids}: it beside that of the run of --baseline."""
     plain = predictor.of_image(image)
-    if baseline is None:
-        return plain, {"plain": plain.ids}
-    return plain, {f"baseline ({baseline.cfg.method})": baseline.of_image(image).ids, "plain": plain.ids}
+    before = {} if baseline is None else {f"baseline ({baseline.cfg.method})": baseline.of_image(image).ids}
+    return plain, before | {"plain": plain.ids}
 
 
 def draw_examples(file, predictor, data, scores, headline, baseline):
@@ -145,18 +144,17 @@ def draw_confidence(file, predictor, data):
 def draw_attention(folder, predictor, data):
     """attention.png: how pixels attend to prototypes (Eq. 6); attention_matrix.png: the last as numbers."""
     path = predictor.net.paths()[-1]
-    N = data.num_classes
     rows = []
     last = None
     for name, image, label, plain, present in labelled_images(predictor, data):
         omega, mask = predictor.attention(path, plain, present)                          # (h,w,M), (M,)
-        of_class = omega.permute(2, 0, 1).unflatten(0, (N, -1)).sum(1)                   # (N,h,w)
+        of_class = omega.permute(2, 0, 1).unflatten(0, (data.num_classes, -1)).sum(1)    # (N,h,w)
         rows.append([(thumbnail(image), name)])
         for c in shown_classes(present, 5):
             heat = heatmap(thumbnail(image), of_class[c], vmin=0, vmax=1)
             rows[-1].append((heat, f"to {data.classes[c]}"))
         small = labels_of_cells(label, omega.shape[:2])
-        if (small < N).any():
+        if (small < data.num_classes).any():
             last = omega, mask, small
     figures.save_grid(folder / "attention.png", rows, cell=200,
                       title=f"Attention of every pixel to the {path} prototypes of the true classes (Eq. 6; "
@@ -210,9 +208,7 @@ def draw_components(file, predictors, data, threshold):
 
 def draw_curve(file, results, best_rate, title):
     """figureN.png: mIoU of the plain and the augmented prediction (best_rate) of every row, mean over seeds.
-
-    results: {row: [metrics, one a seed]}; rows that end with ", local" and ", global" are compared instead.
-    """
+    results: {row: [metrics, one a seed]}; rows ending in ", local" and ", global" are compared instead."""
     augmented = {row: statistics.mean(map(best_rate, runs)) for row, runs in results.items()}
     names = [row.removesuffix(", local") for row in augmented if row.endswith(", local")]
     if names:

@@ -231,7 +231,7 @@ def draw_nearest_patches(d, shown, used, folder, most=3):
             s = d.similarity(image, native=True)[p].cpu()
             cell = divmod(int(s.argmax()), s.shape[1])
             label = int(labels_of_cells(mask, s.shape)[cell])
-            box = region_box(s, cell, torch.ones_like(mask))
+            box = region_box(s, cell, torch.ones_like(mask))             # anywhere in the image
             row += [(framed(image, box), "void" if label == 255 else f"on {d.classes[label]}"),
                     (heat(image, s), f"up to {s.max():.1f}")]
         rows.append(row)
@@ -257,7 +257,7 @@ def draw_nearest_prototypes(d, folder, images=2, patches=3):
             row = [(framed(image, cell_block(cell, labels.shape, mask.shape)),
                     "void" if label == 255 else d.classes[label])]
             for p in of_cell.topk(min(3, int(used.sum()))).indices.tolist():
-                box = region_box(similarity[p], cell, torch.ones_like(mask))
+                box = region_box(similarity[p], cell, torch.ones_like(mask))                # anywhere
                 row += [d.tile(p)["boxed"], (framed(image, box), f"similarity {of_cell[p]:.1f}")]
             rows.append(row)
         figures.save_grid(folder / f"nearest_prototypes-{n + 1}.png", rows, cell=150,

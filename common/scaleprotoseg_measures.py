@@ -207,7 +207,7 @@ def equivariance_ratios(net, iou, least):
     merge into a group."""
     i, j = (iou > least).nonzero().T
     paired = torch.cat([i, j]).unique()
-    num_groups = len(np.unique(lowest_of_group(len(iou), i.numpy(), j.numpy())[paired]))
+    num_groups = len(np.unique(lowest_of_group(len(iou), i.numpy(), j.numpy())[paired.numpy()]))
     pairs = zip(i.tolist(), j.tolist(), iou[i, j].tolist())
     num_classes = len(net.prototype_class.unique())                  # classes with prototypes
     learned = num_classes * net.groups.weights.shape[1]
