@@ -13,11 +13,9 @@ def draw_figures(out, data, predict, class_vectors, f1_groups):
     the classifier; look-alikes are shown first. f1_groups: [{classes: names, f1: percent}], rarest first.
     """
     folder = Path(out) / "figures"
-
-    def cells_of(i, image, label):
-        return {"label": label, "prediction": predict(image)}
-    segmentation.save_examples(folder / "examples.png", data, cells_of, f"{data.split} images")
-
+    segmentation.save_examples(folder / "examples.png", data,
+                               lambda i, image, label: dict(label=label, prediction=predict(image)),
+                               f"{data.split} images")
     unit = F.normalize(class_vectors.detach().float().cpu(), dim=1)
     lookalikes = [c for pair in datasets.LOOKALIKES.get(data.name, []) for c in pair]
     classes = list(dict.fromkeys(lookalikes + list(range(len(data.classes)))))[:20]

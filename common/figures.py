@@ -3,15 +3,14 @@
 An image is a uint8 tensor (3,H,W), RGB, 0..255. The save_* functions write PNG files, legible at 100 %.
 """
 import math
-import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import resize, to_pil_image
 
 from common.metrics import row_quantile
+from common.run import replacing
 
 INK, LINE, GREY = (30, 30, 30), (205, 205, 205), (225, 225, 225)         # text, tick lines, nan cells
 HEAT = [(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)]  # inferno
@@ -89,16 +88,13 @@ def draw_box(image, box, colour=(0, 255, 255), width=2):
     return torch.where(frame, image.new_tensor(colour)[:, None, None], image)
 
 
-# ---- parts of a photograph, at most WIDTH pixels wide: a figure shows no more ----
+# ---- parts of a photograph, as thumbnails ----
 
-WIDTH = 400
-
-
-def thumbnail(image):
-    """uint8 (3,H,W) -> the same, at most WIDTH wide; heat maps of large images are slow."""
-    if image.shape[2] <= WIDTH:
+def thumbnail(image, width=400):
+    """uint8 (3,H,W) -> the same, at most `width` wide; heat maps of large images are slow."""
+    if image.shape[2] <= width:
         return image
-    return resize(image, [round(WIDTH * image.shape[1] / image.shape[2]), WIDTH])
+    return resize(image, [round(width * image.shape[1] / image.shape[2]), width])
 
 
 def in_colours(image, ids):
@@ -109,10 +105,15 @@ def in_colours(image, ids):
 def heat(image, values, vmax=None):
     """Heat map from 0 to vmax over a thumbnail. values (h,w), resized bilinearly. vmax: the 99th percentile
     if not given, as one cell of 9.2 would leave the rest black."""
-    values = values.cpu()
     if vmax is None:
         vmax = float(row_quantile(values.flatten()[None], 0.99))
     return heatmap(thumbnail(image), values, vmin=0, vmax=vmax)
+
+
+def legend_of(classes, *maps):
+    """The legend of maps of class ids (H,W), 255 = none: {class id: name} of all that they show."""
+    shown = set().union(*(ids.unique().tolist() for ids in maps))
+    return {c: classes[c] for c in sorted(shown - {255})}
 
 
 def cell_block(cell, grid, size):
@@ -223,11 +224,9 @@ def save_stack(path, pieces, gap=8):
 
 
 def write_png(path, picture):
-    """A Pillow image -> PNG, written beside `path` and renamed: never half a file."""
-    beside = Path(f"{path}.tmp")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(beside, format="PNG", compress_level=3)                  # 1/4 of the time, 13 % larger
-    os.replace(beside, path)
+    """A Pillow image -> PNG, never half a file; makes its folder."""
+    with replacing(path, "wb") as file:
+        picture.save(file, format="PNG", compress_level=3)                # 1/4 of the time, 13 % larger
 
 
 def index_picture(ids, colours):
@@ -239,9 +238,8 @@ def index_picture(ids, colours):
 
 def save_prediction(folder, stem, image, ids):
     """STEM.png: class ids uint8 (H,W), see index_picture; STEM_overlay.png: their colours over the image."""
-    write_png(Path(folder) / f"{stem}.png", index_picture(ids.numpy(), CLASS_COLOURS))
-    colours = overlay(image, ids).permute(1, 2, 0)                        # (H,W,3)
-    write_png(Path(folder) / f"{stem}_overlay.png", Image.fromarray(colours.numpy()))
+    write_png(folder / f"{stem}.png", index_picture(ids.numpy(), CLASS_COLOURS))
+    write_png(folder / f"{stem}_overlay.png", to_pil_image(overlay(image, ids)))
 
 
 # ---- figures ----
@@ -268,7 +266,7 @@ def save_grid(path, rows, cell=256, title="", legend=None):
 
 def fit_cell(image, cell):
     """(3,H,W) uint8 -> Pillow image `cell` pixels wide, or of height 1.5 cell if it is taller than that."""
-    picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
+    picture = to_pil_image(image.cpu())
     factor = min(cell / picture.width, 1.5 * cell / picture.height)
     size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
     whole = factor == int(factor)                                         # then pixels are repeated
@@ -371,12 +369,12 @@ def save_bars(path, series, names, title="", unit="%"):
     save_stack(path, [text_piece(title, width, size=18), legend_piece(swatches, width), canvas])
 
 
-def save_histogram(path, series, bins=20, low=None, high=None, title="", unit="", log=False):
+def save_histogram(path, series, bins=20, low=None, high=None, title="", log=False):
     """Histograms below each other, one a series, all with the same bins and the same axis.
 
-    series: {name: values}, tensors or lists of any shape. unit: of the values. low, high: outermost edges,
-    else round numbers that span all values; the heading tells how many values lie outside, nan among them.
-    A bar is the share of all values of its series in percent or, if log, their number on an axis 1, 10, 100.
+    series: {name: values}, tensors or lists of any shape. low, high: outermost edges, else round numbers
+    that span all values; the heading tells how many values lie outside, nan among them. A bar is the share
+    of all values of its series in percent or, if log, their number on an axis 1, 10, 100.
     """
     series = {name: torch.as_tensor(values).detach().cpu().double().flatten()
               for name, values in series.items()}
@@ -406,6 +404,5 @@ def save_histogram(path, series, bins=20, low=None, high=None, title="", unit=""
         colour = SERIES[s % len(SERIES)]
         pieces.append(histogram_piece(heading, bar.tolist(), edges.tolist(), ticks, colour))
     axes = "vertical: number of values" if log else "vertical: share of the values in %"
-    axes += f", horizontal: {unit}" if unit else ""
     width = pieces[0].width
     save_stack(path, [text_piece(title, width, size=18), text_piece(axes, width), *pieces])

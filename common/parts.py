@@ -1,10 +1,6 @@
 """Where the parts of objects are: annotations that tell which part of an object a prototype looks at.
 
-    parts = open_parts(data, "/path/to/labels")        # data: from open_dataset; None if there are no parts
-    if parts and parts.has(i):
-        points = parts.keypoints(i)                    # float32 (K,4): class id, part id, x, y
-
-Three kinds, which share these attributes and methods:
+open_parts gives one of three kinds, which share these attributes and methods:
 
 num_parts     Q; part ids are 1..Q, and in Panoptic-Parts files an id means another part in each class
 classes       sorted list of the class ids that have parts
@@ -74,14 +70,12 @@ def part_centroids(part_map, class_map):
     """
     parts, classes = np.asarray(part_map), np.asarray(class_map)
     ids = np.where((parts > 0) & (classes != IGNORE), classes.astype(np.int32) * 256 + parts, 0)
-    pieces = connected_components(ids).ravel()
-    pixels = np.flatnonzero(pieces)
-    piece = pieces[pixels] - 1                           # 0..K-1
-    y, x = np.divmod(pixels, ids.shape[1])
-    area = np.bincount(piece)
-    key = ids.ravel()[pixels[np.unique(piece, return_index=True)[1]]]    # equal at all pixels of a piece
-    rows = np.stack([key // 256, key % 256, np.rint(np.bincount(piece, x) / area),
-                     np.rint(np.bincount(piece, y) / area)], axis=1)
+    pieces = connected_components(ids)
+    y, x = pieces.nonzero()
+    piece = pieces[y, x] - 1                             # 0..K-1
+    area = np.bincount(piece)                            # number of pixels, which have one id
+    key, x, y = (np.bincount(piece, values) / area for values in (ids[y, x], x, y))
+    rows = np.stack([key // 256, key % 256, np.rint(x), np.rint(y)], axis=1)
     return rows[np.argsort(key, kind="stable")].astype(np.float32)
 
 
@@ -93,20 +87,20 @@ def panoptic_files(data, path):
     folder = path / inner if (path / inner).is_dir() else path
     stems = [data.name_of(i).removesuffix("_leftImg8bit") for i in range(len(data))]
     file_of = {}                                         # stem -> label file
-    wanted = set(stems)
     for file in sorted(folder.rglob(f"*{tail}")):
         stem = file.name.removesuffix(tail)
-        if stem in file_of and stem in wanted:
+        if stem in file_of and stem in stems:
             raise UserError(f"--parts {path} holds both {file_of[stem]} and {file}: keep one of them, or "
                             "pass the folder of one.")
         file_of[stem] = file
-    if not wanted & set(file_of):
+    files = [file_of.get(stem) for stem in stems]
+    if not any(files):
         example = f", such as {next(iter(file_of.values()))}" if file_of else ""
         raise UserError(f"--parts {path}: no label file of the {len(data)} images of {data.name} "
                         f"{data.split}: looked for files such as {stems[0]}{tail} below {folder}, which has "
                         f"{len(file_of)} files *{tail}{example}; found there: {listing(folder)}; see "
                         "data/README.md.")
-    return [file_of.get(stem) for stem in stems]
+    return files
 
 
 def decode_panoptic(ids):
@@ -154,31 +148,32 @@ def read_keypoint_file(path):
 
 # ---- the three kinds -------------------------------------------------------------------------------------
 
-class ToyParts:
+class PartMaps:
+    """Parts of which there are maps: read(i) gives the part ids and class ids of an image, uint8 (H,W)."""
+
+    def keypoints(self, i):
+        return torch.from_numpy(part_centroids(*self.read(i))) if self.has(i) else torch.zeros(0, 4)
+
+    def part_map(self, i):
+        return torch.from_numpy(self.read(i)[0]) if self.has(i) else None
+
+
+class ToyParts(PartMaps):
     """Parts of toy_scenes, from the generator; every image has them."""
 
     def __init__(self, data):
         self.data, self.num_parts = data, len(toy_scenes.PARTS) - 1
         self.classes = sorted(toy_scenes.CLASSES.index(name) for name in toy_scenes.OBJECTS)
-        self.drawn = None, None                          # the last scene and its number
 
     def has(self, i):
         return True
 
-    def scene(self, i):
-        if self.drawn[0] != i:
-            index = toy_scenes.scene_index(self.data.split, i)
-            self.drawn = i, toy_scenes.make_scene(self.data.seed, index)
-        return self.drawn[1]
-
-    def keypoints(self, i):
-        return torch.from_numpy(part_centroids(self.scene(i)["parts"], self.scene(i)["mask"]))
-
-    def part_map(self, i):
-        return torch.from_numpy(self.scene(i)["parts"])
+    def read(self, i):
+        scene = toy_scenes.make_scene(self.data.seed, toy_scenes.scene_index(self.data.split, i))
+        return scene["parts"], scene["mask"]
 
 
-class PanopticParts:
+class PanopticParts(PartMaps):
     """Label files of Cityscapes-Panoptic-Parts or PASCAL-Panoptic-Parts below the folder `path`.
 
     A pixel's class is that of data.read_mask; its part counts only where the label file names this class. An
@@ -203,7 +198,6 @@ class PanopticParts:
         return self.files[i] is not None
 
     def read(self, i):
-        """Part ids and class ids of image i, both uint8 (H,W) arrays."""
         semantic, part = read_panoptic(self.files[i])
         mask = self.data.read_mask(i).numpy()
         if semantic.shape != mask.shape:
@@ -212,12 +206,6 @@ class PanopticParts:
                             f"this image is {mask_w} x {mask_h}: both must have the same size, so get the "
                             "label files that belong to these images.")
         return self.part_of[semantic, part] * (self.class_of[semantic] == mask), mask
-
-    def keypoints(self, i):
-        return torch.from_numpy(part_centroids(*self.read(i))) if self.has(i) else torch.zeros(0, 4)
-
-    def part_map(self, i):
-        return torch.from_numpy(self.read(i)[0]) if self.has(i) else None
 
 
 class KeypointParts:
@@ -267,16 +255,14 @@ def open_parts(data, path=""):
     if data.name not in PANOPTIC_PARTS:
         raise UserError(f"--parts is for cityscapes and voc, not for {data.name}: leave it out.")
     path = Path(path).expanduser()
-    keypoint_file = path.suffix.lower() == ".json"
-    if not path.exists():
-        raise UserError(f"--parts {path} does not exist: pass a folder of Panoptic-Parts label files, or "
-                        "for voc a keypoint file (.json); see data/README.md.")
+    keypoint_file = path.is_file() and path.suffix.lower() == ".json"
+    if not keypoint_file and not path.is_dir():
+        problem = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"--parts {path} {problem}: pass the folder of the Panoptic-Parts label files "
+                        "(.tif), or for voc a keypoint file (.json); see data/README.md.")
     if keypoint_file and data.name != "voc":
         raise UserError(f"--parts {path}: a keypoint file is for voc only; for {data.name} pass the folder "
                         f"{FILES[data.name][0]}.")
-    if not keypoint_file and not path.is_dir():
-        raise UserError(f"--parts {path} is a file: pass the folder that holds the .tif label files, or "
-                        "for voc a keypoint file that ends in .json.")
     return KeypointParts(data, path) if keypoint_file else PanopticParts(data, path)
 
 

@@ -34,9 +34,8 @@ def draw_figures(predictor, sets, scores, headline, baseline, log):
 
 def draw_colours(file, classes):
     """colours.png: what to paint the strokes of --draw with."""
-    entries = []
-    for c, (colour, name) in enumerate(zip(figures.palette(len(classes)).tolist(), classes)):
-        entries.append((colour, f"{c} {name}: {', '.join(map(str, colour))}"))
+    colours = figures.palette(len(classes)).tolist()
+    entries = [(rgb, f"{c} {classes[c]}: {', '.join(map(str, rgb))}") for c, rgb in enumerate(colours)]
     title = figures.text_piece("Colours of the classes (red, green, blue)", 700, 18)
     figures.save_stack(file, [title, figures.legend_piece(entries, 700)])
 
@@ -55,9 +54,8 @@ def with_strokes(image, scribbles):
 def plain_cells(predictor, baseline, image):
     """The plain prediction of an image, and {caption: ids}: it beside that of the run of --baseline."""
     plain = predictor.of_image(image)
-    if baseline is None:
-        return plain, {"plain": plain.ids}
-    return plain, {f"baseline ({baseline.cfg.method})": baseline.of_image(image).ids, "plain": plain.ids}
+    before = {} if baseline is None else {f"baseline ({baseline.cfg.method})": baseline.of_image(image).ids}
+    return plain, before | {"plain": plain.ids}
 
 
 def draw_examples(file, predictor, data, scores, headline, baseline):
@@ -112,9 +110,13 @@ def draw_log(file, log, split):
                       title=f"{split} mIoU by iteration and phase; classes by the filter")
 
 
-def spread_over(data, count=4):
-    """Numbers of a few images, spread over a data set."""
-    return range(0, len(data), max(1, len(data) // count))[:count]
+def labelled_images(predictor, data, count=4):
+    """Of a few images, spread over a data set: name, image uint8 (3,H,W), labels uint8 (H,W), the plain
+    prediction, and the classes of the labels, bool (N,)."""
+    for i in range(0, len(data), max(1, len(data) // count))[:count]:
+        image, labels = data.read(i)
+        plain = predictor.of_image(image)
+        yield data.name_of(i), image, labels, plain, classes_of(predictor, plain, labels)
 
 
 def shown_classes(present, most):
@@ -126,12 +128,9 @@ def shown_classes(present, most):
 def draw_confidence(file, predictor, data):
     """confidence.png: how sure each pixel is of classes with a stroke; the K pixels of their prototypes."""
     rows = []
-    for i in spread_over(data):
-        image, scribbles = data.read(i)
-        plain = predictor.of_image(image)
-        present = classes_of(predictor, plain, scribbles)
+    for name, image, scribbles, plain, present in labelled_images(predictor, data):
         confidence, chosen = predictor.surest(plain, present)                            # (N,h,w) each
-        rows.append([(with_strokes(image, scribbles), f"{data.name_of(i)}: strokes")])
+        rows.append([(with_strokes(image, scribbles), f"{name}: strokes")])
         for c in shown_classes(present, 4):
             surest = torch.where(chosen[c], c, 255)[None, None].float()
             surest = F.interpolate(surest, image.shape[1:])[0, 0]
@@ -144,31 +143,27 @@ def draw_confidence(file, predictor, data):
 
 def draw_attention(folder, predictor, data):
     """attention.png: how pixels attend to prototypes (Eq. 6); attention_matrix.png: the last as numbers."""
-    name = predictor.net.paths()[-1]
-    N = data.num_classes
+    path = predictor.net.paths()[-1]
     rows = []
     last = None
-    for i in spread_over(data):
-        image, label = data.read(i)
-        plain = predictor.of_image(image)
-        present = classes_of(predictor, plain, label)
-        omega, mask = predictor.attention(name, plain, present)                          # (h,w,M), (M,)
-        of_class = omega.permute(2, 0, 1).unflatten(0, (N, -1)).sum(1)                   # (N,h,w)
-        rows.append([(thumbnail(image), data.name_of(i))])
+    for name, image, label, plain, present in labelled_images(predictor, data):
+        omega, mask = predictor.attention(path, plain, present)                          # (h,w,M), (M,)
+        of_class = omega.permute(2, 0, 1).unflatten(0, (data.num_classes, -1)).sum(1)    # (N,h,w)
+        rows.append([(thumbnail(image), name)])
         for c in shown_classes(present, 5):
             heat = heatmap(thumbnail(image), of_class[c], vmin=0, vmax=1)
             rows[-1].append((heat, f"to {data.classes[c]}"))
         small = labels_of_cells(label, omega.shape[:2])
-        if (small < N).any():
+        if (small < data.num_classes).any():
             last = omega, mask, small
     figures.save_grid(folder / "attention.png", rows, cell=200,
-                      title=f"Attention of every pixel to the {name} prototypes of the true classes (Eq. 6; "
+                      title=f"Attention of every pixel to the {path} prototypes of the true classes (Eq. 6; "
                       "sums to 1 over the classes)")
     if last is not None:
-        draw_attention_matrix(folder / "attention_matrix.png", *last, data.classes, name)
+        draw_attention_matrix(folder / "attention_matrix.png", *last, data.classes, path)
 
 
-def draw_attention_matrix(file, omega, mask, label, classes, name):
+def draw_attention_matrix(file, omega, mask, label, classes, path):
     """attention_matrix.png: mean attention of a class's pixels to every prototype. label (h,w)."""
     slots = len(mask) // len(classes)
     ids = [c for c in range(len(classes)) if (label == c).any()]
@@ -176,7 +171,7 @@ def draw_attention_matrix(file, omega, mask, label, classes, name):
     keys = mask.nonzero()[:, 0].tolist()
     columns = [f"{classes[k // slots]} {k % slots + 1}" if slots > 1 else classes[k] for k in keys]
     figures.save_matrix(file, matrix, [classes[c] for c in ids], columns, vmin=0, vmax=1,
-                        title=f"Mean attention of a class's pixels (rows) to the {name} prototypes")
+                        title=f"Mean attention of a class's pixels (rows) to the {path} prototypes")
 
 
 def save_drawing(stem, image, scribbles, before, after, classes, steps):
@@ -184,11 +179,9 @@ def save_drawing(stem, image, scribbles, before, after, classes, steps):
     last = list(after.values())[-1]
     figures.save_prediction(stem.parent, stem.name, image, last.to(torch.uint8).cpu())
     cells = [(with_strokes(image, scribbles), "strokes")]
-    drawn = set(scribbles.unique().tolist())
     for caption, ids in {"before": before, **after}.items():
         cells.append((in_colours(image, ids), caption))
-        drawn |= set(ids.unique().tolist())
-    legend = {c: classes[c] for c in sorted(drawn - {255})}
+    legend = figures.legend_of(classes, scribbles, before, *after.values())
     figures.save_grid(f"{stem}_before_after.png", [cells], legend=legend)
     labelled = scribbles != 255
     right = [100 * (ids.cpu()[labelled] == scribbles[labelled]).float().mean() for ids in (before, last)]
@@ -215,9 +208,7 @@ def draw_components(file, predictors, data, threshold):
 
 def draw_curve(file, results, best_rate, title):
     """figureN.png: mIoU of the plain and the augmented prediction (best_rate) of every row, mean over seeds.
-
-    results: {row: [metrics, one a seed]}; rows that end with ", local" and ", global" are compared instead.
-    """
+    results: {row: [metrics, one a seed]}; rows ending in ", local" and ", global" are compared instead."""
     augmented = {row: statistics.mean(map(best_rate, runs)) for row, runs in results.items()}
     names = [row.removesuffix(", local") for row in augmented if row.endswith(", local")]
     if names:

@@ -18,10 +18,8 @@ from common.run import UserError
 
 
 def draw_run(net, sets, progress, names, explain, cfg):
-    """OUT/figures/ of a run. names: {prototype: the part that it shows}, may be empty.
-
-    explain(image, name) is the script's explanation(). Returns what it tells of three test images.
-    """
+    """OUT/figures/ of a run. names: {prototype: the part that it shows}, may be empty. explain(image, name):
+    the script's explanation(). Returns what it tells of three test images."""
     net.eval()
     folder = Path(cfg.out) / "figures"
     test_set = sets["test"]
@@ -125,9 +123,7 @@ def draw_sharing(train_set, held, patches, folder):
 
 def draw_class_graph(held_by, classes, folder):
     """Fig. 13: prototypes that two classes share, mean over runs: a matrix (C,C), returned, and edges.
-
-    held_by: {run: held (C,M)}.
-    """
+    held_by: {run: held (C,M)}."""
     graphs = torch.stack([(held.float() @ held.float().T).fill_diagonal_(0) for held in held_by.values()])
     std, mean = torch.std_mean(graphs, 0, correction=0)              # (C,C)
     figures.save_matrix(folder / "class_graph.png", mean, classes, vmin=0, vmax=max(1.0, mean.max().item()),
@@ -187,9 +183,7 @@ def compare(net, train_set, sources, cfg):
 
 def draw_assignment(soft, slot, classes, folder):
     """Fig. 14, 15, 5: the distributions of the slots at the end of training, and one slot over time.
-
-    soft (C,K,M) with all prototypes of the pool; slot: list of M values for every epoch.
-    """
+    soft (C,K,M) with all prototypes of the pool; slot: list of M values for every epoch."""
     order = torch.randperm(len(soft), generator=torch.Generator().manual_seed(0))
     chosen = order[:10].sort().values.tolist()
     columns = [f"{classes[c]} {k}" for c in chosen for k in range(soft.shape[1])]
@@ -219,8 +213,7 @@ def draw_focal(net, data, held, folder, size, most=1000):
     for i in tqdm(chosen, desc="focal", leave=False, disable=None):
         image, label = data.read(i)
         maps = maps_of(net, image, size)                             # (M,h,w)
-        peak = maps.flatten(1).amax(1)                               # (M,)
-        mean = maps.flatten(1).mean(1)                               # (M,)
+        peak, mean = maps.flatten(1).amax(1), maps.flatten(1).mean(1)                # (M,) each
         focal = peak - mean                                          # Eq. (1)
         similarities["focal"].append(focal)
         similarities["max only"].append(peak)
@@ -296,9 +289,7 @@ def observe(net, data, held, size, noise=0.2):
 
 def truth_metrics(net, data, size):
     """Is the explanation true? Does a prototype's box hold the same part again, where parts are annotated?
-
-    -> numbers of common/metrics.py, and {prototype: "part share"}; two empty dicts without parts.
-    """
+    -> numbers of common/metrics.py, and {prototype: "part share"}; two empty dicts without parts."""
     if not data.part_names:
         return {}, {}
     labels = torch.tensor(data.labels)                               # (N,)
@@ -306,8 +297,7 @@ def truth_metrics(net, data, size):
     similarity, boxes, noisy, points = observe(net, data, held, size)
     inside, result = metrics.part_truth(boxes, noisy, points, similarity, held[labels], size)      # (N,M,P)
     if data.variants is not None:
-        variants = torch.as_tensor(data.variants)                    # (C,P)
-        result |= metrics.variant_truth(inside, similarity, labels, held, variants)
+        result |= metrics.variant_truth(inside, similarity, labels, held, torch.as_tensor(data.variants))
     shares, parts = metrics.part_shares(inside, similarity).max(1)   # (M,)
     best = enumerate(zip(parts.tolist(), shares.tolist()))
     return result, {m: f"{data.part_names[p]} {100 * share:.0f} %" for m, (p, share) in best}

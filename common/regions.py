@@ -43,9 +43,8 @@ def depth_inside(regions):
     """int (H,W) -> int64 (H,W): steps along rows and columns to the nearest pixel at the region's edge, + 1.
     At the edge, where one of the 4 neighbours has another value or lies outside the picture, it is 1."""
     padded = np.pad(regions, 1, constant_values=-1)
-    edge = np.zeros(regions.shape, bool)
-    for other in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
-        edge |= other != regions
+    neighbours = [np.roll(padded, step, axis) for axis in (0, 1) for step in (1, -1)]
+    edge = np.any([other != padded for other in neighbours], axis=0)[1:-1, 1:-1]
     depth = np.where(edge, 1, regions.size)
     for axis in (0, 1):                                  # along an axis: min over t' of depth(t') + |t - t'|
         t = np.arange(regions.shape[axis]).reshape((-1, 1)[:2 - axis])
@@ -82,8 +81,7 @@ def geodesic_distance(regions, sources, price=None):
         closer = way < distance[to]
         to, way = to[closer], way[closer]
         np.minimum.at(distance, to, way)
-        number[to] = np.arange(len(to))                  # no longer needed: now it finds doubles
-        front = to[number[to] == np.arange(len(to))]
+        front = np.unique(to)
     result = np.full(ids.size, np.inf)
     result[pixels] = distance[:-1]
     return result.reshape(-1, width)[1:-1, 1:-1]

@@ -8,7 +8,6 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from common import figures, segmentation
 from common.datasets import SegmentationSet
-from common.figures import cell_block, framed, heat, in_colours, thumbnail
+from common.figures import cell_block, framed, heat, in_colours, legend_of, thumbnail
 from common.loaders import counts_of_masks
 from common.metrics import row_quantile
 from common.regions import connected_components
@@ -24,13 +23,6 @@ from common.run import UserError
 from common.scaleprotoseg_measures import shrunk
 from common.segmentation import labels_of_cells, network_input, resized
 from common.transforms import normalise
-
-
-class Tile(NamedTuple):
-    """Cells (picture uint8 (3,h,w), caption) of a projected prototype for save_grid."""
-    patch: tuple                                         # what it was projected to, the cell framed
-    boxed: tuple                                         # the whole image, a frame around the patch
-    heat: tuple                                          # its activation on this image
 
 
 @dataclass
@@ -42,7 +34,7 @@ class Drawing:
     device: torch.device
     test: SegmentationSet = None
     source_images: SegmentationSet = None                # those that prototypes were projected to
-    tiles: dict = field(default_factory=dict)            # {p: Tile}, drawn when first asked for
+    tiles: dict = field(default_factory=dict)            # {p: cells of prototype p}, see tile
 
     @property
     def classes(self):
@@ -61,13 +53,10 @@ class Drawing:
         """The network's input for an image uint8 (3,H,W) as it is tested -> (1,3,h,w)."""
         return network_input(image, self.cfg.test_size, self.cfg.test_square).to(self.device)
 
-    def similarity(self, image):
-        """Of an image as it is tested, uint8 (3,H,W) -> (P,h,w)."""
-        return self.net.similarity(self.input_of(image))[0]
-
-    def native_similarity(self, image):
-        """The same of an image in its own size."""
-        return self.net.similarity(normalise(image)[None].to(self.device))[0]
+    def similarity(self, image, native=False):
+        """Of an image uint8 (3,H,W) as it is tested, or in its own size -> (P,h,w)."""
+        x = normalise(image)[None].to(self.device) if native else self.input_of(image)
+        return self.net.similarity(x)[0]
 
     def predict(self, image):
         """uint8 (3,H,W) -> class ids (H,W) uint8 on the CPU."""
@@ -76,18 +65,19 @@ class Drawing:
 
     @torch.no_grad()
     def tile(self, p):
-        """The Tile of prototype p."""
+        """Cells (picture uint8 (3,h,w), caption) for save_grid, drawn when first asked for: the "patch" that
+        prototype p was projected to, the image with it "boxed", the "heat" of its activation there."""
         if p not in self.tiles:
             i, *cell = self.progress["sources"][p][:3]
             image, mask = self.source_images.read(i)
-            similarity = self.native_similarity(image)[p].cpu()                           # (h,w)
+            similarity = self.similarity(image, native=True)[p].cpu()                     # (h,w)
             box = y0, y1, x0, x1 = region_box(similarity, cell, mask == self.class_of(p))
             marked = figures.draw_box(image, cell_block(cell, similarity.shape, mask.shape), width=1)
             patch = thumbnail(marked[:, y0:y1, x0:x1])
             rate = f", rate {self.cfg.rates[self.scale_of(p)]}" if self.cfg.method == "scaleprotoseg" else ""
             caption = f"p{p}, {self.classes[self.class_of(p)]}{rate}"
-            self.tiles[p] = Tile((patch, caption), (framed(image, box), caption),
-                                 (heat(image, similarity), "activation"))
+            self.tiles[p] = dict(patch=(patch, caption), boxed=(framed(image, box), caption),
+                                 heat=(heat(image, similarity), "activation"))
         return self.tiles[p]
 
 
@@ -107,11 +97,6 @@ def region_box(similarity, cell, mask, margin=5):
             max(int(x.min()) - margin, 0), min(int(x.max()) + 1 + margin, W))
 
 
-def framed_region(image, similarity, cell):
-    """The image with a frame around the region of region_box, anywhere in the image."""
-    return framed(image, region_box(similarity, cell, torch.ones(image.shape[1:], dtype=torch.bool)))
-
-
 def exemplars(data, most=20):
     """{class id: number of the image that shows most of it}, for the `most` classes with the most pixels."""
     counts = torch.stack(list(counts_of_masks(data)))[:, :data.num_classes]               # (images,C)
@@ -123,12 +108,6 @@ def label_cells(image, name, label, prediction):
     """A row: image, label, prediction."""
     return [(thumbnail(image), name), (in_colours(image, label), "label"),
             (in_colours(image, prediction), "prediction")]
-
-
-def legend_of(d, *maps):
-    """{class id: name} of all that these maps of class ids show."""
-    present = torch.cat([ids.flatten() for ids in maps]).unique().tolist()
-    return {c: d.classes[c] for c in present if c != 255}
 
 
 def value_of(values, cell):
@@ -156,7 +135,7 @@ def group_rows(d, classes, image, similarity, most=3, cell=None):
         row = [(heat(image, activation[f].log(), top), f"{d.classes[c]}, group {g + 1}: {weight:.2f} x "
                 f"{at_most}{value:.1f} = {weight * value:.2f}")]
         for p, w in pairs[:most]:
-            row += [d.tile(p).patch, (heat(image, similarity[p], top_member),
+            row += [d.tile(p)["patch"], (heat(image, similarity[p], top_member),
                     f"weight {w:.2f} x {at_most}{value_of(similarity[p], cell):.2f}")]
         if len(pairs) > most:
             picture, caption = row[-1]
@@ -174,7 +153,7 @@ def prototype_rows(d, prototypes, image, similarity, cell=None):
         weight = float(d.net.last_layer.weight[d.class_of(p), p])
         value = value_of(similarity[p], cell)
         text = f"{weight:.2f} x {at_most}{value:.2f} = {weight * value:.2f}"
-        rows.append([d.tile(p).boxed, (heat(image, similarity[p], top), text)])
+        rows.append([d.tile(p)["boxed"], (heat(image, similarity[p], top), text)])
     return rows
 
 
@@ -209,8 +188,8 @@ def draw_prototypes(d, c, used, folder):
         row = []
         for p in range(len(used)):
             if (d.class_of(p), d.scale_of(p)) == (c, s):
-                picture, caption = d.tile(p).boxed
-                row += [(picture, caption if used[p] else f"{caption} (in no group)"), d.tile(p).heat]
+                picture, caption = d.tile(p)["boxed"]
+                row += [(picture, caption if used[p] else f"{caption} (in no group)"), d.tile(p)["heat"]]
         rows += [row[k:k + 6] for k in range(0, len(row), 6)]
     if rows:
         figures.save_grid(folder / f"prototypes-{d.file_name(c)}.png", rows, cell=170,
@@ -241,17 +220,19 @@ def draw_nearest_patches(d, shown, used, folder, most=3):
         return
     best = []                                            # of every image the highest similarities
     for i in tqdm(range(len(d.test)), desc="nearest patches", leave=False, disable=None):
-        best.append(d.native_similarity(d.test.read(i)[0])[chosen].flatten(1).amax(1).cpu())
+        similarity = d.similarity(d.test.read(i)[0], native=True)
+        best.append(similarity[chosen].flatten(1).amax(1).cpu())
     top = torch.stack(best).topk(min(most, len(best)), dim=0).indices                     # (most,classes)
     rows = []
     for k, p in enumerate(chosen):
-        row = [d.tile(p).boxed, d.tile(p).heat]
+        row = [d.tile(p)["boxed"], d.tile(p)["heat"]]
         for i in top[:, k].tolist():
             image, mask = d.test.read(i)
-            s = d.native_similarity(image)[p].cpu()
+            s = d.similarity(image, native=True)[p].cpu()
             cell = divmod(int(s.argmax()), s.shape[1])
             label = int(labels_of_cells(mask, s.shape)[cell])
-            row += [(framed_region(image, s, cell), "void" if label == 255 else f"on {d.classes[label]}"),
+            box = region_box(s, cell, torch.ones_like(mask))             # anywhere in the image
+            row += [(framed(image, box), "void" if label == 255 else f"on {d.classes[label]}"),
                     (heat(image, s), f"up to {s.max():.1f}")]
         rows.append(row)
     figures.save_grid(folder / "nearest_patches.png", rows, cell=130,
@@ -266,7 +247,7 @@ def draw_nearest_prototypes(d, folder, images=2, patches=3):
     for n in range(images):
         i = int(torch.randint(len(d.test), (), generator=generator))
         image, mask = d.test.read(i)
-        similarity = d.native_similarity(image)          # (P,h,w)
+        similarity = d.similarity(image, native=True)    # (P,h,w)
         labels = labels_of_cells(mask, similarity.shape[1:])
         rows = []
         for _ in range(patches):
@@ -276,8 +257,8 @@ def draw_nearest_prototypes(d, folder, images=2, patches=3):
             row = [(framed(image, cell_block(cell, labels.shape, mask.shape)),
                     "void" if label == 255 else d.classes[label])]
             for p in of_cell.topk(min(3, int(used.sum()))).indices.tolist():
-                row += [d.tile(p).boxed,
-                        (framed_region(image, similarity[p], cell), f"similarity {of_cell[p]:.1f}")]
+                box = region_box(similarity[p], cell, torch.ones_like(mask))                # anywhere
+                row += [d.tile(p)["boxed"], (framed(image, box), f"similarity {of_cell[p]:.1f}")]
             rows.append(row)
         figures.save_grid(folder / f"nearest_prototypes-{n + 1}.png", rows, cell=150,
                           title=f"Random patches of {d.test.name_of(i)}, the prototypes nearest to them, "
@@ -304,7 +285,7 @@ def draw_equivariance(d, ratios, folder, most=8):
             x = shrunk(normalise(image)[None], factor).to(d.device)
             s = resized(d.net.similarity(x)[:, [p]], mask.shape)[0, 0].cpu()
             bright = (mask == c) & (s >= row_quantile(s[mask == c][None], float(quantile)))
-            row += [d.tile(p).boxed, (thumbnail(torch.where(bright, image, image // 3)),
+            row += [d.tile(p)["boxed"], (thumbnail(torch.where(bright, image, image // 3)),
                                       f"image shrunk by {factor:g}, IoU {iou:.2f}")]
         rows.append(row)
     if rows:
@@ -321,7 +302,8 @@ def draw_entropy(path, runs, most=6):
         image, _ = data.read(i)
         row = [(thumbnail(image), data.classes[c])]
         for name, d in runs.items():
-            activation = d.net.groups.activations(d.native_similarity(image)[None], d.cfg.threshold)[0].log()
+            similarity = d.similarity(image, native=True)[None]
+            activation = d.net.groups.activations(similarity, d.cfg.threshold)[0].log()
             of_class = activation.unflatten(0, (-1, d.cfg.groups))[c]                     # (G,h,w)
             top = float(of_class.max())
             row += [(heat(image, s, top), f"entropy {name}, group {g}") for g, s in enumerate(of_class, 1)]
@@ -346,7 +328,7 @@ def draw_explanation(d, image, similarity, logits, c, cell, explanation):
         rows = group_rows(d, [c], image, similarity, cell=cell)
     target = Path(d.cfg.out) / "explanations" / f"{Path(d.cfg.explain).stem}-{d.file_name(c)}.png"
     text = explanation_text(explanation)
-    figures.save_grid(target, [cells, *rows], cell=170, title=text, legend=legend_of(d, prediction))
+    figures.save_grid(target, [cells, *rows], cell=170, title=text, legend=legend_of(d.classes, prediction))
     print(f"{text}; see {target}")
     return target
 
@@ -397,11 +379,11 @@ def draw_failures(d, most=3):
     c = class_id(d.cfg.failure, d.classes, "--failure")
     failures = []
     for i in tqdm(range(len(d.test)), desc="failures", leave=False, disable=None):
-        if not (d.test.read_mask(i) == c).any():
-            continue
         image, mask = d.test.read(i)
-        prediction = d.predict(image)
         labelled = mask == c
+        if not labelled.any():
+            continue
+        prediction = d.predict(image)
         predicted = (prediction == c) & (mask != 255)
         iou = float((labelled & predicted).sum() / (labelled | predicted).sum())
         if iou < d.cfg.failure_iou:
@@ -436,6 +418,6 @@ def draw_failure(d, c, failure, path):
             prototypes += [p for p in strongest if d.class_of(p) == k][:3]
         rows = prototype_rows(d, prototypes, image, similarity)
     figures.save_grid(path, [label_cells(image, failure["name"], mask, prediction), *rows], cell=170,
-                      legend=legend_of(d, mask, prediction),
+                      legend=legend_of(d.classes, mask, prediction),
                       title=f"{d.classes[c]}: IoU {100 * failure['iou']:.0f} %, most often confused with "
                       f"{d.classes[failure['confused_with']]} (Sec. 17)")

@@ -4,6 +4,7 @@ The network is asked by its methods alone: net.similarity(x) gives g_proto (B,P,
 prototypes in use, net.groups.activations(similarity, alpha) the groups. cfg: the script's settings. What
 [D8] marks is explained on top of the script.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -12,6 +13,7 @@ from common import loaders, speed
 from common.loaders import to_device
 from common.metrics import row_quantile
 from common.parts import open_parts
+from common.regions import lowest_of_group
 from common.segmentation import labels_of_cells, resized
 
 
@@ -118,7 +120,7 @@ def part_purity(net, data, parts, cfg, device, most=10):
     """
     prototype_class = net.prototype_class.cpu()
     similarity, part = [], []
-    area = torch.zeros(data.num_classes, parts.num_parts + 1)        # pixels of each part in each class
+    area = torch.zeros(256, parts.num_parts + 1)                     # cells of each part in each class
     view = test_view(data, cfg)
     with_parts = [i for i in range(len(data)) if parts.has(i)]
     for i in tqdm(with_parts, desc="purity", leave=False, disable=None):
@@ -133,10 +135,7 @@ def part_purity(net, data, parts, cfg, device, most=10):
         highest, cell = s.max(1)
         similarity.append(highest)
         part.append(ids[cell])
-        known = labels.flatten() < data.num_classes
-        area.index_put_((labels.flatten()[known], ids[known]), torch.tensor(1.0), accumulate=True)
-    if not part:
-        return {}
+        area.index_put_((labels.flatten(), ids), torch.tensor(1.0), accumulate=True)
     similarity, part = torch.stack(similarity), torch.stack(part)    # (images,P)
     value, top = similarity.topk(min(most, len(part)), dim=0)
     of_class = value >= 0                                            # (most,P): the image holds the class
@@ -206,13 +205,10 @@ def shrunk(x, factor):
 def equivariance_ratios(net, iou, least):
     """iou (P,P) on the CPU -> the ratios of Fig. 7 in percent, and the pairs; pairs that share a prototype
     merge into a group."""
-    pairs = [(i, j, float(iou[i, j])) for i, j in (iou > least).nonzero().tolist()]
-    group = list(range(len(iou)))                                    # all of a group get its smallest number
-    for i, j, _ in pairs:
-        both = group[i], group[j]
-        group = [min(both) if number in both else number for number in group]
-    paired = sorted({p for i, j, _ in pairs for p in (i, j)})
-    num_groups = len({group[p] for p in paired})
+    i, j = (iou > least).nonzero().T
+    paired = torch.cat([i, j]).unique()
+    num_groups = len(np.unique(lowest_of_group(len(iou), i.numpy(), j.numpy())[paired.numpy()]))
+    pairs = zip(i.tolist(), j.tolist(), iou[i, j].tolist())
     num_classes = len(net.prototype_class.unique())                  # classes with prototypes
     learned = num_classes * net.groups.weights.shape[1]
     return dict(groups=num_groups, groups_to_learned_groups=100 * num_groups / learned,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import figures
+from common import figures, run
 from common.figures import (draw_box, heatmap, overlay, palette, save_bars, save_grid, save_histogram,
                             save_matrix)
 
@@ -443,7 +443,7 @@ def test_an_interrupted_write_leaves_the_old_picture(tmp_path, monkeypatch):
     def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(figures.os, "replace", killed)
+    monkeypatch.setattr(run.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         save_grid(path, [[(random_image(8, 8, seed=1), "")]], cell=8)
     assert path.read_bytes() == before
