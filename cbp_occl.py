@@ -7,7 +7,7 @@ Idea   A learned 1x1 classifier gives similar classes similar rows (correlation 
        long rows (prior ambiguity). So draw the rows once, make them orthogonal and equally long, and never
        train them. In training the Online Centroid Contrastive Loss (OCCL) gathers each class at its row.
 
-Try    python cbp_occl.py                                             # toy scenes, a minute on a CPU: 53 mIoU
+Try    python cbp_occl.py                                            # toy scenes, a minute on a CPU: 53 mIoU
 Train  python cbp_occl.py --preset ade20k-segformer-b0 --data ADEChallengeData2016 --weights mit_b0.pth
        torchrun --nproc-per-node 4 cbp_occl.py --preset ade20k-swin_b --data ADEChallengeData2016
 Look   python cbp_occl.py --predict photo.jpg --out runs/cbp_occl-toy  # index PNG and overlay
@@ -231,7 +231,7 @@ def split_views(labels, num_classes, mode="ordered"):
         order     1 5 0 2 3 4         the pixels sorted by class, ignored ones (here pixel 4) at the end
         first     0 2 5               by class: where it begins in `order`
         place     0 0 1 2 0 1         by pixel: how many of its class stand before it in `order`
-        views     1 1 2 2 0 2         by pixel: class 0 has 2, 2 // 2 = 1 in view 1; class 1 has 3, 3 // 2 = 1
+        views     1 1 2 2 0 2         by pixel: class 0: 2, of them 2 // 2 = 1 in view 1; class 1: 3, 3 // 2 = 1
     """
     if mode not in ("ordered", "random"):
         raise ValueError(f"views can be cut 'ordered' or 'random', not {mode!r}")
@@ -502,7 +502,8 @@ def train(cfg, machine):
         log.add(step(batch))
         if run.due(iteration, cfg.eval_every, cfg.iterations):
             rates = evaluate(net, val_set, cfg, machine)
-            log.row(f"iteration {iteration}", before=dict(iteration=iteration, lr=scheduler.get_last_lr()[0]),
+            lr = scheduler.get_last_lr()[0]
+            log.row(f"iteration {iteration}", before=dict(iteration=iteration, lr=lr),
                     after={name: rates[name] for name in ("miou", "macc", "pixel_acc")},
                     text=f"{cfg.val_split} mIoU {rates['miou']:.1f}")
         if run.due(iteration, cfg.save_every, cfg.iterations):

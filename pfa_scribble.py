@@ -361,7 +361,7 @@ class FeatureAugmenter(nn.Module):
             return F.relu(f + self.expand(e)).transpose(1, 2)            # Eq. (8)
 
     def attention(self, e_f, e_fp, mask):
-        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M); 0 if masked, unless all are."""
+        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M); 0 where masked; all: even."""
         similarity = e_f @ e_fp.transpose(1, 2)                          # no 1 / sqrt(D), as printed
         return similarity.masked_fill(~mask[:, None], torch.finfo(similarity.dtype).min).softmax(2)
 

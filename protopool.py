@@ -93,7 +93,7 @@ from common.transforms import coin, uniform, warp
 class Config(RunConfig):
     dataset: str = opt("toy_birds", "reader of --data", choices=images.DATASETS)
     full_images: bool = opt(False, "cub: take whole pictures, not cut to their bounding boxes [D19]")
-    val_fraction: float = opt(0.1, "share of every class's training images kept for early stopping", at_least=0,
+    val_fraction: float = opt(0.1, "share of a class's training images kept for early stopping", at_least=0,
                               at_most=0.5)
     select_on_test: bool = opt(False, "stop and choose on the test split, as the authors did; optimistic")
     backbone: str = opt("resnet34", "network before the 1x1 add-on layer", choices=EXTRACTORS)

@@ -97,7 +97,7 @@ class Config(RunConfig):
     frozen_bn: bool = opt(True, "batch norm keeps its pretrained statistics and scales (Sec. 6)")
     output_stride: int = opt(8, "pixels a side of a cell of the feature map; the U-Net has 1", above=0)
     unet_width: int = opt(64, "channels of the U-Net's first level; 16 for a CPU", above=0)
-    rates: list = opt((6, 12, 18, 24), "dilation of the ASPP convolutions: scales, rising", each=int, at_least=1)
+    rates: list = opt((6, 12, 18, 24), "dilations of the ASPP, one a scale, rising", each=int, at_least=1)
     depth: int = opt(64, "D, channels of a scale's features and of its prototypes", above=0)
     input_scales: list = opt((), "further sizes of the image, as factors", each=float, above=0, below=4)
     crop: int = opt(513, "training crop in pixels; lower it if memory runs out", above=0)

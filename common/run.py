@@ -439,8 +439,8 @@ def check_classes(known, classes, out):
     for c, (theirs, ours) in enumerate(itertools.zip_longest(known, classes)):
         if theirs != ours:
             raise UserError(f"the run in {out} knows {len(known)} classes, but the data have "
-                            f"{len(classes)}; class {c} is {theirs} there and {ours} here: pass the --data of "
-                            "that run, or another run.")
+                            f"{len(classes)}; class {c} is {theirs} there and {ours} here: pass the --data "
+                            "of that run, or another run.")
 
 
 # ---- log -------------------------------------------------------------------------------------------------
