@@ -1,3 +1,5 @@
+"""What all test files share: one thread, small toy data sets, one short run of each script, made once."""
+import contextlib
 import sys
 from pathlib import Path
 
@@ -18,3 +20,35 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@contextlib.contextmanager
+def small_splits():
+    from common import toy_birds, toy_scenes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_scenes, "SPLITS", dict(train=8, val=2, test=3))
+        patch.setattr(toy_birds, "SPLITS", dict(train=24, test=12))
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_toys():
+    """Toy scenes and toy birds with a handful of pictures in each split, for the tests of a file."""
+    with small_splits():
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """trained(SCRIPT) -> the folder of a short run of it that nobody may change; trained once a session."""
+    from commands import SHORT, done
+    folders = {}
+
+    def folder_of(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            with small_splits():
+                printed = done(name, "--out", folders[name], *SHORT[name])
+            (folders[name] / "printed.txt").write_text(printed)
+        return folders[name]
+    return folder_of
