@@ -1,14 +1,16 @@
-"""The equations of cbp_occl.py against slow references written from the paper alone.
+"""CBP + OCCL (Chen et al., Pattern Recognition 2024), equation by equation: read it beside cbp_occl.py.
 
-The references are loops over pixels and classes in float64 and share no line with cbp_occl.py. Where the
-paper's print is garbled they follow the readings that the header of cbp_occl.py explains: -log of the ratio,
-cosines instead of raw dot products, a mean over the classes that have pixels in both views.
+The logits of a pixel are the products of its feature with one row for each class. CBP draws the rows once,
+makes them orthogonal and equally long (Alg. 1) and never trains them: no classes are alike, none is favoured.
+OCCL works on means: the pixels of each class in a batch are cut into two views, and the mean features of the
+views (Eq. 3) are drawn to each other, away from the other classes (Eq. 4), and to the row of their class
+(Eq. 5). Eq. (6) adds these up, and Eq. (7) adds the cross-entropy of the pixels.
 
-    python -m pytest -q tests/test_cbp_occl_equations.py
+The references are loops in float64 written from the paper, and share no line with the script. Where the print
+is garbled they follow the readings [D1] to [D14] of the script's header.
 """
-
+import copy
 import math
-import random
 
 import numpy as np
 import pytest
@@ -16,62 +18,215 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cbp_occl import (category_basis_prototypes, category_loss, centroid_loss, class_separability,
-                      gram_schmidt, occl_loss, split_views, view_centroids)
-from common.run import UserError
+import cbp_occl
+from cbp_occl import (PrototypeClassifier, category_basis_prototypes, category_loss, centroid_loss,
+                      class_separability, gram_schmidt, occl_loss, pixel_loss, split_views, view_centroids)
+from common import run
 
-IGNORE = 255
 N, C, B, H, W = 7, 12, 2, 6, 7          # classes, channels, images, feature rows and columns
-ABSENT, ONE_PIXEL = 2, 5                # the two classes of make_batch() without a pair of view centroids
+ABSENT, ONE_PIXEL, IGNORE = 2, 5, 255   # the two classes of make_labels() without a pair of view centroids
 
 
-# ---- slow references -----------------------------------------------------------------------------
+def assert_near(actual, expected, tolerance=2e-5):
+    """Shapes agree and no entry is off by more than `tolerance` of the largest expected entry."""
+    actual, expected = (torch.as_tensor(x).detach().double() for x in (actual, expected))
+    assert actual.shape == expected.shape
+    error = (actual - expected).abs().max().item()
+    assert error <= tolerance * max(expected.abs().max().item(), 1e-3), (error, actual, expected)
+
+
+def assert_same(function, reference, *inputs, tolerance=1e-4):
+    """The same values and, for each of them, gradients equal to `tolerance`; the reference is in float64."""
+    inputs, exact = ([x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+                     for dtype in (None, torch.float64))
+    found, expected = function(*inputs), reference(*exact)
+    assert_near(found, expected)
+    for value, wanted in zip(found.flatten(), expected.flatten()):
+        slopes = torch.autograd.grad(value, inputs, retain_graph=True)
+        for slope, exact_slope in zip(slopes, torch.autograd.grad(wanted, exact, retain_graph=True)):
+            assert_near(slope, exact_slope, tolerance)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_rows(seed=0):
+    """Of unequal lengths and not orthogonal: the losses must be right for a learned classifier too."""
+    return normal(N, C, seed=100 + seed) * torch.linspace(0.3, 4, N)[:, None]
+
+
+def make_labels(*shape, seed=0):
+    """Labels (B,H,W) with one class absent, a class of a single pixel and some pixels ignored."""
+    labels = torch.randint(0, N, shape, generator=torch.Generator().manual_seed(seed))
+    labels[(labels == ABSENT) | (labels == ONE_PIXEL) | (normal(*shape, seed=seed) < -1.3)] = IGNORE
+    labels[0, -1, -1] = ONE_PIXEL
+    return labels
+
+
+# ---- category-basis prototypes: Sec. 3.2, Alg. 1 -------------------------------------------------
 
 def slow_gram_schmidt(rows):
     """Alg. 1, lines 3-11: every coefficient is taken from the row a_i as it was drawn."""
     basis = []
-    for a in np.asarray(rows, dtype=np.float64):
-        temp = np.zeros_like(a)
-        for b in basis:
-            temp = temp + (a @ b) / (b @ b) * b
-        basis.append(a - temp)
-    return np.stack(basis)
+    for a in rows.double().numpy():
+        basis.append(a - sum((a @ b) / (b @ b) * b for b in basis))
+    return torch.from_numpy(np.stack(basis))
 
 
-def slow_split(labels, num_classes):
+def test_algorithm_1_by_hand():
+    """Below, Laeuchli's example: 1 + e^2 rounds to 1, a_3.b_2 to 0, but what is left of a_3 has e^2 / 2. The
+    coefficients are those of the drawn rows."""
+    rows = torch.tensor([[2.0, 0, 0], [3, 4, 0], [1, 1, 5]])
+    assert_near(gram_schmidt(rows), torch.tensor([[2.0, 0, 0], [0, 4, 0], [0, 0, 5]]), 1e-12)
+    assert_near(category_basis_prototypes(3, 3, 3.0, rows), 3 * torch.eye(3), 1e-6)
+    e = 1e-8
+    rows = torch.tensor([[1, e, 0, 0], [1, 0, e, 0], [1, 0, 0, e]], dtype=torch.float64)
+    expected = torch.tensor([[1, e, 0, 0], [0, -e, e, 0], [0, -e, 0, e]], dtype=torch.float64)
+    assert torch.allclose(gram_schmidt(rows), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+@pytest.mark.parametrize("equal", [True, False])
+def test_prototypes_are_algorithm_1_or_either_half_of_it(orthogonal, equal):
+    """Table 5 leaves lines 3-11 or line 12 out; rows may be given, or they are the draw of the seed."""
+    drawn = category_basis_prototypes(N, C, orthogonal=False, equal=False, seed=4)
+    torch.manual_seed(3)
+    given = torch.empty(N, C).normal_()
+    before = given.clone()
+    for rows, options in ((given, dict(rows=given, seed=9)), (drawn, dict(seed=4))):
+        expected = slow_gram_schmidt(rows) if orthogonal else rows.double()
+        if equal:
+            expected = torch.stack([3 * b / (b @ b).sqrt() for b in expected])
+        found = category_basis_prototypes(N, C, 3.0, orthogonal=orthogonal, equal=equal, **options)
+        assert found.dtype == torch.float32
+        assert_near(found, expected, 1e-6)
+    assert torch.equal(given, before)
+    torch.manual_seed(3)                                                # torch's own, on the same Gaussian
+    torch_rows = nn.init.orthogonal_(torch.empty(N, C), gain=3)
+    assert_near(category_basis_prototypes(N, C, 3.0, given), torch_rows, 1e-5)
+
+
+@pytest.mark.parametrize("num_classes, channels", [(5, 16), (8, 8), (150, 256), (256, 256)])
+def test_rows_are_orthogonal_and_of_length_T(num_classes, channels):
+    """In the square case float32 arithmetic would be off by 5.7e-3."""
+    for length in (0.3, 2.0):
+        rows = category_basis_prototypes(num_classes, channels, length).double()
+        assert (rows @ rows.T - length ** 2 * torch.eye(num_classes)).abs().max() < 1e-5
+    assert torch.equal(rows.float(), category_basis_prototypes(num_classes, channels))      # T = 2, seed 0
+
+
+def test_the_draw_is_kaimings_and_depends_on_the_seed_alone():
+    """He et al. 2015: mean 0, variance 2 / fan (which fan, the paper leaves open). Other generators rest."""
+    drawn, before = category_basis_prototypes(60, 120, orthogonal=False, equal=False), torch.get_rng_state()
+    std = drawn.std().item()
+    assert abs(drawn.mean()) < 0.05 * std
+    assert min(abs(std / math.sqrt(2 / fan) - 1) for fan in (60, 120)) < 0.05
+    first, again, other = (category_basis_prototypes(N, C, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(first, again) and (first - other).abs().max() > 0.1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("size, rows, options, words", [
+    ((9, 8), normal(9, 8), {}, "9 classes.* in 8 channels.*wider.*--head-channels 9"),
+    ((3, 3), torch.tensor([[1.0, 3, 0], [0, 1, 7], [1, 5, 14]]), {}, "row 2.*linear combination"),
+    ((2, 2), torch.tensor([[1.0, 0], [0, 0]]), dict(orthogonal=False), "row 1 is zero"),
+    ((2, 4), normal(2, 5), {}, r"\(2, 5\).*2 classes in 4 channels.*--head-channels"),
+])
+def test_rows_that_cannot_become_prototypes_are_refused(size, rows, options, words):
+    with pytest.raises(ValueError, match=words):
+        category_basis_prototypes(*size, rows=rows, **options)
+
+
+# ---- logits: Eq. 1 and 2 -------------------------------------------------------------------------
+
+def test_logits_are_inner_products_and_commute_with_upsampling():
+    """No bias [D9], no normalisation: with unit features, T = 2 and 150 classes the cross-entropy cannot fall
+    below 3.04, at the unit feature that leans away from all other rows [D8]."""
+    features, rows = 3 * normal(B, C, H, W), random_rows()
+    head, resize = PrototypeClassifier(rows), nn.Upsample((20, 15), mode="bilinear")
+    assert_near(head(features), torch.stack([sum(w[c] * features[:, c] for c in range(C)) for w in rows], 1))
+    assert_near(head(resize(features)), resize(head(features)))         # N maps grow, not C
+    rows = category_basis_prototypes(150, 256)
+    best = F.normalize(rows[:1] - rows.mean(0), dim=1)
+    assert 3.04 < F.cross_entropy(best @ rows.T, torch.tensor([0])) < 3.05
+
+
+def test_dropout_takes_whole_channels_from_the_logits_and_none_from_occl():
+    """[D9]: mmsegmentation's Dropout2d(0.1) stands before the classifier alone."""
+    net, x = cbp_occl.Segmenter(nn.Module(), PrototypeClassifier(2 * torch.eye(60))), normal(50, 60, 2, 2)
+    net.network.forward = lambda x: (x, None)
+    torch.manual_seed(0)
+    logits, features, aux = net.train()(x)
+    kept = logits / (2 * x)
+    assert torch.equal(features, x) and aux is None and 0.08 < (kept == 0).float().mean() < 0.12
+    assert_near(kept, kept[..., :1, :1].round().expand_as(x) / 0.9)     # 0 or 1 / 0.9
+    assert_near(net.eval()(x)[0], 2 * x)
+
+
+# ---- the two views and their centroids: Sec. 3.3, Eq. 3 ------------------------------------------
+
+def slow_split(labels):
     """In batch, row, column order: the first floor(n/2) pixels of a class are view 1, the others view 2."""
-    views = np.zeros(labels.shape, dtype=np.int64)
-    for k in range(num_classes):
+    views = torch.zeros_like(labels)
+    for k in range(N):
         pixels = [p for p in np.ndindex(*labels.shape) if labels[p] == k]
         for position, p in enumerate(pixels):
             views[p] = 1 if position < len(pixels) // 2 else 2
     return views
 
 
-def slow_nearest(labels, h, w):
-    """Row i of h takes row floor(i * rows / h), columns likewise."""
-    rows, columns = labels.shape[1:]
-    out = np.zeros((len(labels), h, w), dtype=np.int64)
-    for b, i, j in np.ndindex(len(labels), h, w):
-        out[b, i, j] = labels[b, i * rows // h, j * columns // w]
-    return out
+def test_views_by_hand_and_by_the_loop():
+    """Class 0 has 5 pixels: 2 + 3, class 1 has 3: 1 + 2, class 2 has one: view 2; other ids are ignored."""
+    labels = torch.tensor([[[0, 1, 0], [1, 255, 0]], [[0, 2, 1], [0, -1, 9]]])
+    assert split_views(labels, 3).tolist() == [[[1, 1, 1], [2, 0, 2]], [[2, 2, 2], [2, 0, 0]]]
+    for labels in (make_labels(B, H, W), make_labels(3, 20, 17), make_labels(1, 1, 9)):
+        assert torch.equal(split_views(labels, N), slow_split(labels))
+        assert torch.equal(split_views(labels, 150), slow_split(labels))               # absent classes
+    with pytest.raises(ValueError, match="'halves'"):
+        split_views(labels, 3, "halves")
 
 
-def slow_centroids(features, labels, views, num_classes):
-    """Eq. 3 in float64: centroids (2,N,C), zero for an empty view, and counts (2,N)."""
-    features = features.double()
-    counts = np.zeros((2, num_classes))
-    centroids = []
-    for x in (1, 2):
-        for k in range(num_classes):
-            total = torch.zeros(features.shape[1], dtype=torch.float64)
-            for b, i, j in np.ndindex(*labels.shape):
-                if labels[b, i, j] == k and views[b, i, j] == x:
-                    total = total + features[b, :, i, j]
-                    counts[x - 1, k] += 1
-            centroids.append(total / max(counts[x - 1, k], 1))
-    return torch.stack(centroids).reshape(2, num_classes, -1), counts
+def test_random_views_halve_every_class_and_give_every_pixel_an_even_chance():
+    labels = make_labels(B, H, W)
+    torch.manual_seed(0)
+    draws = torch.stack([split_views(labels, N, "random") for _ in range(500)])
+    assert torch.equal((draws == 0).all(0), labels == IGNORE)
+    for k in set(range(N)) - {ABSENT}:
+        first = (draws[:, labels == k] == 1).double()
+        assert (first.sum(1) == first.shape[1] // 2).all()
+        assert (first.mean(0) - first.mean()).abs().max() < 0.1         # standard error 0.022
+    torch.manual_seed(0)
+    assert torch.equal(split_views(labels, N, "random"), draws[0]) and not torch.equal(draws[0], draws[1])
 
+
+def slow_centroids(features, labels, views):
+    """Eq. (3): centroids (2,N,C), zero for an empty view, and counts (2,N)."""
+    sums, counts = torch.zeros(2, N, C, dtype=torch.float64), torch.zeros(2, N, dtype=torch.float64)
+    for b, i, j in np.ndindex(*labels.shape):
+        if views[b, i, j]:
+            sums[views[b, i, j] - 1, labels[b, i, j]] += features[b, :, i, j]
+            counts[views[b, i, j] - 1, labels[b, i, j]] += 1
+    return sums / counts.clamp(min=1)[..., None], counts
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_view_centroids_are_means_over_pixels(layout):
+    """Of any map of 0, 1, 2. An empty view has the centroid 0, not NaN."""
+    labels, features = make_labels(B, H, W), normal(B, C, H, W).contiguous(memory_format=layout)
+    some = torch.randint(0, 3, labels.shape, generator=torch.Generator().manual_seed(0)) * (labels != IGNORE)
+    weight = normal(2, N, C, seed=1)
+    for views in (some, slow_split(labels)):
+        assert_same(lambda f: (weight * view_centroids(f, labels, views, N)[0]).sum(),
+                    lambda f: (weight * slow_centroids(f, labels, views)[0]).sum(), features, tolerance=1e-6)
+        centroids, counts = view_centroids(features, labels, views, N)
+        for found, expected in zip((centroids, counts), slow_centroids(features, labels, views)):
+            assert_near(found, expected, 1e-6)
+    assert counts[:, ABSENT].tolist() == [0, 0] and counts[:, ONE_PIXEL].tolist() == [0, 1]
+    assert not centroids[:, ABSENT].any() and not centroids[0, ONE_PIXEL].any()
+
+
+# ---- centroid and category loss: Eq. 4 and 5 -----------------------------------------------------
 
 def cosine(a, b):
     return (a @ b) / ((a @ a).sqrt() * (b @ b).sqrt())
@@ -81,758 +236,255 @@ def valid_classes(counts):
     return [k for k in range(len(counts[0])) if counts[0][k] > 0 and counts[1][k] > 0]
 
 
-def category_centroids(centroids):
-    return (centroids[0] + centroids[1]) / 2
-
-
 def slow_ratio(centroids, counts, x, i, tau, keys):
-    """The fraction of Eq. 4 for class i, view x (0 or 1): anchor v_xi, negatives keys[j] for j != i."""
+    """The fraction of Eq. (4) for class i, view x (0 or 1): anchor v_xi, negatives keys[j] for j != i."""
     positive = torch.exp(cosine(centroids[0, i], centroids[1, i]) / tau)
     negative = sum(torch.exp(cosine(centroids[x, i], keys[j]) / tau) for j in valid_classes(counts) if j != i)
     return positive / (positive + negative)
 
 
-def slow_centroid_loss(centroids, counts, tau=0.07, keys=None):
-    """Eq. 4 with -log. `keys` replaces the category centroids; by default they are stopped."""
-    keys = category_centroids(centroids).detach() if keys is None else keys
-    classes = valid_classes(counts)
-    if not classes:
-        return torch.zeros(2, dtype=torch.float64)
-    losses = [[-torch.log(slow_ratio(centroids, counts, x, i, tau, keys)) for i in classes] for x in (0, 1)]
-    return torch.stack([sum(view) / len(classes) for view in losses])
-
-
-def slow_category_loss(centroids, counts, prototypes, tau=0.07):
-    """Eq. 5 with -log: v_xi against all N prototypes."""
-    classes = valid_classes(counts)
-    if not classes:
-        return torch.zeros(2, dtype=torch.float64)
-    losses = []
-    for x in (0, 1):
-        terms = []
-        for i in classes:
-            similar = [torch.exp(cosine(centroids[x, i], w) / tau) for w in prototypes.double()]
-            terms.append(-torch.log(similar[i] / sum(similar)))
-        losses.append(sum(terms) / len(classes))
+def slow_centroid_loss(centroids, counts, tau=0.07):
+    """Eq. (4) with -log; no gradient reaches the category centroids."""
+    keys = ((centroids[0] + centroids[1]) / 2).detach()
+    classes, losses = valid_classes(counts), [0 * centroids.sum(), 0 * centroids.sum()]
+    for x, i in ((x, i) for x in (0, 1) for i in classes):
+        losses[x] = losses[x] - slow_ratio(centroids, counts, x, i, tau, keys).log() / len(classes)
     return torch.stack(losses)
 
 
-def slow_occl(features, labels, prototypes, w_centroid, w_category, tau=0.07, views=None):
-    """Eq. 6 from features (B,C,h,w) and labels of any size."""
-    num_classes = len(prototypes)
-    labels = slow_nearest(labels.numpy(), *features.shape[2:])
-    views = slow_split(labels, num_classes) if views is None else views.numpy()
-    centroids, counts = slow_centroids(features, labels, views, num_classes)
+def make_centroids(seed=0):
+    """centroids (2,N,C), unequal counts (2,N). Class 1 lacks view 1, class 4 view 2, class 6 both, but their
+    centroids hold numbers: what is valid is for the counts to say. Lengths differ, as only cosines count."""
+    centroids = normal(N, C, seed=seed) + 0.8 * normal(2, N, C, seed=50 + seed)
+    centroids = centroids * torch.linspace(0.5, 3, 2 * N).reshape(2, N, 1)
+    return centroids, torch.tensor([[3, 0, 9, 1, 4, 6, 0], [3, 2, 10, 1, 0, 7, 0]])
+
+
+@pytest.mark.parametrize("seed, tau", [(0, ()), (1, (0.5,))])           # () is 0.07, Sec. 4.1
+def test_centroid_loss_is_the_loop(seed, tau):
+    """By hand, tau = 0.5: views at 0 and 60, and at 90 and 150 degrees, so s at 30 and 120. Anchors are 120
+    and 60 degrees off the other s, the views of a class 60."""
+    centroids, counts = make_centroids(seed)
+    assert_same(lambda v: centroid_loss(v, counts, *tau),
+                lambda v: slow_centroid_loss(v, counts, *tau), centroids)
+    a, b = math.sqrt(3) / 2, 0.5                                        # cosines of 30 and 60 degrees
+    centroids = torch.tensor([[[1, 0], [0, 1]], [[b, a], [-a, b]]])
+    expected = (math.log(1 + math.exp((-b - b) / 0.5)) + math.log(2)) / 2
+    assert_near(centroid_loss(centroids, torch.ones(2, 2), 0.5), torch.tensor([expected, expected]), 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_minimising_the_printed_ratio_would_part_the_views(seed):
+    """[D2], one small gradient step: the ratio itself lowers cos(v_1, v_2), its -log raises it."""
+    start = F.normalize(normal(1, 5, 8, seed=seed) + normal(2, 5, 8, seed=9 + seed), dim=2).double()
+    counts = torch.full((2, 5), 4)
+
+    def gain(loss_of):
+        centroids = start.clone().requires_grad_()
+        slope, = torch.autograd.grad(loss_of(centroids), centroids)
+        before, after = (F.cosine_similarity(v[0], v[1], dim=1).mean()
+                         for v in (start, start - 1e-3 * slope / slope.norm()))
+        return float(after - before)
+    assert gain(lambda v: sum(slow_ratio(v, counts, x, i, 0.07, v.mean(0).detach())
+                              for x in (0, 1) for i in range(5))) < -1e-6
+    assert gain(lambda v: centroid_loss(v, counts).sum()) > 1e-6
+
+
+def slow_category_loss(centroids, counts, prototypes, tau=0.07):
+    """Eq. (5) with -log: v_xi against all N prototypes, mean over the classes with both views."""
+    classes, losses = valid_classes(counts), [0 * centroids.sum(), 0 * centroids.sum()]
+    for x, i in ((x, i) for x in (0, 1) for i in classes):
+        similar = [torch.exp(cosine(centroids[x, i], w) / tau) for w in prototypes]
+        losses[x] = losses[x] - torch.log(similar[i] / sum(similar)) / len(classes)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("seed, tau", [(0, ()), (1, (0.5,))])
+def test_category_loss_is_the_loop(seed, tau):
+    """A learned classifier is moved too; T is without effect [D5]. By hand, tau = 0.5: prototypes 2 e_1,
+    2 e_2, 2 e_3; class 1 is the only valid one, so its target is 1, not 0."""
+    (centroids, counts), rows = make_centroids(seed), random_rows(seed)
+    for length in (1, 7):
+        assert_same(lambda v, w: category_loss(v, counts, length * w, *tau),
+                    lambda v, w: slow_category_loss(v, counts, w, *tau), centroids, rows)
+    centroids, counts = torch.zeros(2, 3, 3), torch.tensor([[0, 2, 0], [0, 3, 1]])
+    centroids[:, 1] = torch.tensor([[0.0, 5, 0], [3, 4, 0]])            # cosines 0, 1, 0 and 0.6, 0.8, 0
+    expected = [math.log(math.exp(2) + 2) - 2, math.log(math.exp(1.2) + math.exp(1.6) + 1) - 1.6]
+    assert_near(category_loss(centroids, counts, 2 * torch.eye(3), 0.5), torch.tensor(expected), 1e-6)
+
+
+# ---- OCCL: Eq. 6 ---------------------------------------------------------------------------------
+
+def slow_occl(features, labels, prototypes, w_centroid, w_category, tau, mode="ordered"):
+    """Eq. (6). Labels come to the features' size by nearest: row i of h takes row floor(i * rows / h)."""
+    rows, columns = ([i * size // small for i in range(small)]
+                     for small, size in zip(features.shape[2:], labels.shape[1:]))
+    labels = labels[:, rows][:, :, columns]
+    views = slow_split(labels) if mode == "ordered" else split_views(labels, N, mode)
+    centroids, counts = slow_centroids(features, labels, views)
     l_v = slow_centroid_loss(centroids, counts, tau)
     l_c = slow_category_loss(centroids, counts, prototypes, tau)
     return (w_centroid * (l_v[0] + l_v[1]) + w_category * (l_c[0] + l_c[1])) / 2
 
 
-# ---- small data ----------------------------------------------------------------------------------
-
-def make_batch(seed=0):
-    """features (2,C,6,7), labels (2,6,7): one class absent, one with a single pixel, a tenth ignored."""
-    g = torch.Generator().manual_seed(seed)
-    present = torch.tensor([k for k in range(N) if k not in (ABSENT, ONE_PIXEL)])
-    labels = present[torch.randint(len(present), (B, H, W), generator=g)]
-    labels[torch.rand(B, H, W, generator=g) < 0.1] = IGNORE
-    labels[1, 2, 3] = ONE_PIXEL
-    means = torch.cat([0.3 * torch.randn(N, C, generator=g), torch.zeros(IGNORE + 1 - N, C)])
-    features = means[labels].permute(0, 3, 1, 2) + torch.randn(B, C, H, W, generator=g)
-    return features.contiguous(), labels
-
-
-def make_centroids(seed=0):
-    """centroids (2,N,C), unequal counts (2,N). Class 1 lacks view 1, class 4 view 2, class 6 both.
-
-    The centroids of empty views hold numbers on purpose: what is valid is for the counts to say.
-    """
-    g = torch.Generator().manual_seed(seed)
-    shared = torch.randn(N, C, generator=g)
-    centroids = shared + 0.8 * torch.randn(2, N, C, generator=g)
-    centroids = centroids * torch.linspace(0.5, 3, 2 * N).reshape(2, N, 1)      # lengths must not matter
-    counts = torch.tensor([[3, 0, 9, 1, 4, 6, 0], [3, 2, 10, 1, 0, 7, 0]])
-    return centroids, counts
-
-
-def random_prototypes(seed=0, num_classes=N, channels=C):
-    """Unequal lengths, not orthogonal: the losses must be right for a learned classifier too."""
-    g = torch.Generator().manual_seed(100 + seed)
-    return torch.randn(num_classes, channels, generator=g) * torch.linspace(0.3, 4, num_classes)[:, None]
-
-
-def gradient(loss, *leaves):
-    """Gradients in float64 so that they compare with the references."""
-    return [g.double() for g in torch.autograd.grad(loss, leaves)]
-
-
-def assert_near(actual, expected, tolerance=2e-5):
-    """Shapes agree and no entry is off by more than `tolerance` of the largest expected entry."""
-    actual = torch.as_tensor(actual).detach().double()
-    expected = torch.as_tensor(expected).detach().double()
-    assert actual.shape == expected.shape
-    error = (actual - expected).abs().max().item()
-    assert error <= tolerance * max(expected.abs().max().item(), 1e-3), (error, actual, expected)
-
-
-# ---- category-basis prototypes: Sec. 3.2, Alg. 1 -------------------------------------------------
-
-def test_gram_schmidt_is_algorithm_1():
-    rows = torch.randn(N, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    before = rows.clone()
-    basis = gram_schmidt(rows)
-    assert_near(basis, slow_gram_schmidt(rows), 1e-12)
-    assert torch.equal(rows, before)                                    # the caller's rows are left alone
-    assert_near(basis[0], rows[0], 1e-15)                               # b_1 = a_1: nothing is rescaled
-
-
-def test_gram_schmidt_by_hand():
-    rows = torch.tensor([[2.0, 0, 0], [3, 4, 0], [1, 1, 5]])
-    assert_near(gram_schmidt(rows), torch.tensor([[2.0, 0, 0], [0, 4, 0], [0, 0, 5]]), 1e-12)
-
-
-def test_gram_schmidt_takes_its_coefficients_from_the_drawn_rows():
-    """Laeuchli's example: 1 + e^2 rounds to 1, which parts the classical from the modified form.
-
-    Classical (Alg. 1): a_3.b_2 = 0, so b_3 = a_3 - b_1 = (0,-e,0,e). Modified: (0,-e/2,-e/2,e).
-    """
-    e = 1e-8
-    rows = torch.tensor([[1, e, 0, 0], [1, 0, e, 0], [1, 0, 0, e]], dtype=torch.float64)
-    expected = torch.tensor([[1, e, 0, 0], [0, -e, e, 0], [0, -e, 0, e]], dtype=torch.float64)
-    assert torch.allclose(gram_schmidt(rows).double(), expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-6)])
-def test_gram_schmidt_keeps_float64_accuracy_where_float32_would_fail(dtype, tolerance):
-    """256 rows in 256 dimensions: float32 arithmetic would leave cosines of about 1e-3."""
-    rows = torch.randn(256, 256, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    basis = gram_schmidt(rows).double()
-    unit = basis / basis.norm(dim=1, keepdim=True)
-    assert (unit @ unit.T - torch.eye(256, dtype=torch.float64)).abs().max() < tolerance
-    assert_near(basis, slow_gram_schmidt(rows), tolerance)
-
-
-@pytest.mark.parametrize("num_classes, channels", [(5, 16), (7, 8), (8, 8), (150, 256), (256, 256)])
-@pytest.mark.parametrize("length", [0.3, 2.0])
-def test_prototypes_are_orthogonal_and_of_equal_length(num_classes, channels, length):
-    w = category_basis_prototypes(num_classes, channels, length)
-    assert w.shape == (num_classes, channels) and w.dtype == torch.float32 and not w.requires_grad
-    w = w.double()
-    assert (w @ w.T - length ** 2 * torch.eye(num_classes)).abs().max() < 1e-5
-    assert (w.norm(dim=1) - length).abs().max() < 1e-5
-
-
-def test_default_length_is_2():
-    assert torch.equal(category_basis_prototypes(N, C), category_basis_prototypes(N, C, length=2.0, seed=0))
-
-
-@pytest.mark.parametrize("num_classes, channels", [(5, 8), (8, 8), (150, 256)])
-def test_prototypes_equal_torch_orthogonal_init_on_the_same_gaussian(num_classes, channels):
-    torch.manual_seed(3)
-    rows = torch.empty(num_classes, channels).normal_()
-    torch.manual_seed(3)
-    expected = nn.init.orthogonal_(torch.empty(num_classes, channels), gain=1.5)
-    if num_classes == channels:                                 # torch takes a square matrix by its columns
-        rows, expected = rows.T, expected.T
-    actual = category_basis_prototypes(num_classes, channels, length=1.5, rows=rows)
-    assert (actual - expected).abs().max() < 1e-4
-
-
-def test_rows_replace_the_draw():
-    rows = random_prototypes()
-    before = rows.clone()
-    basis = torch.from_numpy(slow_gram_schmidt(rows))
-    unit = basis / basis.norm(dim=1, keepdim=True)
-    for seed in (0, 1):
-        assert_near(category_basis_prototypes(N, C, 3.0, rows=rows, seed=seed), 3 * unit, 1e-6)
-    assert_near(category_basis_prototypes(N, C, 3.0, rows=rows, equal=False), basis, 1e-6)
-    assert_near(category_basis_prototypes(N, C, 3.0, rows=rows, orthogonal=False, equal=False), rows, 1e-6)
-    assert torch.equal(rows, before)
-
-
-def test_not_orthogonal_keeps_directions_and_sets_the_length():
-    rows = random_prototypes()
-    w = category_basis_prototypes(N, C, length=3.0, rows=rows, orthogonal=False)
-    assert w.dtype == torch.float32
-    for i in range(N):
-        assert_near(w[i], 3 * rows[i].double() / rows[i].double().norm(), 1e-6)
-    drawn = category_basis_prototypes(N, C, length=3.0, orthogonal=False)
-    assert (drawn.norm(dim=1) - 3).abs().max() < 1e-5
-    assert (drawn @ drawn.T - torch.diag((drawn * drawn).sum(1))).abs().max() > 0.1
-
-
-def test_all_four_variants_start_from_the_draw_of_the_seed():
-    drawn = category_basis_prototypes(N, C, orthogonal=False, equal=False, seed=4)
-    assert drawn.dtype == torch.float32
-    for orthogonal, equal in [(True, True), (True, False), (False, True)]:
-        from_seed = category_basis_prototypes(N, C, orthogonal=orthogonal, equal=equal, seed=4)
-        from_rows = category_basis_prototypes(N, C, rows=drawn, orthogonal=orthogonal, equal=equal)
-        assert_near(from_seed, from_rows, 1e-5)
-
-
-def test_the_draw_is_a_kaiming_initialisation():
-    """He et al. 2015: mean 0, variance 2 / fan. The paper leaves open which fan."""
-    drawn = category_basis_prototypes(60, 120, orthogonal=False, equal=False)
-    std = drawn.std().item()
-    assert abs(drawn.mean().item()) < 0.05 * std
-    assert min(abs(std / math.sqrt(2 / fan) - 1) for fan in (60, 120)) < 0.05
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_without_equal_the_residuals_shrink_with_the_row_number(seed):
-    """E ||b_i||^2 falls as (C - i) / C: early rows are longer, which ties length to class order."""
-    w = category_basis_prototypes(150, 256, equal=False, seed=seed).double()
-    assert torch.equal(w, category_basis_prototypes(150, 256, length=9.0, equal=False, seed=seed).double())
-    squared = w.square().sum(1)
-    unit = w / squared.sqrt()[:, None]
-    assert (unit @ unit.T - torch.eye(150)).abs().max() < 1e-5
-    share = squared * 256 / (256 - torch.arange(150))                   # about the same for every row
-    assert abs(share[:75].mean() / share[75:].mean() - 1) < 0.08
-    last_to_first = squared[-20:].mean().sqrt() / squared[:20].mean().sqrt()
-    assert abs(last_to_first - math.sqrt((256 - 139.5) / (256 - 9.5))) < 0.07
-
-
-def test_the_draw_depends_on_the_seed_alone_and_leaves_other_generators_alone():
-    torch.manual_seed(0)
-    first = category_basis_prototypes(N, C, seed=5)
-    torch.manual_seed(999)
-    np.random.seed(999)
-    random.seed(999)
-    torch.rand(10)
-    states = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()
-    again = category_basis_prototypes(N, C, seed=5)
-    assert torch.equal(first, again)
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert (repr(np.random.get_state()), random.getstate()) == states[1:]
-    assert (first - category_basis_prototypes(N, C, seed=6)).abs().max() > 0.1
-
-
-def test_more_classes_than_channels_is_refused_with_the_remedy():
-    for rows in (None, torch.randn(9, 8, generator=torch.Generator().manual_seed(0))):
-        with pytest.raises((ValueError, UserError)) as error:
-            category_basis_prototypes(9, 8, rows=rows)
-        message = str(error.value).lower()
-        assert "wider" in message or "head-channels" in message or "head_channels" in message
-        assert "9" in message and "8" in message
-
-
-@pytest.mark.parametrize("length, at_prototype, floor",
-                         [(1.0, 4.02, 4.02), (2.0, 3.05, 3.05), (5.0, 0.70, 0.69)])
-def test_unit_features_cannot_lower_the_cross_entropy_far(length, at_prototype, floor):
-    """Why the pixel loss does not normalise features: with ||f|| = 1 the length T alone bounds it from below.
-
-    On its own prototype a pixel has CE = log(e^T + N-1) - T. The best unit feature also leans away from the
-    other rows: f ~ w_i - mean(w), CE = log(1 + (N-1) exp(-T sqrt(N/(N-1)))). CE is convex in f, so a unit f
-    whose gradient points along -f is the minimum over the whole unit ball.
-    """
-    classes, target = 150, torch.tensor([42])
-    w = category_basis_prototypes(classes, 256, length).double()
-    on_prototype = w[target] / length
-    assert F.cross_entropy(on_prototype @ w.T, target).item() == pytest.approx(at_prototype, abs=0.005)
-    best = F.normalize(w[target] - w.mean(0), dim=1).requires_grad_()
-    loss = F.cross_entropy(best @ w.T, target)
-    assert loss.item() == pytest.approx(floor, abs=0.005)
-    expected = math.log(1 + (classes - 1) * math.exp(-length * math.sqrt(classes / (classes - 1))))
-    assert loss.item() == pytest.approx(expected, abs=1e-5)
-    g, = torch.autograd.grad(loss, best)
-    assert cosine(g[0], best[0].detach()).item() == pytest.approx(-1, abs=1e-6)
-
-
-# ---- the two views: Sec. 3.3 ---------------------------------------------------------------------
-
-def test_ordered_split_by_hand():
-    labels = torch.tensor([[[0, 1, 0], [1, 255, 0]], [[0, 2, 1], [0, 255, 255]]])
-    # class 0 has 5 pixels: 2 + 3, class 1 has 3: 1 + 2, class 2 has 1: view 2
-    expected = torch.tensor([[[1, 1, 1], [2, 0, 2]], [[2, 2, 2], [2, 0, 0]]])
-    views = split_views(labels, 3)
-    assert views.shape == labels.shape and not views.is_floating_point()
-    assert torch.equal(views.long(), expected)
-    assert torch.equal(split_views(labels, 3, mode="ordered").long(), expected)
-    assert torch.equal(split_views(labels, 150).long(), expected)       # absent classes change nothing
-
-
-@pytest.mark.parametrize("seed, shape", [(0, (B, H, W)), (1, (B, H, W)), (2, (1, 1, 9)), (3, (3, 20, 17))])
-def test_ordered_split_is_the_loop(seed, shape):
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, N, shape, generator=g)
-    labels[torch.rand(shape, generator=g) < 0.2] = IGNORE
-    assert np.array_equal(split_views(labels, N).numpy(), slow_split(labels.numpy(), N))
-
-
-def test_a_class_with_one_pixel_has_no_first_view():
-    _, labels = make_batch()
-    for mode in ("ordered", "random"):
-        assert (split_views(labels, N, mode)[labels == ONE_PIXEL] == 2).all()
-
-
-def test_random_split_halves_every_class():
-    _, labels = make_batch()
-    torch.manual_seed(0)
-    views = split_views(labels, N, mode="random")
-    assert views.shape == labels.shape and not views.is_floating_point()
-    assert (views[labels == IGNORE] == 0).all()
-    for k in range(N):
-        mine = views[labels == k]
-        assert (mine == 1).sum() == len(mine) // 2 and (mine == 2).sum() == len(mine) - len(mine) // 2
-    assert not torch.equal(views.long(), split_views(labels, N).long())
-
-
-def test_random_split_follows_torch_random_numbers():
-    _, labels = make_batch()
-    torch.manual_seed(7)
-    first, second = split_views(labels, N, mode="random"), split_views(labels, N, mode="random")
-    torch.manual_seed(7)
-    assert torch.equal(first, split_views(labels, N, mode="random"))
-    assert not torch.equal(first, second)
-
-
-def test_random_split_gives_every_pixel_an_even_chance():
-    labels = torch.tensor([[[0, 0, 1, 1, 0], [1, 0, 1, 0, 1]], [[1, 1, 0, 0, 1], [0, 1, 0, 1, 0]]])
-    torch.manual_seed(0)
-    draws = 500
-    share = sum((split_views(labels, 2, mode="random") == 1).double() for _ in range(draws)) / draws
-    assert (share - 0.5).abs().max() < 0.1                              # standard error 0.022
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("options", [(1.0, 0.3, 0.07), (0.4, 0.1, 0.2), (0.0, 1.0, 0.07), (1.0, 0.0, 0.07),
+                                     (1.0, 0.3, 0.07, "random")])
+@pytest.mark.parametrize("size", [(H, W), (25, 31), (3, 50)])
+def test_occl_is_the_loop_in_float32_with_labels_of_any_size(options, size, dtype, tolerance):
+    """The gradient reaches the rows if they learn (a usual classifier's). In bfloat16 it is stored so."""
+    def seeded(loss_of):
+        def loss(features, rows):
+            torch.manual_seed(11)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return loss_of(features, make_labels(B, *size), rows, *options)
+        return loss
+    features, rows = normal(B, C, H, W).to(dtype), random_rows().to(dtype)
+    assert seeded(occl_loss)(features, rows).dtype == torch.float32
+    assert_same(seeded(occl_loss), seeded(slow_occl), features, rows, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("mode", ["ordered", "random"])
-def test_nothing_labelled_gives_no_view(mode):
-    assert (split_views(torch.full((B, H, W), IGNORE), N, mode) == 0).all()
-
-
-# ---- view centroids: Eq. 3 -----------------------------------------------------------------------
-
-def test_view_centroids_are_means_over_pixels():
-    features, labels = make_batch()
-    views = split_views(labels, N)
-    centroids, counts = view_centroids(features, labels, views, N)
-    expected, expected_counts = slow_centroids(features, labels.numpy(), views.numpy(), N)
-    assert centroids.shape == (2, N, C) and counts.shape == (2, N)
-    assert_near(centroids, expected, 1e-6)
-    assert np.array_equal(counts.numpy().astype(np.float64), expected_counts)
-    assert counts[:, ABSENT].tolist() == [0, 0] and counts[:, ONE_PIXEL].tolist() == [0, 1]
-    assert (centroids[:, ABSENT] == 0).all() and (centroids[0, ONE_PIXEL] == 0).all()    # empty, not NaN
-    assert_near(centroids[1, ONE_PIXEL], features[1, :, 2, 3], 1e-6)
-
-
-def test_view_centroids_of_any_views_map_and_memory_format():
-    """Any map of 0, 1, 2 will do; a pixel with 0 is in neither mean."""
-    features, labels = make_batch(seed=1)
-    views = torch.randint(0, 3, labels.shape, generator=torch.Generator().manual_seed(0))
-    views[labels == IGNORE] = 0
-    expected, expected_counts = slow_centroids(features, labels.numpy(), views.numpy(), N)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        centroids, counts = view_centroids(features.contiguous(memory_format=layout), labels, views, N)
-        assert_near(centroids, expected, 1e-6)
-        assert np.array_equal(counts.numpy().astype(np.float64), expected_counts)
-
-
-def test_gradient_of_view_centroids_is_one_over_the_count():
-    features, labels = make_batch()
-    features.requires_grad_()
-    views = split_views(labels, N)
-    centroids, counts = view_centroids(features, labels, views, N)
-    weight = torch.randn(2, N, C, generator=torch.Generator().manual_seed(0))
-    actual, = gradient((weight * centroids).sum(), features)
-    expected = torch.zeros(B, C, H, W, dtype=torch.float64)
-    for b, i, j in np.ndindex(B, H, W):
-        k, x = labels[b, i, j].item(), views[b, i, j].item() - 1
-        if k != IGNORE:
-            expected[b, :, i, j] = weight[x, k].double() / counts[x, k].item()
-    assert_near(actual, expected, 1e-6)
-
-
-# ---- centroid loss: Eq. 4 ------------------------------------------------------------------------
-
-def test_centroid_loss_by_hand():
-    """Two classes in the plane, views at 0 and 60 degrees and at 90 and 150 degrees, tau = 0.5."""
-
-    def at(degrees):
-        return [math.cos(math.radians(degrees)), math.sin(math.radians(degrees))]
-
-    centroids = torch.tensor([[at(0), at(90)], [at(60), at(150)]])      # s_0 at 30, s_1 at 120 degrees
-    positive = math.exp(math.cos(math.radians(60)) / 0.5)
-
-    def term(degrees):                                              # angle between the anchor and the other s
-        return -math.log(positive / (positive + math.exp(math.cos(math.radians(degrees)) / 0.5)))
-    expected = [(term(120) + term(60)) / 2, (term(60) + term(120)) / 2]
-    assert_near(centroid_loss(centroids, torch.ones(2, 2), tau=0.5), torch.tensor(expected), 1e-6)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("tau", [0.07, 0.5])
-def test_centroid_loss_and_gradient(seed, tau):
-    centroids, counts = make_centroids(seed)
-    centroids.requires_grad_()
-    exact = centroids.detach().double().requires_grad_()
-    actual, expected = centroid_loss(centroids, counts, tau), slow_centroid_loss(exact, counts, tau)
-    assert actual.shape == (2,)
-    assert_near(actual, expected)
-    for x in (0, 1):                                                    # each view's loss by itself
-        g, = gradient(centroid_loss(centroids, counts, tau)[x], centroids)
-        g_expected, = gradient(slow_centroid_loss(exact, counts, tau)[x], exact)
-        assert_near(g, g_expected, 1e-4)
-        assert (g[:, [1, 4, 6]] == 0).all()                             # classes without both views
-
-
-def test_centroid_loss_default_temperature():
-    centroids, counts = make_centroids()
-    assert torch.equal(centroid_loss(centroids, counts), centroid_loss(centroids, counts, tau=0.07))
-
-
-def test_category_centroid_is_the_plain_mean_of_the_two_view_centroids():
-    """Neither a mean of unit vectors nor a mean weighted by pixels: make the three differ and compare."""
-    centroids, _ = make_centroids(3)
-    centroids[0] *= 5
-    counts = torch.tensor([[1] * N, [30] * N])
-    exact = centroids.double()
-    loss = centroid_loss(centroids, counts)
-    assert_near(loss, slow_centroid_loss(exact, counts))
-    unit = F.normalize(exact[0], dim=1) + F.normalize(exact[1], dim=1)
-    pooled = (exact[0] + 30 * exact[1]) / 31
-    for wrong in (unit, pooled):
-        assert (loss.double() - slow_centroid_loss(exact, counts, keys=wrong)).abs().max() > 0.02
-
-
-def test_negatives_are_stopped_and_positives_are_not():
-    """The gradient is that of finite differences with the category centroids held still, not moving along."""
-    centroids, counts = make_centroids()
-    centroids.requires_grad_()
-    exact = centroids.detach().double()
-    keys = category_centroids(exact)
-    step, numeric = 1e-5, torch.zeros(2, N, C, dtype=torch.float64)
-    for p in np.ndindex(2, N, C):
-        plus, minus = exact.clone(), exact.clone()
-        plus[p] += step
-        minus[p] -= step
-        change = slow_centroid_loss(plus, counts, keys=keys) - slow_centroid_loss(minus, counts, keys=keys)
-        numeric[p] = change.sum() / (2 * step)
-    actual, = gradient(centroid_loss(centroids, counts).sum(), centroids)
-    assert_near(actual, numeric, 1e-4)
-
-    exact.requires_grad_()
-    moving, = gradient(slow_centroid_loss(exact, counts, keys=category_centroids(exact)).sum(), exact)
-    assert (actual - moving).abs().max() > 0.05 * moving.abs().max()
-
-    first_view, = gradient(centroid_loss(centroids, counts)[0], centroids)  # anchors of L_v(1) are view 1 ...
-    assert first_view[1, [0, 2, 3, 5]].abs().max() > 1e-3                   # ... yet view 2 is pulled as well
-
-
-def test_one_valid_class_has_no_centroid_loss():
-    centroids, _ = make_centroids()
-    centroids.requires_grad_()
-    counts = torch.tensor([[0, 2, 0, 0, 1, 0, 0], [0, 2, 0, 3, 0, 0, 0]])
-    loss = centroid_loss(centroids, counts)
-    assert loss.shape == (2,) and loss.abs().max() < 1e-6
-    g, = gradient(loss.sum(), centroids)
-    assert g.abs().max() < 1e-6
-
-
-def printed_eq_4(centroids, tau):
-    """Eq. 4 letter by letter for x = 1: raw dot products, anchors v_j1, stopped centroids SG_j, no log."""
-    keys = category_centroids(centroids).detach()
-    classes, total = range(len(keys)), 0
-    for i in classes:
-        positive = torch.exp(centroids[0, i] @ centroids[1, i] / tau)
-        negative = sum(torch.exp(centroids[0, j] @ keys[j] / tau) for j in classes if j != i)
-        total = total + positive / (negative + positive)
-    return total
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_minimising_the_printed_ratio_would_part_the_views(seed):
-    """One small gradient step: Eq. 4 as printed lowers cos(v_1, v_2), with -log it rises."""
-    g = torch.Generator().manual_seed(seed)
-    start = F.normalize(torch.randn(1, 5, 8, generator=g) + torch.randn(2, 5, 8, generator=g), dim=2)
-    counts = torch.full((2, 5), 4)
-
-    def mean_cosine(centroids):
-        return F.cosine_similarity(centroids[0], centroids[1], dim=1).mean().item()
-
-    def after_one_step(loss_of):
-        centroids = start.double().requires_grad_()
-        slope, = torch.autograd.grad(loss_of(centroids), centroids)
-        return mean_cosine(centroids.detach() - 1e-3 * slope / slope.norm())
-
-    def ratio_with_cosines(centroids):
-        keys = category_centroids(centroids).detach()
-        return sum(slow_ratio(centroids, counts, x, i, 0.07, keys) for x in (0, 1) for i in range(5))
-
-    before = mean_cosine(start.double())
-    assert after_one_step(lambda v: printed_eq_4(v, 0.07)) < before - 1e-6
-    assert after_one_step(ratio_with_cosines) < before - 1e-6
-    assert after_one_step(lambda v: centroid_loss(v, counts).sum()) > before + 1e-6
-
-
-# ---- category loss: Eq. 5 ------------------------------------------------------------------------
-
-def test_category_loss_by_hand():
-    """Prototypes 2 e_1, 2 e_2, 2 e_3 and tau = 0.5; class 1 is the only valid one: its target is 1, not 0."""
-    prototypes = 2 * torch.eye(3)
-    centroids = torch.zeros(2, 3, 3)
-    centroids[0, 1] = torch.tensor([0.0, 5, 0])                         # cosines 0, 1, 0
-    centroids[1, 1] = torch.tensor([3.0, 4, 0])                         # cosines 0.6, 0.8, 0
-    counts = torch.tensor([[0, 2, 0], [0, 3, 1]])
-    expected = [math.log(math.exp(2) + 2) - 2, math.log(math.exp(1.2) + math.exp(1.6) + 1) - 1.6]
-    assert_near(category_loss(centroids, counts, prototypes, tau=0.5), torch.tensor(expected), 1e-6)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("tau", [0.07, 0.5])
-def test_category_loss_and_gradient(seed, tau):
-    centroids, counts = make_centroids(seed)
-    prototypes = random_prototypes(seed).requires_grad_()
-    centroids.requires_grad_()
-    exact, exact_w = (t.detach().double().requires_grad_() for t in (centroids, prototypes))
-    actual = category_loss(centroids, counts, prototypes, tau)
-    assert actual.shape == (2,)
-    assert_near(actual, slow_category_loss(exact, counts, exact_w, tau))
-    for x in (0, 1):
-        g, g_w = gradient(category_loss(centroids, counts, prototypes, tau)[x], centroids, prototypes)
-        expected, expected_w = gradient(slow_category_loss(exact, counts, exact_w, tau)[x], exact, exact_w)
-        assert_near(g, expected, 1e-4)
-        assert_near(g_w, expected_w, 1e-4)                          # a learnable classifier is moved as well
-        assert (g[1 - x] == 0).all() and (g[:, [1, 4, 6]] == 0).all()
-
-
-def test_category_loss_default_temperature_and_length_free_prototypes():
-    centroids, counts = make_centroids()
-    w = category_basis_prototypes(N, C, length=2.0)
-    loss = category_loss(centroids, counts, w)
-    assert torch.equal(loss, category_loss(centroids, counts, w, tau=0.07))
-    assert_near(category_loss(centroids, counts, category_basis_prototypes(N, C, length=0.3)), loss, 1e-5)
-
-
-# ---- OCCL: Eq. 6 ---------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("w_centroid, w_category", [(1.0, 0.3), (0.4, 0.1), (0.0, 1.0), (1.0, 0.0)])
-def test_occl_loss_and_gradient(w_centroid, w_category):
-    features, labels = make_batch()
-    prototypes = category_basis_prototypes(N, C)
-    features.requires_grad_()
-    exact = features.detach().double().requires_grad_()
-    actual = occl_loss(features, labels, prototypes, w_centroid, w_category)
-    expected = slow_occl(exact, labels, prototypes, w_centroid, w_category)
-    assert actual.shape == () and actual.dtype == torch.float32
-    assert_near(actual, expected)
-    g, g_expected = gradient(actual, features)[0], gradient(expected, exact)[0]
-    assert_near(g, g_expected, 1e-4)
-    ignored = (labels == IGNORE) | (labels == ONE_PIXEL)
-    assert (g.permute(0, 2, 3, 1)[ignored] == 0).all()
-
-
-def test_occl_loss_takes_its_temperature():
-    features, labels = make_batch(seed=2)
-    prototypes = random_prototypes()
-    assert_near(occl_loss(features, labels, prototypes, 1.0, 0.3, tau=0.2),
-                slow_occl(features, labels, prototypes, 1.0, 0.3, tau=0.2))
-    assert_near(occl_loss(features, labels, prototypes, 1.0, 0.3, tau=0.07),
-                slow_occl(features, labels, prototypes, 1.0, 0.3))
-
-
-def test_occl_gradient_reaches_the_features_with_stopped_negatives():
-    features, labels = make_batch()
-    prototypes = category_basis_prototypes(N, C)
-    features.requires_grad_()
-    g, = gradient(occl_loss(features, labels, prototypes, 1.0, 0.0), features)
-
-    exact = features.detach().double().requires_grad_()
-    small = labels.numpy()
-    centroids, counts = slow_centroids(exact, small, slow_split(small, N), N)
-    moving = slow_centroid_loss(centroids, counts, keys=category_centroids(centroids)).sum() / 2
-    wrong, = gradient(moving, exact)
-    assert (g - wrong).abs().max() > 0.05 * wrong.abs().max()
-
-
-def test_occl_loss_moves_prototypes_only_if_they_ask_for_it():
-    """Frozen prototypes get no gradient; without CBP the learnable classifier holds the keys and moves."""
-    features, labels = make_batch()
-    features.requires_grad_()
-    frozen = random_prototypes()
-    occl_loss(features, labels, frozen, 1.0, 0.3).backward()
-    assert frozen.grad is None and features.grad is not None
-
-    learned = nn.Parameter(random_prototypes())
-    exact = learned.detach().double().requires_grad_()
-    g, = gradient(occl_loss(features, labels, learned, 1.0, 0.3), learned)
-    expected, = gradient(slow_occl(features.detach(), labels, exact, 1.0, 0.3), exact)
-    assert_near(g, expected, 1e-4)
-
-
-@pytest.mark.parametrize("size", [(24, 28), (25, 31), (13, 7), (6, 50), (3, 4)])
-def test_labels_of_any_size_are_brought_to_the_features_by_nearest(size):
-    features, _ = make_batch()
-    g = torch.Generator().manual_seed(sum(size))
-    labels = torch.randint(0, N, (B, *size), generator=g)
-    labels[torch.rand(labels.shape, generator=g) < 0.1] = IGNORE
-    prototypes = random_prototypes()
-    before = labels.clone()
-    assert_near(occl_loss(features, labels, prototypes, 1.0, 0.3),
-                slow_occl(features, labels, prototypes, 1.0, 0.3))
-    assert torch.equal(labels, before)
-
-
-def test_occl_random_mode_uses_the_random_split():
-    features, labels = make_batch()
-    prototypes = random_prototypes()
-    torch.manual_seed(11)
-    actual = occl_loss(features, labels, prototypes, 1.0, 0.3, mode="random")
-    torch.manual_seed(11)
-    views = split_views(labels, N, mode="random")
-    assert_near(actual, slow_occl(features, labels, prototypes, 1.0, 0.3, views=views))
-
-
-def test_occl_is_float32_inside_bfloat16_autocast():
-    features, labels = make_batch()
-    prototypes = category_basis_prototypes(N, C)
-    half = features.bfloat16().requires_grad_()
-    exact = half.detach().double().requires_grad_()
-    plain = occl_loss(features, labels, prototypes, 1.0, 0.3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = occl_loss(features, labels, prototypes, 1.0, 0.3)
-        from_half = occl_loss(half, labels, prototypes, 1.0, 0.3)
-    expected = slow_occl(exact, labels, prototypes, 1.0, 0.3)
-    assert inside.dtype == torch.float32 and from_half.dtype == torch.float32
-    assert_near(inside, plain, 1e-6)
-    assert_near(from_half, expected)
-    assert_near(gradient(from_half, half)[0], gradient(expected, exact)[0], 1e-2)       # stored in bfloat16
-
-
-def test_occl_of_channels_last_features():
-    features, labels = make_batch()
-    prototypes = random_prototypes()
-    channels_last = features.contiguous(memory_format=torch.channels_last)
-    assert_near(occl_loss(channels_last, labels, prototypes, 1.0, 0.3),
-                occl_loss(features, labels, prototypes, 1.0, 0.3), 1e-6)
-
-
-# ---- edge cases ----------------------------------------------------------------------------------
-
-def one_class(labels):
-    return torch.where(labels == IGNORE, labels, torch.full_like(labels, 3))
-
-
-def one_pixel(labels):
-    return torch.where(labels == ONE_PIXEL, labels, torch.full_like(labels, IGNORE))
-
-
-def nothing(labels):
-    return torch.full_like(labels, IGNORE)
-
-
-@pytest.mark.parametrize("mode", ["ordered", "random"])
-@pytest.mark.parametrize("case", [one_pixel, nothing])
-def test_no_valid_class_gives_exactly_zero_and_a_zero_gradient(case, mode):
-    """The loss stays in the graph, so that `loss.backward()` runs and every rank of a DDP run takes part."""
-    features, labels = make_batch()
-    features.requires_grad_()
-    loss = occl_loss(features, case(labels), category_basis_prototypes(N, C), 1.0, 0.3, mode=mode)
-    assert loss.item() == 0 and loss.requires_grad
-    loss.backward()
-    assert features.grad is not None and (features.grad == 0).all()
-
-
-def test_no_valid_class_gives_zero_for_each_loss():
-    centroids, counts = torch.zeros(2, N, C), torch.zeros(2, N, dtype=torch.long)
-    counts[1, 3] = 1                                                    # a single pixel: view 2 only
-    centroids[1, 3] = 1
-    assert centroid_loss(centroids, counts).tolist() == [0, 0]
-    assert category_loss(centroids, counts, category_basis_prototypes(N, C)).tolist() == [0, 0]
-
-
-def test_one_class_keeps_its_category_loss():
-    features, labels = make_batch()
-    labels = one_class(labels)
-    prototypes = category_basis_prototypes(N, C)
-    features.requires_grad_()
-    exact = features.detach().double().requires_grad_()
-    actual = occl_loss(features, labels, prototypes, 1.0, 0.3)
-    expected = slow_occl(exact, labels, prototypes, 1.0, 0.3)
-    assert expected > 0
-    assert_near(actual, expected)
-    assert_near(gradient(actual, features)[0], gradient(expected, exact)[0], 1e-4)
-    assert occl_loss(features, labels, prototypes, 1.0, 0.0).abs() < 1e-6
-
-
-@pytest.mark.parametrize("case", [None, one_class, one_pixel, nothing])
-def test_dead_features_stay_finite(case):
-    """All-zero features (a dead ReLU) have no direction: nothing may become NaN."""
-    features, labels = make_batch()
-    features = torch.zeros_like(features).requires_grad_()
-    labels = labels if case is None else case(labels)
-    prototypes = nn.Parameter(category_basis_prototypes(N, C))
-    loss = occl_loss(features, labels, prototypes, 1.0, 0.3)
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(features.grad).all()
-    assert prototypes.grad is None or torch.isfinite(prototypes.grad).all()
-
-
-# ---- what leaves the method unchanged ------------------------------------------------------------
-
-def test_scaling_the_features_leaves_occl_unchanged():
-    features, labels = make_batch()
-    prototypes = category_basis_prototypes(N, C)
-    features.requires_grad_()
-    ten = (10 * features.detach()).requires_grad_()
-    loss, scaled = (occl_loss(f, labels, prototypes, 1.0, 0.3) for f in (features, ten))
-    assert_near(scaled, loss, 1e-5)
-    assert_near(10 * gradient(scaled, ten)[0], gradient(loss, features)[0], 1e-4)
-
-
-def test_permuting_class_ids_and_rows_leaves_everything_unchanged():
-    features, labels = make_batch()
-    prototypes = random_prototypes()
-    new_id = torch.tensor([4, 0, 6, 2, 5, 1, 3])                        # class k becomes class new_id[k]
-    table = torch.full((IGNORE + 1,), IGNORE)
-    table[:N] = new_id
-    renamed = table[labels]
-    rows = torch.empty_like(prototypes)
-    rows[new_id] = prototypes
-
-    views, renamed_views = split_views(labels, N), split_views(renamed, N)
-    assert torch.equal(views, renamed_views)
-    centroids, counts = view_centroids(features, labels, views, N)
-    renamed_centroids, renamed_counts = view_centroids(features, renamed, renamed_views, N)
-    assert_near(renamed_centroids[:, new_id], centroids, 1e-6)
-    assert torch.equal(renamed_counts[:, new_id], counts)
-    assert_near(centroid_loss(renamed_centroids, renamed_counts), centroid_loss(centroids, counts), 1e-5)
-    assert_near(category_loss(renamed_centroids, renamed_counts, rows),
-                category_loss(centroids, counts, prototypes), 1e-5)
-    assert_near(occl_loss(features, renamed, rows, 1.0, 0.3),
-                occl_loss(features, labels, prototypes, 1.0, 0.3), 1e-5)
-    assert class_separability(rows) == pytest.approx(class_separability(prototypes), abs=1e-4)
-
-
-# ---- class separability: Eq. 8 -------------------------------------------------------------------
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_class_separability_is_the_double_loop_and_the_identity(seed):
-    w = random_prototypes(seed)
-    exact = w.double().numpy()
-    loops = 0.0
-    for i in range(N):
-        for j in range(N):
-            if j != i:
-                loops += 0.5 * exact[i] @ exact[j] / (np.linalg.norm(exact[i]) * np.linalg.norm(exact[j]))
-    value = class_separability(w)
-    assert isinstance(value, float)
-    assert value == pytest.approx(loops, abs=1e-5)
-    unit = exact / np.linalg.norm(exact, axis=1, keepdims=True)
-    assert value == pytest.approx((np.linalg.norm(unit.sum(0)) ** 2 - N) / 2, abs=1e-5)
-    assert class_separability(nn.Parameter(w)) == pytest.approx(value, abs=1e-6)    # a learnable classifier
-
-
-def test_class_separability_is_zero_for_orthogonal_rows_of_any_length():
-    assert class_separability(category_basis_prototypes(N, C)) == pytest.approx(0, abs=1e-5)
+@pytest.mark.parametrize("case", ["nothing", "one pixel", "one class"])
+def test_batches_with_little_to_contrast_stay_finite(case, mode):
+    """Without a valid class a loss is exactly 0 with gradient 0, in the graph: every process goes backwards.
+    One class has no other centroid to leave, but keeps its category loss. Features may be 0 (dead ReLU)."""
+    logits = normal(B, N, 4, 4).requires_grad_()
+    loss = pixel_loss(logits, torch.full((B, H, W), IGNORE))
+    assert loss == 0 and not torch.autograd.grad(loss, logits)[0].any()
+    labels = torch.full((B, H, W), 3 if case == "one class" else IGNORE)
+    labels[0, 0, 0] = IGNORE if case == "nothing" else 3
+    for features in (normal(B, C, H, W).requires_grad_(), torch.zeros(B, C, H, W, requires_grad=True)):
+        rows = random_rows().requires_grad_()
+        attraction, loss = (occl_loss(features, labels, rows, 1.0, phi, mode=mode) for phi in (0.0, 0.3))
+        slopes = torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, (features, rows))])
+        assert slopes.isfinite().all() and attraction.requires_grad and attraction.abs() < 1e-6
+        assert loss > 0 if case == "one class" else loss == 0 and not slopes.any()
+
+
+# ---- the loss of a step: Eq. 7; the classifiers of Table 4; what they are measured by: Eq. 8 -----
+
+def slow_pixel_loss(logits, labels):
+    """Mean over the labelled pixels of -log softmax, logits enlarged bilinearly [D10]."""
+    log_p = F.interpolate(logits, labels.shape[1:], mode="bilinear").log_softmax(1)
+    return -torch.stack([log_p[b, labels[b, i, j], i, j] for b, i, j in (labels != IGNORE).nonzero()]).mean()
+
+
+def mean_over_pairs(rows, measure):
+    pairs = [(i, j) for i in range(len(rows)) for j in range(len(rows)) if i != j]
+    return sum(measure(cosine(rows[i], rows[j])) for i, j in pairs) / len(pairs)
+
+
+def config(preset="toy", **flags):
+    return run.make_config(cbp_occl.Config, cbp_occl.PRESETS, preset, out="unused", **flags)
+
+
+class Network(nn.Module):
+    """The least that a Segmenter needs: features of half the size and, if asked for, auxiliary logits."""
+
+    def __init__(self, auxiliary):
+        super().__init__()
+        self.backbone, self.aux = nn.Conv2d(3, C, 2, stride=2), nn.Conv2d(3, N, 1) if auxiliary else None
+
+    def forward(self, x):
+        return self.backbone(x), self.aux(x) if self.aux else None
+
+
+def exact_terms(net, x, labels, cfg):
+    """The terms of the loss, by loops, for a network in float64; what the features are multiplied with."""
+    features, aux = net.network(x)
+    rows, bias = getattr(net.classifier, "prototypes", None), torch.zeros(N)
+    if cfg.classifier == "learnable":
+        rows, bias = net.classifier.weight[..., 0, 0], net.classifier.bias
+    if cfg.classifier == "penalty":
+        rows = torch.stack([cfg.length * w / (w @ w).sqrt() for w in rows])
+    logits = torch.einsum("nc,bchw->bnhw", rows, features) + bias[:, None, None]
+    terms = dict(ce=slow_pixel_loss(logits, labels))
+    if aux is not None:
+        terms["aux"] = 0.4 * slow_pixel_loss(aux, labels)
+    if cfg.w_centroid or cfg.w_category:
+        terms["occl"] = slow_occl(features, labels, rows, cfg.w_centroid, cfg.w_category, cfg.tau)
+    if cfg.classifier == "penalty":
+        terms["penalty"] = 0.01 * mean_over_pairs(rows, torch.square)
+    return terms
+
+
+@pytest.mark.parametrize("auxiliary, weights", [(True, (0.6, 0.2)), (False, (0.0, 0.2)), (False, (0.0, 0.0))])
+@pytest.mark.parametrize("classifier", ["cbp", "learnable", "ema", "gradient", "penalty"])
+def test_a_step_goes_down_eq_7(classifier, auxiliary, weights):
+    """Its terms, and every weight after a step of plain gradient descent. Frozen rows stay. EMA rows of the
+    classes with both views become m w + (1-m) T s/|s|, m = 0.999, then of length T. Others are weights."""
+    cfg = config(classifier=classifier, w_centroid=weights[0], w_category=weights[1], tau=0.2, length=3.0,
+                 seed=2, head_channels=C)
+    net = cbp_occl.build_model(cfg, N).eval()                           # without dropout
+    net.network, head, rows = Network(auxiliary), net.classifier, random_rows()
+    if classifier == "learnable":
+        assert head.weight.std().item() == pytest.approx(0.01, rel=0.3) and not head.bias.any()
+        assert torch.equal(head.class_vectors(), head.weight[..., 0, 0])
+    else:
+        assert_near(head.class_vectors(), category_basis_prototypes(N, C, 3.0, seed=2), 1e-6)
+        head.prototypes.data.copy_(rows)
+    exact, x = copy.deepcopy(net).double(), normal(B, 3, 2 * H, 2 * W)
+    labels = make_labels(B, H, W).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    expected = exact_terms(exact, x.double(), labels, cfg)
+    sum(expected.values()).backward()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    terms = cbp_occl.train_step(net, net, optimizer, scheduler, x, labels, cfg)
+    assert set(terms) == set(expected) and not any(term.requires_grad for term in terms.values())
+    for name, term in terms.items():
+        assert_near(term, expected[name])
+    for now, before in zip(net.parameters(), exact.parameters()):
+        assert_near(now, before - 0.1 * before.grad)
+    assert len(list(head.parameters())) == dict(learnable=2, gradient=1, penalty=1).get(classifier, 0)
+    assert len(head.state_dict()) == (2 if classifier == "learnable" else 1)               # saved
+    assert optimizer.param_groups[0]["lr"] == 0.05
+    if classifier in ("cbp", "ema"):
+        small = labels[:, ::2, ::2]
+        centroids, counts = slow_centroids(exact.network.backbone(x.double()), small, slow_split(small))
+        for i in valid_classes(counts) if classifier == "ema" else ():
+            s = (centroids[0, i] + centroids[1, i]) / 2
+            moved = 0.999 * rows[i] + 0.001 * 3 * s / s.norm()
+            rows[i] = (3 * moved / moved.norm()).detach()
+        assert_near(head.prototypes, rows, 1e-7)
+
+
+def test_class_separability_is_the_double_loop_and_no_proof_of_orthogonality():
+    """The sum is signed: 0 for orthogonal rows, but not for them alone; a simplex has cosines of -1/(N-1)."""
+    rows = random_rows()
+    value = class_separability(nn.Parameter(rows))
+    assert value == pytest.approx(mean_over_pairs(rows.double(), float) * N * (N - 1) / 2, abs=1e-5)
+    assert value == pytest.approx((F.normalize(rows, dim=1).sum(0).norm().item() ** 2 - N) / 2, abs=1e-5)
     assert class_separability(category_basis_prototypes(150, 256)) == pytest.approx(0, abs=1e-3)
-    assert class_separability(category_basis_prototypes(N, C, equal=False)) == pytest.approx(0, abs=1e-5)
+    assert class_separability(3 * torch.eye(150) - 3 / 150) == pytest.approx(-75, abs=1e-3)
+    assert cbp_occl.mean_abs_cosine(rows) == pytest.approx(mean_over_pairs(rows.double(), abs).item())
+    assert cbp_occl.mean_abs_cosine(rows[:1]) == 0
 
 
-@pytest.mark.parametrize("num_classes", [3, 7, 150])
-def test_class_separability_of_a_simplex_is_minus_half_the_classes(num_classes):
-    """All its cosines are -1/(N-1): a signed sum can be low, or zero, without orthogonality."""
-    simplex = torch.eye(num_classes) - 1 / num_classes
-    assert class_separability(3 * simplex) == pytest.approx(-num_classes / 2, abs=1e-3)
+# ---- recipes: Sec. 4.1 and 4.2 -------------------------------------------------------------------
+
+OPTIONS = "backbone head optimizer lr head_lr weight_decay power floor warmup stage_decay".split()
+MODELS = {                                                              # mmsegmentation's for each model
+    "fcn-r101": ("resnet101", "fcn", "sgd", 0.01, 1, 5e-4, 0.9, 1e-4, 0, 1),
+    "convnext_b": ("convnext_base", "upernet", "adamw", 1e-4, 1, 0.05, 1, 0, 1500, 0.9),
+    "swin_b": ("swin_b", "upernet", "adamw", 6e-5, 1, 0.01, 1, 0, 1500, 1),
+    **{f"segformer-b{i}": (f"mit_b{i}", "segformer", "adamw", 6e-5, 10, 0.01, 1, 0, 1500, 1)
+       for i in range(6)}}
+WEIGHTS = {"ade20k-fcn-r101": (0.4, 0.1, 2), "ade20k-convnext_b": (1, 0.2, 2), "ade20k-swin_b": (1, 0.2, 1),
+           "cocostuff10k-fcn-r101": (1, 0.3, 0.3), "cocostuff10k-convnext_b": (1, 0.3, 3),
+           "cocostuff10k-swin_b": (1, 0.3, 2), "ade20k-segformer-b0-40k": (1, 0.3, 2)}   # lambda, phi, T
 
 
-def test_class_separability_of_equal_rows_counts_the_pairs():
-    assert class_separability(torch.ones(N, C)) == pytest.approx(N * (N - 1) / 2, abs=1e-4)
+@pytest.mark.parametrize("name", list(cbp_occl.PRESETS)[2:])
+def test_presets_are_the_papers_recipes(name):
+    cfg = config(name)
+    cbp_occl.check_config(cfg)
+    data, model = name.removesuffix("-40k").split("-", 1)
+    assert tuple(getattr(cfg, option) for option in OPTIONS) == MODELS[model]
+    assert (cfg.w_centroid, cfg.w_category, cfg.length, cfg.tau) == (*WEIGHTS.get(name, (1, 0.1, 1)), 0.07)
+    iterations = 40000 if name.endswith("-40k") else dict(ade20k=160000, cocostuff10k=80000)[data]
+    assert (cfg.iterations, cfg.eval_every) == (iterations, iterations // 10)
+    split = dict(ade20k="val", cocostuff10k="test")[data]
+    assert (cfg.dataset, cfg.train_split, cfg.val_split, cfg.test_split) == (data, "train", split, split)
+    assert (cfg.batch_size, cfg.crop, cfg.size, cfg.classifier, cfg.views) == (16, 512, 512, "cbp", "ordered")
+    assert (cfg.init, cfg.prototypes, cfg.orthogonal, cfg.equal) == ("random", "", True, True)
