@@ -5,20 +5,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from common.metrics import (ConfusionMatrix, activation_box, activation_boxes, part_consistency, part_shares,
                             part_stability, points_in_boxes)
 
 
-def random_maps(seed, num_classes, shape=(2, 6, 7), classes_used=None, ignored=0.2):
-    """labels with 255 in them, predictions: two int64 maps; only ids below `classes_used` occur."""
+def random_maps(seed, num_classes, shape=(2, 6, 7)):
+    """labels with 255 in them, predictions: two int64 maps."""
     generator = torch.Generator().manual_seed(seed)
-    used = classes_used or num_classes
-    labels = torch.randint(0, used, shape, generator=generator)
-    guesses = torch.randint(0, used, shape, generator=generator)
+    labels, guesses = torch.randint(0, num_classes, (2, *shape), generator=generator)
     predictions = torch.where(torch.rand(shape, generator=generator) < 0.6, labels, guesses)
-    labels[torch.rand(shape, generator=generator) < ignored] = 255
+    labels[torch.rand(shape, generator=generator) < 0.2] = 255
     return labels, predictions
 
 
@@ -29,250 +26,134 @@ def filled(num_classes, *batches):
     return confusion
 
 
-def brute_force(labels, predictions, num_classes):
-    """Sets of pixel positions: IoU, acc and F1 of each class as fractions, None where the ratio is 0/0."""
-    pairs = [(t, p) for t, p in zip(labels.flatten().tolist(), predictions.flatten().tolist()) if t != 255]
-    rates = {"iou": [], "acc": [], "f1": []}
-    for c in range(num_classes):
-        true = {i for i, (t, _) in enumerate(pairs) if t == c}
-        found = {i for i, (_, p) in enumerate(pairs) if p == c}
-        both = len(true & found)
-        rates["iou"].append(both / len(true | found) if true | found else None)
-        rates["acc"].append(both / len(true) if true else None)
-        precision = both / len(found) if found else 0.0
-        recall = both / len(true) if true else 0.0
-        harmonic = 2 * precision * recall / (precision + recall) if both else 0.0
-        rates["f1"].append(harmonic if true or found else None)
-    rates["pixel_acc"] = sum(t == p for t, p in pairs) / len(pairs)
-    rates["absent"] = [c for c in range(num_classes) if all(t != c for t, _ in pairs)]
-    return rates
-
-
-def mean_of_known(values):
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known)
-
+# ---- segmentation ----
 
 @pytest.mark.parametrize("num_classes, used", [(2, 2), (5, 5), (7, 4), (150, 40), (1, 1)])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_rate_equals_brute_force(num_classes, used, seed):
-    labels, predictions = random_maps(seed, num_classes, classes_used=used)
+def test_every_rate_is_that_of_sets_of_pixels(num_classes, used):
+    labels, predictions = random_maps(num_classes, used)
+    true, found = (torch.stack([maps[labels != 255] == c for c in range(num_classes)]).numpy()
+                   for maps in (labels, predictions))                     # (N,pixels)
+    both, either = (true & found).sum(1), (true | found).sum(1)
+    with np.errstate(invalid="ignore"):
+        precision, recall = both / np.maximum(1, found.sum(1)), both / true.sum(1)
+        f1 = 2 / (1 / precision[both > 0] + 1 / recall[both > 0])         # the harmonic mean
+        iou = both / either
     confusion = filled(num_classes, (labels, predictions))
-    expected = brute_force(labels, predictions, num_classes)
-    for name, rates in zip(("iou", "acc", "f1"), confusion.rates()):
-        assert rates.shape == (num_classes,) and rates.dtype == torch.float64
-        for rate, value in zip(rates.tolist(), expected[name]):
-            assert math.isnan(rate) if value is None else rate == pytest.approx(value, abs=1e-12)
-    summary = confusion.summary()
-    assert summary["miou"] == pytest.approx(100 * mean_of_known(expected["iou"]))
-    assert summary["macc"] == pytest.approx(100 * mean_of_known(expected["acc"]))
-    assert summary["pixel_acc"] == pytest.approx(100 * expected["pixel_acc"])
-    assert summary["absent"] == expected["absent"]
-    for name in ("iou", "f1"):
-        for percent, value in zip(summary[name], expected[name], strict=True):
-            assert percent is None if value is None else percent == pytest.approx(100 * value)
+    rates, summary = [rate.numpy() for rate in confusion.rates()], confusion.summary()
+    np.testing.assert_allclose(rates[0], iou, atol=1e-12)
+    np.testing.assert_allclose(rates[1], recall, atol=1e-12)
+    np.testing.assert_allclose(rates[2][both > 0], f1, atol=1e-12)
+    np.testing.assert_array_equal(rates[2][both == 0], np.where(either[both == 0] > 0, 0, np.nan))
+    assert summary["miou"] == pytest.approx(100 * np.nanmean(iou))
+    assert summary["macc"] == pytest.approx(100 * np.nanmean(recall))
+    assert summary["pixel_acc"] == pytest.approx(100 * both.sum() / true.sum())
+    assert summary["absent"] == np.flatnonzero(true.sum(1) == 0).tolist()
 
 
-def test_hand_values_rows_are_labels_and_a_class_only_predicted_counts_as_zero():
-    labels = torch.tensor([[[0, 0, 0, 1], [1, 255, 255, 0]]])
-    predictions = torch.tensor([[[0, 0, 1, 1], [2, 3, 0, 0]]])      # 3: only where the label is 255
+def test_by_hand_rates_are_of_the_whole_split_and_a_class_only_predicted_counts_as_zero():
+    """Two images; rows of the matrix are labels. A mean over images would be another number."""
+    labels = torch.tensor([[[0, 0, 0, 1]], [[1, 255, 255, 0]]])
+    predictions = torch.tensor([[[0, 0, 1, 1]], [[2, 3, 0, 0]]])          # 3: only where the label is 255
     confusion = filled(4, (labels, predictions))
     assert confusion.matrix.tolist() == [[3, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    summary = confusion.summary()
-    assert summary["iou"] == [pytest.approx(75), pytest.approx(100 / 3), 0.0, None]
-    assert summary["miou"] == pytest.approx((75 + 100 / 3 + 0) / 3)       # class 2 counts, class 3 does not
-    assert summary["macc"] == pytest.approx((75 + 50) / 2)                # classes with labels alone
-    assert summary["pixel_acc"] == pytest.approx(100 * 4 / 6)
-    assert summary["f1"] == [pytest.approx(600 / 7), pytest.approx(50), 0.0, None]
-    assert summary["absent"] == [2, 3]
-    assert all(type(summary[name]) is float for name in ("miou", "macc", "pixel_acc"))
-
-
-def test_ignored_pixels_never_count():
-    labels, predictions = random_maps(3, 5)
-    before = filled(5, (labels, predictions)).matrix
-    changed = torch.where(labels == 255, (predictions + 1) % 5, predictions)
-    assert torch.equal(filled(5, (labels, changed)).matrix, before)
-    assert before.sum() == (labels != 255).sum()
-
-
-def test_nothing_labelled_gives_no_rate_and_no_error():
-    labels = torch.full((1, 3, 3), 255)
-    summary = filled(3, (labels, torch.zeros_like(labels))).summary()
-    assert summary["iou"] == [None] * 3 and summary["absent"] == [0, 1, 2]
-    assert all(math.isnan(summary[name]) for name in ("miou", "macc", "pixel_acc"))
-
-
-def test_the_order_of_images_and_their_batching_do_not_matter():
-    labels, predictions = random_maps(4, 6, shape=(5, 8, 8))
-    whole = filled(6, (labels, predictions)).matrix
-    order = torch.tensor([3, 0, 4, 1, 2])
-    assert torch.equal(filled(6, (labels[order], predictions[order])).matrix, whole)
-    parts = filled(6, (labels[:2], predictions[:2]), (labels[2:], predictions[2:]))
-    assert torch.equal(parts.matrix, whole)
-
-
-def test_scores_are_of_the_whole_split_and_not_a_mean_over_images():
-    # Image 1: 1 of 1 pixel right; image 2: 1 of 3. Whole split: IoU 2/4; mean over images: (1 + 1/3) / 2.
-    first = (torch.tensor([[[0, 255, 255]]]), torch.tensor([[[0, 1, 1]]]))
-    second = (torch.tensor([[[0, 0, 0]]]), torch.tensor([[[0, 1, 1]]]))
-    assert filled(2, first, second).rates()[0][0].item() == pytest.approx(0.5)
-
-
-def test_uint8_maps_count_like_int64_maps():
-    labels, predictions = random_maps(5, 150)                             # 149 * 150 does not fit into uint8
-    expected = filled(150, (labels, predictions)).matrix
-    assert torch.equal(filled(150, (labels.to(torch.uint8), predictions.to(torch.uint8))).matrix, expected)
-
-
-def test_counts_stay_exact_beyond_float32():
-    confusion = filled(2, *[random_maps(seed, 2) for seed in range(3)])
+    assert confusion.summary() == dict(                                  # class 2 counts in mIoU, not in mAcc
+        miou=pytest.approx((75 + 100 / 3 + 0) / 3), macc=pytest.approx((75 + 50) / 2), absent=[2, 3],
+        pixel_acc=pytest.approx(100 * 4 / 6), iou=[pytest.approx(75), pytest.approx(100 / 3), 0.0, None],
+        f1=[pytest.approx(600 / 7), pytest.approx(50), 0.0, None])
+    empty = filled(2, (torch.full((1, 3, 3), 255), torch.zeros(1, 3, 3))).summary()
+    assert empty["iou"] == [None] * 2 and empty["absent"] == [0, 1] and math.isnan(empty["miou"])
     confusion.matrix += 2 ** 24                                           # float32 has no 2^24 + 1
-    tp, labelled, _ = confusion.totals()
-    assert confusion.matrix.dtype == torch.int64
-    assert tp.tolist() == confusion.matrix.diag().tolist()
-    assert labelled.tolist() == confusion.matrix.sum(1).tolist()
+    assert confusion.totals()[0].tolist() == [2 ** 24 + 3, 2 ** 24 + 1, 2 ** 24, 2 ** 24]
 
 
-def test_labels_of_another_size_are_refused():
+def test_order_batches_number_type_and_what_stands_at_ignored_pixels_do_not_matter():
+    labels, predictions = random_maps(4, 150, shape=(5, 8, 8))            # 149 * 150 does not fit into uint8
+    whole, order = filled(150, (labels, predictions)).matrix, torch.tensor([3, 0, 4, 1, 2])
+    changed = torch.where(labels == 255, (predictions + 1) % 150, predictions)
+    for batches in ([(labels[order], predictions[order])], [(labels, changed)],
+                    [(labels[:2], predictions[:2]), (labels[2:], predictions[2:])],
+                    [(labels.to(torch.uint8), predictions.to(torch.uint8))]):
+        assert torch.equal(filled(150, *batches).matrix, whole)
+    assert whole.sum() == (labels != 255).sum()
+
+
+def test_counts_are_summed_over_processes_once_then_no_batch_is_added(monkeypatch):
     labels = torch.zeros(1, 4, 4, dtype=torch.int64)
+    confusion = filled(3, (labels, labels))
     with pytest.raises(ValueError, match="resize the logits"):
-        ConfusionMatrix(3).update(labels, labels[:, :2, :2])
+        confusion.update(labels, labels[:, :2, :2])
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda counts: counts.mul_(2))                  # two alike
+    for _ in range(2):
+        confusion.all_reduce()
+        assert confusion.matrix[0, 0] == 2 * 16
+    with pytest.raises(RuntimeError, match="start a new ConfusionMatrix"):
+        confusion.update(labels, labels)
 
 
 def test_update_reads_no_value_back_to_the_host():
-    # Tensors on "meta" have no values: .item(), .cpu() or a boolean index (its size is a value) would fail.
-    confusion = ConfusionMatrix(5, device="meta")
-    maps = torch.zeros(2, 8, 8, dtype=torch.int64, device="meta")
+    """Tensors on "meta" have no values: .item(), .cpu() or a boolean index (of unknown size) would fail."""
+    confusion, maps = ConfusionMatrix(5, device="meta"), torch.zeros(2, 8, 8, device="meta").long()
     confusion.update(maps, maps)
     assert confusion.matrix.device.type == "meta" and confusion.matrix.shape == (5, 5)
 
 
 @pytest.mark.gpu
 def test_update_on_a_gpu_does_not_wait_for_it():
-    labels, predictions = random_maps(6, 20, shape=(2, 64, 64))
-    confusion, on_gpu = ConfusionMatrix(20, device="cuda"), (labels.to("cuda"), predictions.to("cuda"))
+    maps = random_maps(6, 20, shape=(2, 64, 64))
+    confusion, on_gpu = ConfusionMatrix(20, device="cuda"), [part.to("cuda") for part in maps]
     confusion.update(*on_gpu)                                             # first call: kernels load
     torch.cuda.set_sync_debug_mode("error")
     try:
         confusion.update(*on_gpu)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    expected = filled(20, (labels, predictions), (labels, predictions))
-    assert torch.equal(confusion.matrix.cpu(), expected.matrix)
-    assert confusion.summary() == expected.summary()
+    assert confusion.summary() == filled(20, maps, maps).summary()
 
 
-def test_all_reduce_in_one_process_changes_nothing_and_ends_the_counting():
-    labels, predictions = random_maps(7, 3)
-    confusion = filled(3, (labels, predictions))
-    before = confusion.matrix.clone()
-    confusion.all_reduce()
-    assert torch.equal(confusion.matrix, before)
-    with pytest.raises(RuntimeError, match="start a new ConfusionMatrix"):
-        confusion.update(labels, predictions)
-
-
-def count_in_one_of_two_processes(rank, store, folder):
-    """Rank 0 counts two batches, rank 1 one; all_reduce is called twice on purpose."""
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    confusion = filled(4, *[random_maps(seed, 4) for seed in ((0, 1), (2,))[rank]])
-    confusion.all_reduce()
-    confusion.all_reduce()
-    torch.save(confusion.matrix, f"{folder}/{rank}.bin")
-    dist.destroy_process_group()
-
-
-def test_two_processes_both_hold_the_sum_once(tmp_path):
-    mp.spawn(count_in_one_of_two_processes, ((tmp_path / "store").as_uri(), str(tmp_path)), nprocs=2)
-    expected = filled(4, *[random_maps(seed, 4) for seed in range(3)]).matrix
-    for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"{rank}.bin", weights_only=True), expected)
-
-
-# ---- parts: N images, M prototypes, P parts -------------------------------------------------------
+# ---- parts: N images, M prototypes, P parts ----
 
 N, M, P = 14, 5, 4
 
 
-def random_parts(seed):
-    """inside (N,M,P), visible (N,P), own (N,M) bool: a part inside a region is visible; part 3 never is."""
+def test_a_point_is_in_a_box_whose_ends_are_exclusive_if_it_is_visible():
+    """Rows come first in a box, columns first in a point."""
+    hand = torch.tensor([[10, 2, 1], [19, 3.9, 1], [20, 3, 1], [12, 4, 1], [3, 12, 1], [12, 3, 0], [9, 1, 1]])
+    boxes = torch.tensor([[2, 4, 10, 20], [0, 2, 9, 11]])                 # of both images
+    found = points_in_boxes(boxes.expand(2, 2, 4), torch.stack([hand, hand.flip(0)]))
+    first = [[True, True] + [False] * 5, [False] * 6 + [True]]
+    assert found.tolist() == [first, [row[::-1] for row in first]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shares_consistency_and_stability_of_parts_are_the_loops(seed):
     generator = torch.Generator().manual_seed(seed)
-    visible = torch.rand(N, P, generator=generator) < 0.7
+    visible, similarity = torch.rand(N, P, generator=generator) < 0.7, torch.rand(N, M, generator=generator)
     visible[:, 3] = False
     inside = (torch.rand(N, M, P, generator=generator) < 0.6) & visible[:, None]
+    inside[:, 1, 2] = visible[:, 2]                                       # prototype 1 always holds part 2
     own = torch.rand(N, M, generator=generator) < 0.5
-    return inside, visible, own
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_points_in_boxes_by_loops(seed):
-    generator = torch.Generator().manual_seed(seed)
-    low, long = torch.randint(0, 6, (2, N, M, 2), generator=generator)
-    boxes = torch.stack([low, low + long], 3).flatten(2)                              # y0 y1 x0 x1
-    points = torch.randint(0, 12, (N, P, 3), generator=generator).float()             # many on the edges
-    points[..., 2] = torch.randint(0, 2, (N, P), generator=generator).float()
-    found = points_in_boxes(boxes, points)
-    assert found.dtype == torch.bool and found.shape == (N, M, P) and 0 < found.sum() < found.numel()
-    for n, m, p in np.ndindex(N, M, P):
-        y0, y1, x0, x1 = boxes[n, m].tolist()
-        x, y, visible = points[n, p].tolist()
-        assert found[n, m, p] == (visible == 1 and int(x) in range(x0, x1) and int(y) in range(y0, y1))
-
-
-def test_points_in_boxes_by_hand():
-    """Ends are exclusive; rows come first in a box, columns first in a point."""
-    boxes = torch.tensor([[[2, 5, 10, 20]]])
-    points = torch.tensor([[[10.0, 2, 1], [19.9, 4.9, 1], [20, 3, 1], [12, 5, 1], [3, 12, 1], [12, 3, 0]]])
-    assert points_in_boxes(boxes, points)[0, 0].tolist() == [True, True, False, False, False, False]
-
-
-@pytest.mark.parametrize("most", [1, 3, 10, 50])
-@pytest.mark.parametrize("seed", range(3))
-def test_part_shares_by_loops(seed, most):
-    inside, _, _ = random_parts(seed)
-    similarity = torch.rand(N, M, generator=torch.Generator().manual_seed(seed))
-    shares = part_shares(inside, similarity, most)
-    assert shares.shape == (M, P)
+    own[:, 4] = seed % 2 == 0                                             # of all classes, or of none
+    for most in (1, 3, 10, 50):
+        shares = part_shares(inside, similarity, most)
+        for m, p in np.ndindex(M, P):
+            top = sorted(range(N), key=lambda n: -similarity[n, m].item())[:most]
+            assert shares[m, p].item() == pytest.approx(np.mean([inside[n, m, p] for n in top]))
+    assert torch.equal(part_shares(inside, similarity), part_shares(inside, similarity, 10))
+    rates = np.zeros((M, P))
     for m, p in np.ndindex(M, P):
-        top = sorted(range(N), key=lambda n: -similarity[n, m].item())[:most]
-        assert shares[m, p].item() == pytest.approx(sum(inside[n, m, p].item() for n in top) / len(top))
-    if most == 10:
-        assert torch.equal(part_shares(inside, similarity), shares)                   # the default
+        seen = [inside[n, m, p].item() for n in range(N) if own[n, m] and visible[n, p]]
+        rates[m, p] = np.mean(seen) if seen else 0
+    for share in (0.5, 0.8, 1.0):
+        expected = 100 * (rates.max(1) >= share).mean()
+        assert expected > 0 and part_consistency(inside, visible, own, share) == pytest.approx(expected)
+    assert part_consistency(inside, visible, own) == part_consistency(inside, visible, own, 0.8)
+    noisy = inside ^ (torch.rand(N, M, P, generator=generator) < 0.1)
+    kept = [inside[n, m].tolist() == noisy[n, m].tolist() for n, m in np.ndindex(N, M) if own[n, m]]
+    assert part_stability(inside, noisy, own) == pytest.approx(100 * np.mean(kept)) != 100
 
 
-@pytest.mark.parametrize("share", [0.5, 0.8, 1.0])
-@pytest.mark.parametrize("seed", range(6))
-def test_part_consistency_by_loops(seed, share):
-    inside, visible, own = random_parts(seed)
-    own[:, 4] = seed % 2 == 0                                                    # of all classes, or of none
-    inside[:, 1, 2] = visible[:, 2]                                                   # always the same part
-    consistent = 0
-    for m in range(M):
-        rates = []
-        for p in range(P):
-            seen = [n for n in range(N) if own[n, m] and visible[n, p]]
-            rates.append(sum(inside[n, m, p].item() for n in seen) / len(seen) if seen else 0)
-        consistent += max(rates) >= share
-    assert part_consistency(inside, visible, own, share) == pytest.approx(100 * consistent / M)
-    assert consistent >= 1
-    if share == 0.8:
-        assert part_consistency(inside, visible, own) == pytest.approx(100 * consistent / M)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_part_stability_by_loops(seed):
-    inside, visible, own = random_parts(seed)
-    flips = torch.rand(N, M, P, generator=torch.Generator().manual_seed(seed + 9)) < 0.1
-    noisy = inside ^ flips
-    pairs = [(n, m) for n, m in np.ndindex(N, M) if own[n, m]]
-    kept = sum(inside[n, m].tolist() == noisy[n, m].tolist() for n, m in pairs)
-    assert 0 < kept < len(pairs)
-    assert part_stability(inside, noisy, own) == pytest.approx(100 * kept / len(pairs))
-    assert part_stability(inside, inside, own) == 100
-
-
-# ---- the box of a prototypical part: 95th percentile of the upsampled map ------------------------
+# ---- the box of a prototypical part: 95th percentile of the upsampled map ----
 
 def bicubic_weights(size, out):
     """(out,size): Keys' cubic kernel, a = -0.75, pixel centres aligned, the border cell repeated outside."""
@@ -286,49 +167,26 @@ def bicubic_weights(size, out):
     return weights
 
 
-def slow_box(values, height, width, percentile):
-    values = values.double().numpy()
-    up = bicubic_weights(values.shape[0], height) @ values @ bicubic_weights(values.shape[1], width).T
-    y, x = np.nonzero(up >= np.percentile(up, percentile))
-    return y.min(), y.max() + 1, x.min(), x.max() + 1
-
-
-@pytest.mark.parametrize("shape, size", [((7, 7), 224), ((3, 3), 96), ((7, 7), (50, 9)), ((5, 8), (64, 33))])
 @pytest.mark.parametrize("percentile", [95, 80, 99.5])
-def test_activation_box_by_brute_force(shape, size, percentile):
-    """ProtoPNet's crop: upsample bicubically, smallest box around all pixels >= the percentile."""
-    height, width = (size, size) if isinstance(size, int) else size
-    values = torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) ** 3
-    box = activation_box(values, size, percentile)
-    assert all(type(edge) is int for edge in box)
-    assert tuple(box) == slow_box(values, height, width, percentile)
+@pytest.mark.parametrize("shape, size", [((7, 7), (224, 224)), ((7, 7), (50, 9)), ((5, 8), (64, 33))])
+def test_a_box_surrounds_all_pixels_at_or_above_the_percentile(shape, size, percentile):
+    """ProtoPNet's crop: upsample bicubically, then the smallest box."""
+    maps = torch.rand(3, *shape, generator=torch.Generator().manual_seed(sum(shape))) ** 3
+    rows, columns = (bicubic_weights(*ends) for ends in zip(shape, size))
+    for values, box in zip(maps, activation_boxes(maps, size, percentile).tolist()):
+        up = rows @ values.double().numpy() @ columns.T
+        y, x = np.nonzero(up >= np.percentile(up, percentile))
+        assert box == [y.min(), y.max() + 1, x.min(), x.max() + 1]
+        assert activation_box(values, size, percentile) == tuple(box)
 
 
-def test_activation_box_by_hand():
-    """A map at its own size is not interpolated. The 95th percentile of 0..99 is 94.05, below 95 to 99."""
-    count = torch.arange(100.0).reshape(10, 10)
-    assert tuple(activation_box(count, 10)) == (9, 10, 5, 10)           # 95 is the default
+def test_a_box_by_hand_is_the_whole_picture_where_no_pixel_stands_out():
+    count = torch.arange(100.0).reshape(10, 10)                           # not interpolated at its own size
+    assert activation_box(count, 10) == (9, 10, 5, 10)                 # the 95th percentile of 0..99 is 94.05
     peaks = torch.zeros(6, 20)
     peaks[2, 3] = peaks[4, 15] = 1
-    assert tuple(activation_box(peaks, (6, 20), percentile=99)) == (2, 5, 3, 16)    # one box around both
-    assert tuple(activation_box(peaks, (6, 20))) == (0, 6, 0, 20)       # the percentile is 0
-
-
-@pytest.mark.parametrize("value", [0.0, 0.3, 9.2103, -2.7])
-@pytest.mark.parametrize("shape, size", [((7, 7), 224), ((5, 8), (40, 96)), ((3, 3), (30, 50)), ((1, 1), 9)])
-def test_activation_box_of_a_constant_map_is_the_whole_picture(value, shape, size):
-    """No pixel stands out: all tie with the percentile. Rounding in the upsampling must not choose some."""
-    height, width = (size, size) if isinstance(size, int) else size
-    assert tuple(activation_box(torch.full(shape, value), size)) == (0, height, 0, width)
-
-
-def test_activation_boxes_are_those_of_activation_box():
-    maps = torch.rand(9, 4, 5, generator=torch.Generator().manual_seed(0))
-    maps[3], maps[4, 2, 2] = 0.5, 9.0
-    for size in ((32, 32), (20, 41)):
-        for percentile in (95, 60):
-            boxes = activation_boxes(maps, size, percentile)
-            assert boxes.shape == (9, 4) and boxes.dtype == torch.int64
-            single = [activation_box(one, size, percentile) for one in maps]
-            assert [tuple(box) for box in boxes.tolist()] == single
-    assert boxes[3].tolist() == [0, 20, 0, 41]
+    assert activation_box(peaks, (6, 20), percentile=99) == (2, 5, 3, 16)                # one box around both
+    assert activation_box(peaks, (6, 20)) == (0, 6, 0, 20)                # the percentile is 0
+    for value in (0.0, 0.3, 9.2103, -2.7):                              # rounding must not choose some pixels
+        for shape in ((7, 7), (5, 8), (1, 1)):
+            assert activation_box(torch.full(shape, value), (40, 96)) == (0, 40, 0, 96)

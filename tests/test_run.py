@@ -1,475 +1,255 @@
-"""common/run.py: options, checkpoints that survive anything, learning rate, exit codes."""
+"""common/run.py, tables.py, speed.py: options, run folders, rows of tables, checkpoints, learning rate."""
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+import pickle
+from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from common import run, speed, tables
+from commands import call, read
+from common import figures, run, speed, tables
 from common.run import RunConfig, UserError, opt
 
 CPU = run.Machine(torch.device("cpu"))
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
 class Config(RunConfig):
     iterations: int = opt(1000, "training steps", schedule=True)
     warmup: int = opt(100, "warm-up steps", schedule=True)
+    finetune: int = opt(None, "a quarter of --iterations if not given", schedule=True)
+    extra: int = opt(None, "stays as it is", schedule=True)
     lr: float = opt(0.1, "learning rate")
     flip: bool = opt(True, "mirror half of the images")
-    predict: str = opt("", "image to label", runtime=True, uses_run=True)
+    parts: list = opt(("head", "wing"), "parts to draw")
+    weights: str = opt("none", "start", source=True)
+    split: str = opt("val", "evaluated at the end", evaluation=True)
+    quantiles: list = opt((0.1,), "of the report", each=float, evaluation=True)
+    save_every: int = opt(100, "steps", runtime=True)
+    table: int = opt(0, "table to make", runtime=True)
+    predict: list = opt((), "images to label", runtime=True, uses_run=True)
+
+    def __post_init__(self):
+        if self.finetune is None:
+            self.finetune = self.iterations // 4
 
 
 PRESETS = {"toy": dict(iterations=50), "big": dict(iterations=8000, lr=0.5)}
 
 
 def parse(*argv):
-    return run.parse_config(Config, PRESETS, list(argv))
+    return run.parse_config(Config, PRESETS, [*map(str, argv)])
 
 
 # ---- options ----
 
 def test_flags_beat_preset_beats_defaults():
-    assert (parse().iterations, parse().lr) == (50, 0.1)
+    assert (parse().iterations, parse().lr, parse().flip) == (50, 0.1, True)
     cfg = parse("--preset", "big", "--lr", "0.25", "--no-flip")
     assert (cfg.iterations, cfg.lr, cfg.flip, cfg.preset) == (8000, 0.25, False, "big")
+    with pytest.raises(UserError, match="preset 'small' does not exist: choose one of toy, big"):
+        run.make_config(Config, PRESETS, "small")                         # from Python
 
 
-def test_schedule_shortens_every_stage_in_proportion_and_nothing_else():
-    cfg = parse("--preset", "big", "--schedule", "0.1")
-    assert (cfg.iterations, cfg.warmup, cfg.lr) == (800, 10, 0.5)
-    assert parse("--schedule", "0.0001").iterations == 1               # never to nothing
-    assert parse("--warmup", "0", "--schedule", "0.1").warmup == 0     # 0 stays off
+def test_schedule_shortens_every_stage_in_proportion_once_and_nothing_else(tmp_path):
+    cfg = parse("--preset", "big", "--schedule", "0.1", "--out", tmp_path)
+    assert (cfg.iterations, cfg.warmup, cfg.finetune, cfg.extra, cfg.lr) == (800, 10, 200, None, 0.5)
+    assert parse("--schedule", "0.0001").iterations == 1                  # never to nothing, but 0 stays off
+    assert parse("--warmup", 0, "--schedule", "0.1").warmup == parse("--finetune", 0).finetune == 0
+    assert asdict(replace(cfg, seed=1)) == asdict(cfg) | dict(seed=1)     # a copy is not scaled again
+    run.start_run(cfg, CPU)
+    assert asdict(parse("--out", tmp_path, "--resume")) == asdict(cfg) | dict(resume=True)
+
+
+def test_a_list_option_takes_one_or_more_words_and_help_shows_it(capsys, monkeypatch):
+    parse().parts.append("tail")
+    assert (parse().parts, parse().predict) == (["head", "wing"], [])     # no Config changes the default
+    cfg = parse("--parts", "1", "2", "--quantiles", "0.5", "1", "--seed", 3)
+    assert (cfg.parts, cfg.quantiles, cfg.seed) == (["1", "2"], [0.5, 1.0], 3)
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--parts STR [STR ...] parts to draw (default head wing)" in text and "None" not in text
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--learning-rat", "1"], ["--learning-rat"]), (["--iteratons", "1"], ["--iterations"]),
-    (["--preset", "huge"], ["huge", "toy"]), (["--lr", "fast"], ["--lr", "fast"]),
-    (["--device", "tpu"], ["--device", "tpu"]), (["--iter", "5"], ["--iter"]),
-])
-def test_wrong_flags_stop_with_one_sentence_and_exit_code_2(argv, words, capsys):
+    (["--iteratons", "1"], "did you mean --iterations?"), (["--iter", "5"], "--iter 5"),
+    (["--parts"], "--parts"), (["--lr", "fast"], "float value: 'fast'"), (["--device", "tpu"], "tpu")])
+def test_a_wrong_flag_is_one_sentence_and_exit_code_2(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(*argv)
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1
-    assert all(word in message for word in words)
+    assert stop.value.code == 2 and message.count("\n") == 1 and words in message
 
 
-def test_help_explains_every_option(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for f in fields(Config):
-        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"][:20] in text
+@pytest.mark.parametrize("error, code, said", [
+    (UserError("mask a.png is broken."), 2, "script.py: mask a.png is broken.\n"),
+    (KeyboardInterrupt(), 130, "--resume"), (torch.OutOfMemoryError(), 2, "--batch-size")])
+def test_exit_codes_without_traceback(error, code, said):
+    def main(cfg):
+        raise error
+    ended = call(SimpleNamespace(__name__="script", __doc__="", main=main, Config=Config, PRESETS=PRESETS))
+    assert ended.returncode == code and said in ended.stderr and ended.stderr.count("\n") == 1
 
 
-def test_resume_takes_the_runs_settings_and_refuses_contradictions(tmp_path):
-    cfg = parse("--preset", "big", "--out", str(tmp_path), "--lr", "0.3", "--schedule", "0.1")
-    run.start_run(cfg, CPU)
-    again = parse("--out", str(tmp_path), "--resume", "--workers", "1")
-    assert (again.preset, again.lr, again.iterations, again.workers, again.resume) == (
-        "big", 0.3, 800, 1, True)
-    same = parse("--preset", "big", "--out", str(tmp_path), "--lr", "0.3", "--schedule", "0.1", "--resume")
-    assert asdict(same) == {**asdict(cfg), "resume": True}
-    with pytest.raises(UserError, match=r"--lr 0.7 contradicts .*config.json"):
-        parse("--out", str(tmp_path), "--resume", "--lr", "0.7")
-    assert parse("--preset", "big", "--out", str(tmp_path), "--resume").lr == 0.3          # not the preset's
-    with pytest.raises(UserError, match="--preset toy contradicts"):
-        parse("--preset", "toy", "--out", str(tmp_path), "--resume")
-    assert parse("--out", str(tmp_path), "--predict", "a.png").preset == "big"
-
-
-def test_resume_without_a_run_names_the_folder(tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path} holds no run"):
-        parse("--out", str(tmp_path), "--resume")
-    (tmp_path / "config.json").write_text("{oops")
-    with pytest.raises(UserError, match="config.json cannot be read"):
-        parse("--out", str(tmp_path), "--resume")
-    (tmp_path / "config.json").write_text('{"colour": 1}')
-    with pytest.raises(UserError, match="config.json is not a config of this script"):
-        parse("--out", str(tmp_path), "--resume")
-
-
-def test_config_from_python_needs_no_command_line(tmp_path):
-    cfg = run.make_config(Config, PRESETS, "big", out=str(tmp_path), schedule=0.5)
-    assert cfg.iterations == 4000
-    with pytest.raises(UserError, match="preset 'small' does not exist: choose one of toy, big"):
-        run.make_config(Config, PRESETS, "small")
-    with pytest.raises(UserError, match="--schedule"):
-        run.make_config(Config, PRESETS, "toy", schedule=0.0)
-
-
-@dataclass
-class ListConfig(RunConfig):
-    epochs: int = opt(40, "epochs", schedule=True)
-    finetune: int = opt(None, "epochs of the last stage; a quarter of --epochs if not given", schedule=True)
-    extra: int = opt(None, "stays as it is", schedule=True)
-    parts: list = opt(("head", "wing"), "parts to draw")
-    explain: list = opt((), "images to explain", runtime=True, uses_run=True)
-
-    def __post_init__(self):
-        if self.finetune is None:
-            self.finetune = self.epochs // 4
-
-
-def parse_lists(*argv):
-    return run.parse_config(ListConfig, {"toy": {}, "short": dict(finetune=4)}, list(argv))
-
-
-def test_a_list_option_takes_one_or_more_words():
-    cfg = parse_lists()
-    assert cfg.parts == ["head", "wing"] and cfg.explain == []
-    cfg.parts.append("tail")
-    assert parse_lists().parts == ["head", "wing"]                     # no Config changes the default
-    cfg = parse_lists("--parts", "beak", "--seed", "3")
-    assert (cfg.parts, cfg.seed) == (["beak"], 3)
-    assert parse_lists("--parts", "1", "2", "3").parts == ["1", "2", "3"]
-
-
-def test_an_empty_list_flag_is_one_sentence(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_lists("--parts")
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and "--parts" in message and message.count("\n") == 1
-
-
-def test_help_shows_lists_and_no_default_of_none(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit):
-        parse_lists("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert "--parts STR [STR ...] parts to draw (default head wing)" in text
-    assert text.endswith("--explain STR [STR ...] images to explain")  # an empty default is not shown
-    assert "(default 40)" in text and "None" not in text
-
-
-def test_a_list_option_survives_the_run_folder_and_can_work_on_a_run(tmp_path):
-    out = str(tmp_path)
-    run.start_run(parse_lists("--out", out, "--parts", "tail", "beak"), CPU)
-    assert json.loads((tmp_path / "config.json").read_text())["parts"] == ["tail", "beak"]
-    cfg = parse_lists("--out", out, "--explain", "a.png", "b.png")
-    assert cfg.explain == ["a.png", "b.png"] and cfg.parts == ["tail", "beak"]             # from the run
-    assert parse_lists("--out", out, "--resume", "--parts", "tail", "beak").explain == []
-    assert parse_lists("--out", out).parts == ["head", "wing"]         # an empty list asks for no run
-    with pytest.raises(UserError, match="--parts .*wing.* contradicts"):
-        parse_lists("--out", out, "--explain", "a.png", "--parts", "wing")
-    with pytest.raises(UserError, match="holds no run"):
-        parse_lists("--out", str(tmp_path / "none"), "--explain", "a.png")
-
-
-def test_a_default_of_none_is_filled_once_then_scaled(tmp_path):
-    assert (parse_lists().finetune, parse_lists().extra) == (10, None)
-    assert parse_lists("--preset", "short").finetune == 4 and parse_lists("--finetune", "0").finetune == 0
-    cfg = parse_lists("--schedule", "0.5", "--out", str(tmp_path))
-    assert (cfg.epochs, cfg.finetune, cfg.extra) == (20, 5, None)
-    again = replace(cfg, seed=1)                                       # runs __post_init__ again
-    assert (again.epochs, again.finetune) == (20, 5)
-    run.start_run(cfg, CPU)
-    resumed = parse_lists("--out", str(tmp_path), "--resume")
-    assert asdict(resumed) == {**asdict(cfg), "resume": True}          # not scaled a second time
-
-
-@pytest.mark.parametrize("body, code, said", [
-    ("raise UserError('mask a.png is broken: replace it.')", 2,
-     "script.py: mask a.png is broken: replace it.\n"),
-    ("raise KeyboardInterrupt", 130, "--resume"), ("raise torch.OutOfMemoryError('CUDA')", 2, "--batch-size"),
-    ("pass", 0, ""),
-])
-def test_exit_codes_without_traceback(tmp_path, body, code, said):
-    script = tmp_path / "script.py"
-    script.write_text("import torch\nfrom common.run import *\nfrom common.run import RunConfig\n"
-                      f"def main(cfg):\n    {body}\nrun_script(main, RunConfig, {{'toy': {{}}}})\n")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
-
-
-class Broken(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, i):
-        raise UserError(f"image {i}.png is truncated: download it again.")
+def refuse(batch):
+    raise UserError("image 0.png is truncated: download it again.")
 
 
 def test_a_sentence_from_a_loader_worker_arrives_as_it_was():
-    with pytest.raises(UserError) as error:
-        list(torch.utils.data.DataLoader(Broken(), num_workers=1))
-    assert str(error.value) == "image 0.png is truncated: download it again."
+    with pytest.raises(UserError, match="^image 0.png is truncated: download it again.$"):
+        list(torch.utils.data.DataLoader([0], num_workers=1, collate_fn=refuse))
 
 
 # ---- run folder ----
 
-def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path):
-    cfg = parse("--out", str(tmp_path / "a"))
-    run.start_run(cfg, CPU)
-    (tmp_path / "a" / "last.pt").write_text("weights")
-    (tmp_path / "a" / "notes.txt").write_text("mine")
-    run.start_run(cfg, CPU)
-    assert (tmp_path / "a" / "previous-1" / "last.pt").read_text() == "weights"
-    assert (tmp_path / "a" / "previous-1" / "notes.txt").exists()
-    assert not (tmp_path / "a" / "last.pt").exists()
-    run.start_run(cfg, CPU)
-    assert (tmp_path / "a" / "previous-2" / "config.json").exists()
+def test_what_works_on_a_run_takes_its_settings_and_refuses_contradictions(tmp_path):
+    flags = ["--preset", "big", "--lr", "0.3", "--schedule=0.1", "--parts", "tail", "beak", "--out", tmp_path]
+    run.start_run(parse(*flags), CPU)
+    assert read(tmp_path / "config.json")["parts"] == ["tail", "beak"]
+    again = parse("--out", tmp_path, "--resume", "--workers", 1)
+    assert (again.preset, again.lr, again.iterations, again.workers) == ("big", 0.3, 800, 1)
+    assert parse(*flags, "--resume").lr == parse("--preset", "big", "--out", tmp_path, "--resume").lr == 0.3
+    cfg = parse("--out", tmp_path, "--predict", "a.png", "b.png")
+    assert (cfg.predict, cfg.parts) == (["a.png", "b.png"], ["tail", "beak"])
+    assert parse("--out", tmp_path).parts == ["head", "wing"]             # an empty list asks for no run
+    for flag, value, words in [("--lr", 0.7, "--lr 0.7 contradicts .*config.json"),
+                               ("--preset", "toy", "--preset toy contradicts"),
+                               ("--parts", "wing", "--parts .*wing.* contradicts")]:
+        with pytest.raises(UserError, match=words):
+            parse("--out", tmp_path, "--resume", flag, value)
+    (tmp_path / "config.json").write_text("{oops")
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        parse("--out", tmp_path, "--resume")
+    with pytest.raises(UserError, match="holds no run"):
+        parse("--out", tmp_path / "none", "--predict", "a.png")
 
 
-def test_an_impossible_run_folder_is_one_sentence(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out .*file"):
-        run.start_run(parse("--out", str(tmp_path / "file")), CPU)
+def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, monkeypatch):
+    out = tmp_path / "a"
+    for notes in ("mine", "later", "last"):
+        run.start_run(parse("--out", out), CPU)
+        (out / "rows").mkdir(exist_ok=True)                               # of a table: they stay
+        assert not (out / "notes.txt").exists()
+        (out / "notes.txt").write_text(notes)
+    assert [(out / f"previous-{k}" / "notes.txt").read_text() for k in (1, 2)] == ["mine", "later"]
+    assert (out / "previous-1" / "config.json").exists() and not (out / "previous-2" / "rows").exists()
+    with pytest.raises(UserError, match="--out .*notes.txt"):
+        run.start_run(parse("--out", out / "notes.txt"), CPU)
+    monkeypatch.chdir(out / "rows")
+    with pytest.raises(UserError, match="the folder that you work in"):
+        run.start_run(parse("--out", out), CPU)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "metrics.json"
-    run.write_json(path, {"miou": 1.0})
-    with pytest.raises(TypeError):
-        run.write_json(path, {"miou": 2.0, "bad": object()})
-    assert json.loads(path.read_text()) == {"miou": 1.0}
-    run.write_csv(tmp_path / "log.csv", [dict(a=1, b=2.5), dict(a=2, b=3.5)])
-    assert (tmp_path / "log.csv").read_text().split() == ["a,b", "1,2.5", "2,3.5"]
+def test_a_write_that_fails_leaves_the_old_file_and_checkpoints_of_other_networks_are_refused(tmp_path):
+    def checkpoint(path, value):
+        run.save_checkpoint(path, dict(model=torch.nn.Linear(4, 5)), value)
+    path, unpicklable = tmp_path / "file", (pickle.PicklingError, AttributeError)
+    for write, value, error in [(run.write_json, dict(bad=object()), TypeError),
+                                (checkpoint, lambda: 0, unpicklable),
+                                (figures.write_png, None, AttributeError)]:
+        path.write_text("whole")
+        with pytest.raises(error):
+            write(path, value)
+        assert path.read_text() == "whole"
+    checkpoint(path, dict(iteration=1))
+    for name, words in [("none", "no checkpoint at .*none"), ("file", "file does not fit this model")]:
+        with pytest.raises(UserError, match=words):
+            run.load_checkpoint(tmp_path / name, dict(model=torch.nn.Linear(4, 4)), CPU.device)
+    run.write_csv(path, [dict(a=1, b=2.5), dict(a=2, b=3.5)])
+    assert path.read_text().split() == ["a,b", "1,2.5", "2,3.5"]
 
 
-@dataclass
-class RowConfig(RunConfig):
-    weights: str = opt("none", "start", source=True)
-    lr: float = opt(0.1, "learning rate")
-    parts: list = opt((), "parts")
+# ---- rows of tables ----
 
-
-def test_a_row_is_read_if_finished_resumed_if_interrupted_else_trained(tmp_path):
-    calls = []
-
-    def train(cfg, machine):
-        assert machine == CPU
-        calls.append((cfg.lr, cfg.resume))
-        run.start_run(cfg, CPU)
-        run.write_json(tmp_path / "row" / "metrics.json", dict(lr=cfg.lr, run=len(calls)))
-
-    def row(**flags):
-        cfg = run.make_config(RowConfig, {"toy": {}}, "toy", out=str(tmp_path / "row"), **flags)
-        return tables.finished_row(train, cfg, CPU)["run"]
-
-    assert row() == 1 and calls == [(0.1, False)]
-    assert row() == 1 and row(workers=9, device="cpu") == 1 and len(calls) == 1           # nothing trained
-    assert row(lr=0.2) == 2 and calls[-1] == (0.2, False)              # other settings: a new run
-    assert row(lr=0.2, weights="a.pth") == 3 and calls[-1] == (0.2, False)                # these count
-    assert row(lr=0.2, weights="a.pth", data="x") == 4 and calls[-1] == (0.2, False)
-    (tmp_path / "row" / "metrics.json").unlink()
-    assert row(lr=0.2, weights="a.pth", data="x") == 5 and calls[-1] == (0.2, True)   # goes on
-    assert row(lr=0.2, parts=("a",)) == 6 and row(lr=0.2, parts=("a",)) == 6              # like a list
-
-
-@dataclass
-class ScoredRowConfig(RowConfig):
-    test_split: str = opt("val", "evaluated at the end", evaluation=True)
-    test_size: int = opt(0, "short side of test images", evaluation=True)
-    threshold: float = opt(0.5, "of the report", evaluation=True)
-    quantiles: list = opt(("0.1",), "of the report", evaluation=True)
-    filter: int = opt(500, "pixels", evaluation=True)
-    class_scores: str = opt("", "file", evaluation=True)
-    score_threshold: float = opt(0.5, "of the scores", evaluation=True)
-    train_classifier: bool = opt(False, "at the end", evaluation=True)
-    classifier_weights: str = opt("imagenet", "start of the classifier", source=True)
-    save_every: int = opt(100, "steps", runtime=True)
-
-
-@pytest.mark.parametrize("name, value", [
-    ("test_split", "test"), ("test_size", 64), ("threshold", 0.4), ("quantiles", ["0.1", "0.9"]),
-    ("filter", 0), ("class_scores", "a.npz"), ("score_threshold", 0.1), ("train_classifier", True)])
-def test_a_row_that_was_evaluated_otherwise_is_evaluated_again_and_not_trained(tmp_path, name, value):
-    calls, out = [], tmp_path / "row"
+@pytest.fixture
+def row(tmp_path):
+    """row(flags) -> number of the training that its metrics are from; row.calls: lr, split, --resume."""
+    metrics = tmp_path / "row" / "metrics.json"
 
     def train(cfg, machine):
-        assert not (cfg.resume and (out / "metrics.json").exists())    # old ones cannot pass for the new ones
-        calls.append((getattr(cfg, name), cfg.resume))
+        assert machine == CPU and not (cfg.resume and metrics.exists())
+        row.calls.append((cfg.lr, cfg.split, cfg.resume))
         run.start_run(cfg, CPU)
         if cfg.save_every == 1:
             raise KeyboardInterrupt
-        run.write_json(out / "metrics.json", dict(run=len(calls)))
+        if cfg.save_every == 2:
+            return
+        run.write_json(metrics, dict(run=len(row.calls), evaluated=dict(split=cfg.split)))
 
     def row(**flags):
-        cfg = run.make_config(ScoredRowConfig, {"toy": {}}, "toy", out=str(out), **flags)
-        found = tables.finished_row(train, cfg, CPU)["run"]
-        saved = json.loads((out / "config.json").read_text())
-        assert saved == json.loads(json.dumps(asdict(cfg))) | dict(save_every=saved["save_every"])
-        return found
-
-    first = row()
-    usual = calls[0][0]
-    assert first == row() == row(save_every=7) == 1
-    assert row(**{name: value}) == 2 and calls[1:] == [(value, True)]  # resumed: nothing is left to train
-    assert row(**{name: value}) == 2 and row() == 3 and calls[2:] == [(usual, True)]      # and back again
-    with pytest.raises(KeyboardInterrupt):                             # killed before the scores are there
-        row(**{name: value}, save_every=1)
-    assert row(**{name: value}) == 5 and calls[3:] == [(value, True)] * 2
-    for changes in (dict(lr=0.2), dict(weights="a.pth"), dict(data="x"), dict(classifier_weights="none")):
-        assert row(**changes) == len(calls) and calls[-1] == (usual, False)        # another run
-    assert not list(tmp_path.rglob("*.tmp"))
+        cfg = run.make_config(Config, PRESETS, "toy", out=str(tmp_path / "row"), **flags)
+        return tables.finished_row(train, cfg, CPU)["run"]
+    row.calls, row.metrics = [], metrics
+    return row
 
 
-def test_a_row_whose_metrics_say_another_evaluation_or_an_unfinished_run_is_evaluated_again(tmp_path):
-    """--eval-only on a row's folder rewrites its metrics.json, not its config.json."""
-    calls, out = [], tmp_path / "row"
-
-    def train(cfg, machine):
-        calls.append(cfg.resume)
-        run.start_run(cfg, CPU)
-        run.write_json(out / "metrics.json", dict(evaluated=dict(test_split=cfg.test_split), finished=True))
-
-    def row():
-        cfg = run.make_config(ScoredRowConfig, {"toy": {}}, "toy", out=str(out))
-        return tables.finished_row(train, cfg, CPU)
-
-    right = row()
-    assert row() == right and calls == [False]
-    run.write_json(out / "metrics.json", dict(evaluated=dict(test_split="elsewhere"), finished=True))
-    assert row() == right and calls == [False, True]
-    run.write_json(out / "metrics.json", right | dict(finished=False))
-    assert row() == right and calls == [False, True, True]
-
-
-def test_a_row_that_leaves_no_metrics_is_named(tmp_path):
-    cfg = run.make_config(RowConfig, {"toy": {}}, "toy", out=str(tmp_path))
+def test_a_row_is_read_if_finished_resumed_if_interrupted_else_trained(row):
+    assert row() == row() == row(workers=9, device="cpu", save_every=7) == 1
+    assert row.calls == [(0.1, "val", False)]
+    changes = [dict(lr=0.2), dict(lr=0.2, weights="a.pth"), dict(lr=0.2, data="x"), dict(parts=("a",))]
+    for number, change in enumerate(changes, start=2):                    # other settings or data: a new run
+        assert row(**change) == row(**change) == number and row.calls[-1][2] is False
+    row.metrics.unlink()
+    assert row(parts=["a"]) == 6 and row.calls[-1] == (0.1, "val", True)  # goes on; a list is like a tuple
     with pytest.raises(UserError, match="metrics.json is missing"):
-        tables.finished_row(lambda *_: None, cfg, CPU)
+        row(save_every=2, lr=3)
 
 
-# ---- checkpoints ----
-
-def training_parts():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    return dict(model=model, optimizer=optimizer, scheduler=run.poly_schedule(optimizer, 20, warmup=3))
-
-
-def step(parts):
-    loss = parts["model"](torch.randn(8, 4)).square().sum()
-    parts["optimizer"].zero_grad()
-    loss.backward()
-    parts["optimizer"].step()
-    parts["scheduler"].step()
-    return loss.item()
+@pytest.mark.parametrize("change", [dict(split="test"), dict(quantiles=[0.1, 0.9])])
+def test_a_row_that_was_evaluated_otherwise_is_evaluated_again_and_not_trained(row, change):
+    assert row() == 1 and row(**change) == row(**change) == 2
+    saved = read(row.metrics.parent / "config.json")                      # as if it had been trained so
+    assert not saved["resume"] and change.items() <= saved.items() and row() == 3
+    assert [resumed for _, _, resumed in row.calls] == [False, True, True]
+    with pytest.raises(KeyboardInterrupt):                                # killed before the scores are there
+        row(**change, save_every=1)
+    assert row(**change) == 5 and row(**change, lr=0.2) == 6
+    assert [resumed for _, _, resumed in row.calls[3:]] == [True, True, False]
+    run.write_json(row.metrics, read(row.metrics) | dict(evaluated=dict(split="elsewhere")))     # --eval-only
+    assert row(**change, lr=0.2) == 7
+    run.write_json(row.metrics, read(row.metrics) | dict(finished=False))
+    assert row(**change, lr=0.2) == 8 and row.calls[-1][2] is True
 
 
-def test_checkpoint_restores_weights_optimizer_schedule_rng_and_progress(tmp_path):
-    parts = training_parts()
-    for _ in range(5):
-        step(parts)
-    run.save_checkpoint(tmp_path / "last.pt", parts,
-                        dict(iteration=5, log=[dict(miou=1.5)], sums=dict(ce=torch.tensor(2.0))))
-    expected = [step(parts) for _ in range(5)]
-    other = training_parts()
-    progress = run.load_checkpoint(tmp_path / "last.pt", other, torch.device("cpu"))
-    assert progress["iteration"] == 5 and progress["log"] == [{"miou": 1.5}] and progress["sums"]["ce"] == 2
-    assert [step(other) for _ in range(5)] == expected
+def test_a_table_shows_ours_beside_the_papers_and_says_what_was_not_run(tmp_path):
+    columns = {"mIoU": "miou", "car": ("iou", "car"), "half": lambda metrics: metrics["miou"] / 2}
+    rows = {"ours": (dict(lr=1), 51.2), "huge": ("needs weights", None)}
+    table = tables.beside_paper("Table 9", columns, ["paper"], rows)._replace(digits=dict(half=2))
+    cfg = parse("--out", tmp_path, "--table", 9)
+    found = [dict(miou=50.04, iou=dict(car=None)), dict(miou=53.0, iou=dict(car=3.0))]
+    for results, line in [(found[:1], "| ours | 50.0 | - | 25.02 | 51.2 |"),
+                          (found, "| ours | 51.5 +- 2.1 | - | 25.76 +- 1.05 | 51.2 |")]:
+        tables.write_table(9, table, dict(ours=results), cfg, CPU)
+        assert (tmp_path / "table9.md").read_text().splitlines()[-4:] == [
+            "| row | mIoU | car | half | paper |", "| --- | --- | --- | --- | --- |", line,
+            "| huge | not run (needs weights) |  |  | - |"]
+    assert read(tmp_path / "table9.json")["ours"]["car"] == [None, 3.0]
 
 
-def test_wrong_checkpoints_are_refused_by_name(tmp_path):
-    path, cpu = tmp_path / "last.pt", torch.device("cpu")
-    with pytest.raises(UserError, match="no checkpoint at .*last.pt"):
-        run.load_checkpoint(path, training_parts(), cpu)
-    path.write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="last.pt cannot be read"):
-        run.load_checkpoint(path, training_parts(), cpu)
-    torch.save(dict(weight=torch.zeros(2)), path)
-    with pytest.raises(UserError, match="last.pt is not a checkpoint of this script"):
-        run.load_checkpoint(path, training_parts(), cpu)
-    run.save_checkpoint(path, dict(model=torch.nn.Linear(4, 5)), dict(iteration=1))
-    with pytest.raises(UserError, match="last.pt does not fit this model"):
-        run.load_checkpoint(path, dict(model=torch.nn.Linear(4, 4)), cpu)
-
-
-SAVER = """
-import sys, torch
-from common import run
-model = torch.nn.Linear(1000, 1000)
-for i in range(1000000):
-    with torch.no_grad():
-        model.weight.fill_(i)
-    run.save_checkpoint(sys.argv[1], dict(model=model), dict(iteration=i))
-"""
-
-
-def bytes_of(path):
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def test_kill_9_in_the_middle_of_a_checkpoint_loses_nothing(tmp_path):
-    path, seen = tmp_path / "last.pt", -1
-    for delay in (0.003, 0.011, 0.02):
-        path.unlink(missing_ok=True)
-        child = subprocess.Popen([sys.executable, "-c", SAVER, str(path)],
-                                 env={**os.environ, "PYTHONPATH": str(ROOT)})
-        while not path.exists():
-            time.sleep(0.01)
-        beside = Path(f"{path}.tmp")
-        deadline = time.time() + 20
-        while not 0 < bytes_of(beside) < 4_000_000 and time.time() < deadline:
-            pass                                                       # wait until a write is under way
-        time.sleep(delay / 10)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        model = torch.nn.Linear(1000, 1000)
-        seen = run.load_checkpoint(path, dict(model=model), torch.device("cpu"))["iteration"]
-        assert (model.weight == seen).all()                            # a whole checkpoint, not a mixture
-    assert seen >= 0
-
-
-# ---- learning rate, speed ----
+# ---- learning rate, time, memory ----
 
 def test_poly_lr_is_mmcv_s():
-    # mmcv 1.x: regular = (base - min) (1 - it/max)^power + min;
-    # warm-up: regular (1 - (1 - it/warmup) (1 - ratio))
-    assert run.poly_lr(0, 0.01, 100, power=0.9, floor=1e-4) == pytest.approx(0.01)
-    assert run.poly_lr(50, 0.01, 100, power=0.9, floor=1e-4) == pytest.approx(0.0099 * 0.5 ** 0.9 + 1e-4)
-    assert run.poly_lr(100, 0.01, 100, power=0.9, floor=1e-4) == pytest.approx(1e-4)
-    assert run.poly_lr(0, 6e-5, 160000, warmup=1500) == pytest.approx(6e-5 * 1e-6)
-    assert run.poly_lr(750, 6e-5, 160000, warmup=1500) == pytest.approx(
-        6e-5 * (1 - 750 / 160000) * (1 - 0.5 * (1 - 1e-6)))
-    assert run.poly_lr(1500, 6e-5, 160000, warmup=1500) == pytest.approx(6e-5 * (1 - 1500 / 160000))
-
-
-def test_poly_schedule_gives_every_group_its_own_rate_and_the_same_floor():
-    a, b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    optimizer = torch.optim.SGD([dict(params=[a], lr=0.01), dict(params=[b], lr=0.1)], lr=0.01)
-    scheduler = run.poly_schedule(optimizer, 10, power=0.9, floor=1e-3)
+    """mmcv 1.x: (base - min) (1 - it/max)^power + min; warm-up: times 1 - (1 - it/warmup) (1 - ratio)."""
+    for iteration, share in [(0, 1), (50, 0.5 ** 0.9), (100, 0)]:
+        assert run.poly_lr(iteration, 0.01, 100, 0.9, 1e-4) == pytest.approx(0.0099 * share + 1e-4)
+    for iteration, warm in [(0, 1e-6), (750, 1 - 0.5 * (1 - 1e-6)), (1500, 1)]:
+        expected = 6e-5 * (1 - iteration / 160000) * warm
+        assert run.poly_lr(iteration, 6e-5, 160000, warmup=1500) == pytest.approx(expected)
+    optimizer = torch.optim.SGD([dict(params=[torch.zeros(1)], lr=base) for base in (0.01, 0.1)])
+    scheduler = run.poly_schedule(optimizer, 10, power=0.9, floor=1e-3)   # own rates, the same floor
     for iteration in range(11):
         expected = [(base - 1e-3) * (1 - iteration / 10) ** 0.9 + 1e-3 for base in (0.01, 0.1)]
-        assert np.allclose([g["lr"] for g in optimizer.param_groups], expected)
+        assert np.allclose([group["lr"] for group in optimizer.param_groups], expected)
         optimizer.step()
         scheduler.step()
 
 
-def test_measuring_the_speed_changes_nothing():
-    parts, other = training_parts(), training_parts()
-    torch.manual_seed(3)
-    speed.measured_speed(lambda: step(parts), parts, torch.device("cpu"))
-    mine = [step(parts) for _ in range(3)]
-    torch.manual_seed(3)
-    assert mine == [step(other) for _ in range(3)]
-
-
-@pytest.mark.parametrize("seconds, text", [
-    (5, "5 s"), (130, "2.2 min"), (7200, "2.0 h"), (200000, "2.3 days"),
-])
-def test_duration_is_readable(seconds, text):
-    assert run.duration(seconds) == text
-
-
-def test_peak_memory_is_in_gib():
-    block = torch.ones(2 ** 27)                                        # half a GiB
-    assert block[-1] == 1 and 0.5 < speed.peak_memory(torch.device("cpu")) < 64
+def test_times_and_memory_are_readable():
+    texts = [run.duration(seconds) for seconds in (5, 89, 130, 7200, 200000)]
+    assert texts == ["5 s", "89 s", "2.2 min", "2.0 h", "2.3 days"]
+    block = torch.ones(2 ** 27)                                           # half a GiB
+    assert block[-1] == 1 and 0.5 < speed.peak_memory(CPU.device) < 64
