@@ -231,7 +231,7 @@ def split_views(labels, num_classes, mode="ordered"):
         order     1 5 0 2 3 4         the pixels sorted by class, ignored ones (here pixel 4) at the end
         first     0 2 5               by class: where it begins in `order`
         place     0 0 1 2 0 1         by pixel: how many of its class stand before it in `order`
-        views     1 1 2 2 0 2         by pixel: class 0 has 2, class 1 has 3: both 1 in view 1, as 2 // 2 = 3 // 2
+        views     1 1 2 2 0 2         by pixel: class 0 has 2 // 2 = 1 in view 1, class 1 has 3 // 2 = 1
     """
     if mode not in ("ordered", "random"):
         raise ValueError(f"views can be cut 'ordered' or 'random', not {mode!r}")

@@ -174,7 +174,7 @@ class Config(ClassifierConfig, MethodConfig):
     """All options; --help lists those of the classifier [D15] (common/image_classifier.py) last."""
 
     def __post_init__(self):
-        """What was not given comes from the reading."""
+        """What was not given comes from the reading; check_options refuses one that does not exist."""
         for name, value in READINGS.get(self.reading, {}).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -361,7 +361,10 @@ class FeatureAugmenter(nn.Module):
             return F.relu(f + self.expand(e)).transpose(1, 2)            # Eq. (8)
 
     def attention(self, e_f, e_fp, mask):
-        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M); 0 where masked; all: even."""
+        """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M).
+
+        A masked key has 0; where all keys are masked, they share evenly.
+        """
         similarity = e_f @ e_fp.transpose(1, 2)                          # no 1 / sqrt(D), as printed
         return similarity.masked_fill(~mask[:, None], torch.finfo(similarity.dtype).min).softmax(2)
 

@@ -148,7 +148,7 @@ class Config(RunConfig):
                      choices=("", "3", "4", "11a", "11b"), runtime=True)
 
     def __post_init__(self):
-        """What was not given comes from the reading."""
+        """What was not given comes from the reading; check_options refuses one that does not exist."""
         for name, value in READINGS.get(self.reading, {}).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

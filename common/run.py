@@ -258,7 +258,7 @@ def setup(device="auto", seed=0):
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
         torch.backends.cudnn.benchmark = True
-        torch.set_num_threads(min(2, torch.get_num_threads()))      # it only loads: runs side by side get on
+        torch.set_num_threads(min(2, torch.get_num_threads()))      # enough to load; runs side by side share
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
                                 timeout=timedelta(hours=6))    # rank 0 draws while the others wait

@@ -4,14 +4,19 @@ import csv
 import importlib
 import io
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from common import run
 
+ROOT = Path(__file__).resolve().parents[1]
+ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 SCRIPTS = ("cbp_occl", "protopool", "scaleprotoseg", "pfa_scribble")
 SHORT = {                                       # a few steps of every phase on the toy data of conftest.py
     "cbp_occl": "--iterations 6 --eval-every 3 --save-every 2 --batch-size 4 --crop 64 --warmup 2",
@@ -61,6 +66,27 @@ def mistake(script, *argv):
     return sentences[0]
 
 
+def interrupt(name, place, *argv):
+    """Ctrl-C at step number `place`, or where the report begins."""
+    steps, add = [], run.Log.add
+
+    def stopping_add(log, losses):
+        steps.append(0)
+        if len(steps) == place:
+            raise KeyboardInterrupt
+        add(log, losses)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Log, "add", stopping_add)
+        if place == "report":
+            patch.setattr(run, "facts", stop)
+        ended = call(name, *argv)
+    assert ended.returncode == 130 and "--resume" in ended.stderr, ended.stdout + ended.stderr
+    return len(steps)
+
+
 def flags_of(settings):
     """{name: value} -> command line."""
     argv = []
@@ -74,6 +100,11 @@ def flags_of(settings):
 
 
 # ---- what a run leaves ----
+
+def copy_of(out, folder):
+    """A run folder that a command may change."""
+    return Path(shutil.copytree(out, folder, ignore=shutil.ignore_patterns("figures", "previous-*")))
+
 
 def files(path):
     return {str(p.relative_to(path)) for p in Path(path).rglob("*") if p.is_file()}

@@ -52,3 +52,13 @@ def trained(tmp_path_factory):
             (folders[name] / "printed.txt").write_text(printed)
         return folders[name]
     return folder_of
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Figures and the announced time are left out: the tests that ask for neither are quicker."""
+    from common import pfa_figures, protopool_figures, scaleprotoseg_figures, speed
+    monkeypatch.setattr(speed, "announce", lambda *args: None)
+    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
+    monkeypatch.setattr(pfa_figures, "draw_figures", lambda *args: None)
+    monkeypatch.setattr(scaleprotoseg_figures, "draw_figures", lambda *args: None)

@@ -6,7 +6,6 @@ overlays; a table keeps its finished rows; a mistake is one sentence, exit code 
 """
 import importlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,27 +20,12 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from commands import SCRIPTS, SHORT, assert_same_run, call, done, files, log_of, mistake, numbers, read, same
-from common import pfa_figures, protopool_figures, run, scaleprotoseg_figures, speed
+from commands import (ENV, ROOT, SCRIPTS, SHORT, assert_same_run, copy_of, done, files, interrupt, log_of,
+                      mistake, numbers, read, same)
+from common import run
 
-ROOT = Path(__file__).resolve().parents[1]
-ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 pytestmark = pytest.mark.usefixtures("few_toys")
-
-
-def copy_of(out, folder):
-    """A run folder that a command may change."""
-    return Path(shutil.copytree(out, folder, ignore=shutil.ignore_patterns("figures", "previous-*")))
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    """Figures and the announced time are left out: the tests that ask for neither are quicker."""
-    monkeypatch.setattr(speed, "announce", lambda *args: None)
-    monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
-    monkeypatch.setattr(pfa_figures, "draw_figures", lambda *args: None)
-    monkeypatch.setattr(scaleprotoseg_figures, "draw_figures", lambda *args: None)
 
 
 # ---- a run ----
@@ -113,27 +97,6 @@ def test_predict_writes_ids_and_overlay_at_the_images_own_size(trained, tmp_path
 
 KILLS = {"cbp_occl": (1, 3, 6), "protopool": (2, 4, 6, 8, 10), "scaleprotoseg": (2, 7, 11, 15, 19),
          "pfa_scribble": (2, 6, 12)}                   # numbers of steps: one in each phase at least
-
-
-def interrupt(name, place, *argv):
-    """Ctrl-C at step number `place`, or where the report begins."""
-    steps, add = [], run.Log.add
-
-    def stopping_add(log, losses):
-        steps.append(0)
-        if len(steps) == place:
-            raise KeyboardInterrupt
-        add(log, losses)
-
-    def stop(*args):
-        raise KeyboardInterrupt
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Log, "add", stopping_add)
-        if place == "report":
-            patch.setattr(run, "facts", stop)
-        ended = call(name, *argv)
-    assert ended.returncode == 130 and "--resume" in ended.stderr, ended.stdout + ended.stderr
-    return len(steps)
 
 
 @pytest.mark.parametrize("name, place", [(name, k) for name in SCRIPTS for k in (*KILLS[name], "report")])

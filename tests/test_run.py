@@ -1,5 +1,4 @@
 """common/run.py, tables.py, speed.py: options, run folders, rows of tables, checkpoints, learning rate."""
-import json
 import pickle
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace

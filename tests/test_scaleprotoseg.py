@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 import scaleprotoseg as sps
-from commands import SHORT, done, files, log_of, mistake, numbers, read, same
+from commands import SHORT, done, files, interrupt, log_of, mistake, numbers, read, same
 from common import datasets, loaders, run, toy_scenes, transforms
 from common import scaleprotoseg_measures as measures
 from common.files import read_image
-from test_contract import interrupt, no_figures                         # noqa: F401 (a fixture)
 from test_scaleprotoseg_equations import nearest_exact, normal, slow_logits, stub_net, uniform
 
 NAME, CPU = "scaleprotoseg", torch.device("cpu")
