@@ -284,7 +284,8 @@ def save_matrix(path, matrix, row_names, column_names=None, title="", vmin=-1, v
     n, m, most = *values.shape, max(values.shape)
     if (n, m) != (len(row_names), len(column_names)):
         raise ValueError(f"save_matrix: {n} x {m} values but {len(row_names)} x {len(column_names)} names")
-    cell = 52 if most <= 12 else 28 if most <= 40 else 17 if most <= 260 else max(1, 4000 // most)
+    sides = ((12, 52), (40, 28), (260, 17))                               # up to so many cells, their side
+    cell = next((side for limit, side in sides if most <= limit), max(1, 4000 // most))
     font = ImageFont.load_default(size=15 if cell > 17 else 13)
     rows = [clip(name, font, 200) for name in row_names] if most <= 260 else [""]
     columns = [clip(name, font, 200) for name in column_names] if most <= 260 else [""]
@@ -292,7 +293,8 @@ def save_matrix(path, matrix, row_names, column_names=None, title="", vmin=-1, v
     top = math.ceil(max(font.getlength(name) for name in columns)) + 10
     bar = max(120, min(n * cell, 400))                                    # height of the colour bar
     canvas = Image.new("RGB", (left + m * cell + 90, top + max(n * cell, bar) + 8), "white")
-    draw, table = ImageDraw.Draw(canvas), BLUE_WHITE_RED if vmin < 0 else HEAT
+    draw = ImageDraw.Draw(canvas)
+    table = BLUE_WHITE_RED if vmin < 0 else HEAT
     colours = interpolate(((values - vmin) / (vmax - vmin)).nan_to_num(0.0), table).round()      # (n,m,3)
     colours[values.isnan()] = torch.tensor(GREY).float()
     cells = Image.fromarray(colours.to(torch.uint8).numpy())
@@ -301,9 +303,11 @@ def save_matrix(path, matrix, row_names, column_names=None, title="", vmin=-1, v
         draw.text((left - 6, top + (i + 0.5) * cell), name, INK, font=font, anchor="rm")
     for j, name in enumerate(columns):
         write_upwards(canvas, name, font, left + (j + 0.5) * cell, top - 5, "start")
-    whole = bool((values == values.round()).all())                        # counts need no decimals
+    decimals = 2 if vmax - vmin <= 10 else 1
+    if (values == values.round()).all():                                  # counts need none
+        decimals = 0
     for i, j in [(i, j) for i in range(n) for j in range(m) if most <= 12]:
-        number = f"{values[i, j]:.{0 if whole else 2 if vmax - vmin <= 10 else 1}f}"
+        number = f"{values[i, j]:.{decimals}f}"
         draw.text((left + (j + 0.5) * cell, top + (i + 0.5) * cell), number.replace("-0.00", "0.00"),
                   "white" if colours[i, j].mean() < 130 else INK, font=font, anchor="mm")
     x = left + m * cell + 16                                              # the colour bar
