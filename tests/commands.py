@@ -67,11 +67,11 @@ def mistake(script, *argv):
 
 
 def interrupt(name, place, *argv):
-    """Ctrl-C at step number `place`, or where the report begins."""
+    """Ctrl-C at step number `place`, or where the report begins -> names of the losses of each step."""
     steps, add = [], run.Log.add
 
     def stopping_add(log, losses):
-        steps.append(0)
+        steps.append(tuple(losses))
         if len(steps) == place:
             raise KeyboardInterrupt
         add(log, losses)
@@ -84,19 +84,7 @@ def interrupt(name, place, *argv):
             patch.setattr(run, "facts", stop)
         ended = call(name, *argv)
     assert ended.returncode == 130 and "--resume" in ended.stderr, ended.stdout + ended.stderr
-    return len(steps)
-
-
-def flags_of(settings):
-    """{name: value} -> command line."""
-    argv = []
-    for name, value in settings.items():
-        flag = name.rstrip("_").replace("_", "-")              # the field class_ is --class
-        if isinstance(value, bool):
-            argv.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            argv += [f"--{flag}", *(value if isinstance(value, (list, tuple)) else [value])]
-    return argv
+    return steps
 
 
 # ---- what a run leaves ----

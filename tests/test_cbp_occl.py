@@ -1,6 +1,5 @@
 """cbp_occl.py beyond its equations and what all scripts promise (test_contract.py): what its run tells, the
 rates of every layer, rows from elsewhere (Table 5), its tables, its own mistakes, and the GPU."""
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from commands import SHORT, call, done, files, log_of, mistake, read
 from common import run, toy_scenes
 
 CPU = torch.device("cpu")
-SOURCE = Path(cbp_occl.__file__).read_text(encoding="utf-8")
 pytestmark = pytest.mark.usefixtures("few_toys")
 
 
@@ -139,14 +137,6 @@ def test_profile_compares_with_the_baseline(tmp_path):
 def test_mistakes_of_its_own(tmp_path, argv, words):
     sentence = mistake("cbp_occl", "--out", tmp_path / "out", "--device", "cpu", *argv)
     assert all(word in sentence for word in words) and not (tmp_path / "out").exists(), sentence
-
-
-def test_equations_are_named_in_the_body_and_the_method_pastes_into_a_notebook():
-    assert all(f"Eq. ({n})" in SOURCE.split('"""', 2)[2] for n in (3, 4, 5, 6, 7, 8))
-    names = dict(torch=torch, nn=nn, F=nn.functional)
-    exec(SOURCE[SOURCE.index("# ---- prototypes"):SOURCE.index("# ---- model")], names)
-    rows = names["category_basis_prototypes"](5, 8)
-    assert names["occl_loss"](torch.randn(2, 8, 6, 6), torch.randint(5, (2, 12, 12)), rows, 1.0, 0.3) > 0
 
 
 @pytest.mark.gpu

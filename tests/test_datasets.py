@@ -8,16 +8,13 @@ import colorsys
 import itertools
 import re
 import sys
-import types
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.datasets import Cityscapes
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from common import datasets as ds
 from common import files, loaders, toy_scenes, transforms
@@ -28,44 +25,27 @@ MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ([123.675, 116.28, 103.53], 
 SIZES = [(40, 56), (40, 56), (33, 57), (1, 40), (100, 20)]
 
 
-def random_image(height, width, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
-
-
-def random_mask(height, width, seed=0):
-    if height == 1:                                                     # exactly 75 % of one class
-        return torch.tensor([[0] * (3 * width // 4) + [1] * (width // 4)], dtype=torch.uint8)
-    coarse = np.random.default_rng(seed).choice([0, 1, 2, 3, 255], (height // 8 + 1, width // 8 + 1))
-    return torch.from_numpy(coarse.repeat(8, 0).repeat(8, 1)[:height, :width].astype(np.uint8))
-
-
 def pairs(image, mask, values, *names):
     """A tree of images of colour 100, and masks of these values."""
     tree = {image.format(name): np.full((*np.shape(values), 3), 100) for name in names}
     return tree | {mask.format(name): values for name in names}
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    ((480, 640, 512), (512, 683)), ((640, 480, 512), (683, 512)),       # 640 * 512 / 480 = 682.67
-    ((100, 1000, 512), (205, 2048)),                                    # the long side stops at 4 * 512
-    ((480, 640, 512, 0.5), (256, 341)), ((333, 500, 512, 1.999), (1023, 1536)),     # int(512 * 1.999) = 1023
-    ((33, 57, 0), (33, 57)), ((33, 57, 0, 2.0), (66, 114)), ((1, 900, 64, 0.5), (1, 128))])
-def test_fitted_size_by_hand(arguments, expected):
-    assert transforms.fitted_size(*arguments) == expected
+def test_fitted_size_and_colours_by_hand():
+    for arguments, size in (((480, 640, 512), (512, 683)), ((100, 1000, 512), (205, 2048)),     # 4 * 512
+                            ((333, 500, 512, 1.999), (1023, 1536)),     # int(512 * 1.999) = 1023
+                            ((33, 57, 0, 2.0), (66, 114)), ((1, 900, 64, 0.5), (1, 128))):
+        assert transforms.fitted_size(*arguments) == size
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
+    assert transforms.shift_hue(red, 30).flatten().tolist() == [255, 255, 0]    # 60 degrees on: yellow
+    assert transforms.scale_saturation(red, 0.5).flatten().tolist() == [255, 128, 128]
+    assert transforms.scale_values(red, 0.3, 2.9).flatten().tolist() == [79, 2, 2]      # fractions are cut
 
 
 def in_hsv(image, change):
     """uint8 (3,H,W) through colorsys; change(h, s, v) gives the new triple. Not rounded, 0..255."""
     pixels = [colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*p))) for p in image.reshape(3, -1).T / 255]
     return 255 * np.array(pixels).T.reshape(image.shape)
-
-
-def test_colours_by_hand():
-    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
-    assert transforms.shift_hue(red, 30).flatten().tolist() == [255, 255, 0]    # 60 degrees on: yellow
-    assert transforms.scale_saturation(red, 0.5).flatten().tolist() == [255, 128, 128]
-    assert transforms.scale_values(red, 0.3, 2.9).flatten().tolist() == [79, 2, 2]      # fractions are cut
 
 
 def distorted(x):
@@ -111,25 +91,24 @@ def pipeline(image, mask, size, crop, scale, photometric=True, crop_retries=10):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The `folder` layout with five random pairs in train and in val, two of them narrow."""
-    tree = {"classes.txt": "".join(f"{c} class{c}\n" for c in range(4))}
-    for split, (i, size) in itertools.product(("train", "val"), enumerate(SIZES)):
-        tree[f"images/{split}/p{i}.png"] = random_image(*size, i).permute(1, 2, 0)
-        tree[f"masks/{split}/p{i}.png"] = random_mask(*size, i)
+    tree, rng = {"classes.txt": "".join(f"{c} class{c}\n" for c in range(4))}, np.random.default_rng(0)
+    for split, (i, (height, width)) in itertools.product(("train", "val"), enumerate(SIZES)):
+        coarse = rng.choice([0, 1, 2, 3, 255], (height // 8 + 1, width // 8 + 1)).repeat(8, 0).repeat(8, 1)
+        mask = coarse[:height, :width] if height > 1 else [[0] * 30 + [1] * 10]         # exactly 75 % of one
+        tree |= {f"images/{split}/p{i}.png": rng.integers(0, 256, (height, width, 3)),
+                 f"masks/{split}/p{i}.png": mask}
     return write(tmp_path_factory.mktemp("folder"), tree)
 
 
 @pytest.mark.parametrize("options, within", [
     (dict(size=0, crop=9, scale=(1.0, 1.0)), 2.01),
     (dict(size=31, crop=24, scale=(0.5, 2.0), photometric=False), 1.01),
-    *[(dict(size=0, crop=crop, scale=(1.0, 1.0), photometric=False, crop_retries=k), 0.01)
-      for crop, k in ((50, 10), (9, 1), (9, 0))]])
+    (dict(size=0, crop=9, scale=(1.0, 1.0), photometric=False, crop_retries=1), 0.01)])
 def test_a_sample_equals_the_written_out_pipeline_and_depends_on_its_key_alone(folder, options, within):
     data = ds.open_dataset("folder", folder, "train")
     view, before = loaders.TrainView(data, **options), torch.get_rng_state()
     samples = [view[(seed % 5, seed)] for seed in range(150)]
-    with pytest.raises(ZeroDivisionError), transforms.seeded(1):
-        1 / torch.randint(1, ()).item()
-    assert torch.equal(torch.get_rng_state(), before)                   # dropout goes on undisturbed, even so
+    assert torch.equal(torch.get_rng_state(), before)                   # dropout goes on undisturbed
     for seed, sample in enumerate(samples):
         torch.manual_seed(seed)
         image, mask = pipeline(*data.read(seed % 5), **options)
@@ -150,22 +129,22 @@ def test_test_views_keep_the_mask_at_its_own_size(folder):
     assert "--size 0" in message(loaders.TestView, data, 0, square=True)
 
 
-def test_workers_change_nothing_and_a_resumed_loader_goes_on_with_the_same_samples(folder):
-    view = loaders.TrainView(ds.open_dataset("folder", folder, "train"), size=32, crop=24)
-    before = torch.get_rng_state()
+def test_workers_change_neither_samples_nor_counts_nor_the_shared_generator(folder):
+    data, before = ds.open_dataset("folder", folder, "train"), torch.get_rng_state()
+    view = loaders.TrainView(data, size=32, crop=24)
     alone, helped = (list(loaders.train_loader(view, 4, 7, 0, 5, workers, "cpu")) for workers in (0, 2))
-    rest = list(loaders.train_loader(view, 4, 7, 3, 5, 0, torch.device("cpu")))
     assert alone[0]["image"].shape == (4, 3, 24, 24) and alone[0]["mask"].shape == (4, 24, 24)
-    for a, b in zip(alone + alone[3:], helped + rest, strict=True):
+    for a, b in zip(alone, helped, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in ("image", "mask", "index"))
-    assert torch.equal(torch.get_rng_state(), before)                   # no shared generator is used
+    counts = [sum((data.read(i)[1] == c).sum().item() for i in range(5)) for c in range(4)]
+    assert loaders.pixel_counts(data, workers=2).tolist() == counts
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_batches_resume_ranks_partition_them_and_every_epoch_has_every_sample_once():
     whole = list(loaders.BatchesFrom(5, 8, seed=3, stop=12))            # a batch is more than an epoch
     later = loaders.BatchesFrom(5, 8, seed=3, start=5, stop=12)
     assert list(later) == whole[5:] and len(later) == 7
-    assert list(itertools.islice(loaders.BatchesFrom(5, 8, seed=3, start=5), 7)) == whole[5:]       # endless
     parts = [list(loaders.BatchesFrom(5, 8, seed=3, stop=12, rank=r, world=2)) for r in range(2)]
     assert all(a == batch[0::2] and b == batch[1::2] for batch, a, b in zip(whole, *parts, strict=True))
     samples, other = sum(whole, []), sum(loaders.BatchesFrom(5, 8, seed=4, stop=12), [])
@@ -173,35 +152,21 @@ def test_batches_resume_ranks_partition_them_and_every_epoch_has_every_sample_on
     assert all(sorted(epoch) == list(range(5)) for epoch in epochs) and len(set(epochs)) > 12
     assert len({seed for _, seed in samples + other}) == 2 * 96         # no augmentation twice
     assert [index for index, _ in other] != [index for index, _ in samples]
-    assert "--batch-size 3" in message(loaders.BatchesFrom, 10, 3, 0, world=2)
-    assert "--batch-size 0" in message(loaders.BatchesFrom, 10, 0, 0)
-
-
-def test_evaluation_ranks_partition_the_images_and_pixels_are_counted(folder):
-    data = ds.open_dataset("folder", folder, "val")
-    view, seen = loaders.TestView(data, 0), []
-    for rank in (0, 1):
-        seen.append([batch["index"].item() for batch in loaders.eval_loader(view, rank, "cpu", rank, 2)])
-    assert seen == [[0, 2, 4], [1, 3]]
-    masks = [random_mask(*size, i) for i, size in enumerate(SIZES)]
-    expected = [sum((mask == c).sum().item() for mask in masks) for c in range(4)]
-    assert loaders.pixel_counts(data).tolist() == loaders.pixel_counts(data, workers=2).tolist() == expected
+    assert [batch.item() for batch in loaders.eval_loader(range(5), 0, "cpu", rank=1, world=2)] == [1, 3]
 
 
 def test_names_of_the_classes():
     assert ds.NUM_CLASSES == {
-        "toy_scenes": len(toy_scenes.CLASSES), "ade20k": 150, "cocostuff10k": 171, "cocostuff164k": 182,
-        "voc": 21, "voc_scribble": 21, "cityscapes": 19, "camvid": 11, "em": 2}
+        "toy_scenes": 14, "ade20k": 150, "cocostuff10k": 171, "cocostuff164k": 182, "voc": 21,
+        "voc_scribble": 21, "cityscapes": 19, "camvid": 11, "em": 2}
     assert all(len(set(names)) == len(names) and all(names) for names in ds.CLASSES.values())
     for name, some in (("ade20k", {0: "wall", 64: "coffee table", 149: "flag"}), ("voc", {15: "person"}),
                        ("cocostuff10k", {0: "person", 79: "toothbrush", 80: "banner", 170: "wood"}),
                        ("cocostuff164k", {91: "banner", 148: "road", 181: "wood"}), ("camvid", {8: "car"})):
         assert {i: ds.CLASSES[name][i] for i in some} == some
-    coco = FasterRCNN_ResNet50_FPN_Weights.DEFAULT.meta["categories"]   # by COCO's id; N/A: not used
-    assert all(coco[i] in (ds.CLASSES["cocostuff164k"][i - 1], "N/A") for i in range(1, 91))
-    unused = set(ds.CLASSES["cocostuff164k"]) - set(ds.CLASSES["cocostuff10k"])
-    assert {ds.CLASSES["cocostuff164k"].index(name) for name in unused} == {
-        11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}                     # as data/README.md says
+    coco, ten = ds.CLASSES["cocostuff164k"], ds.CLASSES["cocostuff10k"]
+    unused = [i for i, name in enumerate(coco) if name not in ten]      # as data/README.md says
+    assert unused == [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
 
 
 # ---- readers: one tree each ------------------------------------------------------------------------------
@@ -211,10 +176,9 @@ VOC = pairs("JPEGImages/{}.jpg", "SegmentationClass/{}.png", VALUES, "07_1", "07
     LIST + "train.txt": "07_2\n07_1\n", LIST + "val.txt": "07_1\n",
     LIST + "trainaug.txt": "/JPEGImages/07_2.jpg /SegmentationClassAug/07_2.png\n07_1\n"}
 CITY, CITY_MASK = "leftImg8bit/val/{0}/{0}_1_leftImg8bit.png", "gtFine/val/{0}/{0}_1_gtFine_labelIds.png"
-CITIES = pairs(CITY, CITY_MASK, np.array([*range(34), 255]).reshape(5, 7), "ulm", "aachen")
-TRAIN_ID = {c.id: c.train_id if 0 <= c.train_id < 19 else 255 for c in Cityscapes.classes}
-ADE_MASK = "annotations/validation/{}.png"
-ADE = pairs("images/validation/{}.jpg", ADE_MASK, [[0, 1, 2], [149, 150, 255]], "b", "a")
+CITIES = pairs(CITY, CITY_MASK, [[0, 7, 8, 9], [11, 30, 33, 255]], "ulm", "aachen") | {
+    "gtFine/val/ulm/ulm_1_gtFine_color.png": [[0]], "leftImg8bit/val/ulm/overview.png": [[0]]}  # not read
+ADE = pairs("images/validation/{}.jpg", "annotations/validation/{}.png", [[0, 1], [150, 255]], "b", "a")
 COCO10 = pairs("images/test2014/{}.jpg", "annotations/test2014/{}_labelTrainIds.png", [[0, 1, 171]], "C_1")
 COCO_MASK = [[0, 11, 90], [91, 181, 255]]
 COCO = pairs("images/val2017/{}.jpg", "annotations/val2017/{}.png", COCO_MASK, "0139") | {
@@ -230,28 +194,22 @@ def own(folder, values, names=("07_1", "07_2")):
 
 
 @pytest.mark.parametrize("name, split, mask_dir, tree, places, names, mask", [
-    ("ade20k", "val", "", ADE, ["", "ADEChallengeData2016"], ["a", "b"], [[255, 0, 1], [148, 149, 255]]),
+    ("ade20k", "val", "", ADE, ["", "ADEChallengeData2016"], ["a", "b"], [[255, 0], [149, 255]]),
     ("cocostuff10k", "test", "", COCO10, [""], ["C_1"], [[255, 0, 170]]),
     ("cocostuff164k", "val", "", COCO | own("val2017", [[4]], ["0139"]), [""], ["0139"], COCO_MASK),
     ("cocostuff164k", "val", "", {path.replace("annotations/", ""): values for path, values in COCO.items()},
      [""], ["0139"], COCO_MASK),
-    ("cityscapes", "val", "", CITIES | own("gtFine/val/ulm", [[0]], ["ulm_1_gtFine_color"])     # not read
-     | own("leftImg8bit/val/ulm", [[0]], ["overview"]), ["", "cityscapes"],
-     ["aachen_1_leftImg8bit", "ulm_1_leftImg8bit"],
-     np.array([TRAIN_ID[i] for i in range(34)] + [255]).reshape(5, 7).tolist()),
-    ("voc", "train", "", VOC, PLACES, ["07_2", "07_1"], VALUES),
+    ("cityscapes", "val", "", CITIES, ["", "cityscapes"], ["aachen_1_leftImg8bit", "ulm_1_leftImg8bit"],
+     [[255, 0, 1, 255], [2, 255, 18, 255]]),                            # road, pavement, building, bicycle
     ("voc", "trainaug", "", VOC | own("SegmentationClassAug", STROKES), PLACES, ["07_2", "07_1"], STROKES),
-    ("voc", "train", "Own", VOC | own("Own", STROKES), PLACES, ["07_2", "07_1"], STROKES),
     ("voc", "val", "Own", VOC, [""], ["07_1"], VALUES),                 # scored on the full masks
-    *[("voc_scribble", "trainaug", "", VOC | own(place, STROKES), PLACES, ["07_2", "07_1"], STROKES)
+    *[("voc_scribble", "trainaug", "", VOC | own(place, STROKES), [""], ["07_2", "07_1"], STROKES)
       for place in ds.SCRIBBLE_FOLDERS],
     ("voc_scribble", "val", "", VOC, [""], ["07_1"], VALUES),
     ("camvid", "val", "", CAMVID, ["", "CamVid"], ["a", "b"], [[0, 10, 255, 255]]),
     ("camvid", "val", "", CAMVID | {"val.txt": "/SegNet/CamVid/val/b.png /SegNet/CamVid/valannot/b.png\n"},
      [""], ["b"], [[0, 10, 255, 255]]),
-    ("folder", "train", "", FOLDER, [""], ["v1.2", "my photo 1"], [[0, 1]]),
-    ("folder", "train", "scribbles", FOLDER | own("scribbles", [[255, 1]], ("v1.2", "my photo 1")), [""],
-     ["v1.2", "my photo 1"], [[255, 1]])])
+    ("folder", "train", "", FOLDER, [""], ["v1.2", "my photo 1"], [[0, 1]])])
 def test_every_reader_reads_its_layout(tmp_path, name, split, mask_dir, tree, places, names, mask):
     for number, below in enumerate(places):
         write(tmp_path / str(number) / below, tree)
@@ -269,78 +227,63 @@ def test_images_become_upright_rgb_and_palette_masks_are_their_indices(tmp_path)
     picture.save(tmp_path / "palette.png")
     exif[0x0112] = 6                                                    # "turn me by 90 degrees"
     Image.new("RGB", (20, 10)).save(tmp_path / "phone.jpg", exif=exif)
-    write(tmp_path, {"grey.PNG": [[0, 9, 200]], "alpha.png": [[[9, 8, 7, 0]]], "a.txt": "x", "no/x.txt": "x"})
+    write(tmp_path, {"grey.PNG": [[0, 9, 200]], "a.png": [[[9, 8, 7, 0]]], "a.txt": "x", "b/c.png": [[0]]})
     paths = files.list_images(tmp_path)
-    assert [p.name for p in paths] == ["alpha.png", "grey.PNG", "palette.png", "phone.jpg"]
+    assert [p.name for p in paths] == ["a.png", "grey.PNG", "palette.png", "phone.jpg"]
     alpha, grey, palette, phone = map(files.read_image, paths)
     assert alpha.flatten().tolist() == [9, 8, 7] and grey.tolist() == [[[0, 9, 200]]] * 3
     assert palette[:, 0, 1].tolist() == [21, 28, 35] and phone.shape == (3, 20, 10)
     assert files.read_index_map(paths[2], 21).tolist() == [[0, 1, 20]]
-    assert files.list_images(str(paths[1])) == [paths[1]]
     assert "no such folder" in message(files.list_images, tmp_path / "gone")
-    assert "holds no image" in message(files.list_images, tmp_path / "no")
 
 
-def em_set(root, count, stacks=False, missing=0):
-    """Image i is (4,6) of value 3 i; its label is membrane (0) in the first i % 4 rows, else cell (255)."""
-    images = [np.full((4, 6), 3 * i, dtype=np.uint8) for i in range(count)]
-    rows = np.arange(4)[:, None].repeat(6, 1)
-    labels = [np.where(rows < i % 4, 0, 255).astype(np.uint8) for i in range(count - missing)]
-    for kind, stack, arrays in (("image", "volume", images), ("label", "labels", labels)):
+@pytest.mark.parametrize("below, stacks", [("", True), ("train", False)])
+def test_em_is_cut_twice_into_two_thirds_and_one_third(tmp_path, below, stacks):
+    """Image i has the value 3 i, its label is membrane (0) or cell (255) in turn."""
+    for kind, file, step in (("image", "train-volume.tif", 3), ("label", "train-labels.tif", 255)):
+        arrays = [np.full((4, 6), step * (i if kind == "image" else i % 2), np.uint8) for i in range(30)]
         if stacks:
-            first, *pages = [Image.fromarray(array) for array in arrays]
-            first.save(root / f"train-{stack}.tif", save_all=True, append_images=pages)
+            first, *others = map(Image.fromarray, arrays)
+            first.save(tmp_path / file, save_all=True, append_images=others)
         else:
-            write(root, {f"{kind}/{i}.png": array for i, array in enumerate(arrays)})
-    return root
-
-
-@pytest.mark.parametrize("below, count, stacks", [("", 30, False), ("train", 11, False), ("", 30, True)])
-def test_em_is_cut_twice_into_two_thirds_and_one_third(tmp_path, below, count, stacks):
-    em_set(tmp_path / below, count, stacks)
+            write(tmp_path / below, {f"{kind}/{i}.png": array for i, array in enumerate(arrays)})
     names = {}
     for split in ds.SPLITS["em"]:
         data = ds.open_dataset("em", tmp_path, split)
         names[split] = [int(data.name_of(i)) for i in range(len(data))]
         for i, number in enumerate(names[split]):
             image, mask = data.read(i)
-            assert image.shape == (3, 4, 6) and (image == 3 * number).all()
-            assert mask.tolist() == [[int(row >= number % 4)] * 6 for row in range(4)]
+            assert image.shape == (3, 4, 6) and (image == 3 * number).all() and (mask == number % 2).all()
     for cut in "12":
-        assert len(names[f"val-{cut}"]) == count // 3
-        assert sorted(names[f"train-{cut}"] + names[f"val-{cut}"]) == list(range(count))
-    if count == 30:                                                     # fixed: scores depend on it
-        assert names["val-1"] == [4, 6, 8, 12, 17, 18, 19, 20, 23, 25]
-        assert names["val-2"] == [2, 3, 9, 16, 17, 18, 20, 23, 24, 27]
-
-
-STROKE = ("<annotation><size><width>3</width><height>2</height></size><polygon><tag>bike</tag>"
-          "<point><X>0</X><Y>-1</Y></point></polygon></annotation>")
+        assert sorted(names[f"train-{cut}"] + names[f"val-{cut}"]) == list(range(30))
+    assert names["val-1"] == [4, 6, 8, 12, 17, 18, 19, 20, 23, 25]      # fixed: scores depend on it
+    assert names["val-2"] == [2, 3, 9, 16, 17, 18, 20, 23, 24, 27]
+    if stacks:
+        (tmp_path / file).unlink()
+        assert "train-labels.tif is missing" in message(ds.open_dataset, "em", tmp_path, "train-1")
 
 
 def test_voc_scribble_reads_the_files_of_scribblesup(tmp_path):
-    write(tmp_path, VOC | {f"pascal_2012/07_{i}.xml": STROKE for i in (1, 2)})
+    dot = ("<annotation><size><width>3</width><height>2</height></size><polygon><tag>bike</tag>"
+           "<point><X>0</X><Y>-1</Y></point></polygon></annotation>")   # its disc reaches into the image
+    write(tmp_path, VOC | {f"pascal_2012/07_{i}.xml": dot for i in (1, 2)})
     data = ds.open_dataset("voc_scribble", tmp_path, "trainaug")
-    assert data.read(1)[1].tolist() == [[2, 255, 255], [255, 255, 255]]         # a dot that the border cuts
-    write(tmp_path, {"pascal_2012/07_2.xml": STROKE.replace(">3<", ">4<")})
-    assert re.search("07_2.jpg is 3 x 2 .*07_2.xml is 4 x 2", message(data.read, 0))
+    assert data.read(1)[1].tolist() == [[2, 255, 255], [255, 255, 255]]
 
 
-def test_masks_from_a_folder_elsewhere(tmp_path, monkeypatch):
-    root = write(tmp_path / "voc", VOC | own("inside", np.full((2, 3), 8)))
-    write(tmp_path, own("mine", np.full((2, 3), 7)) | own("inside", VALUES) | own("flat", STROKES, "1")
-          | own("deep/train", STROKES, "1") | own("SegmentationClassAug", VALUES)
-          | own("f/images/train", np.zeros((2, 3, 3)), "1") | {"f/classes.txt": "\n".join(ds.CLASSES["voc"])})
+def test_masks_may_lie_in_a_folder_below_root_or_anywhere_else(tmp_path, monkeypatch):
+    root = write(tmp_path / "voc", VOC | own("inside", STROKES))
+    write(tmp_path, own("mine", STROKES) | own("inside", VALUES) | own("SegmentationClassAug", VALUES))
     monkeypatch.chdir(tmp_path)
     for name in ("voc", "voc_scribble"):
-        for mask_dir, value in ((str(tmp_path / "mine"), 7), ("mine", 7), (Path("mine"), 7), ("inside", 8)):
-            mask = ds.open_dataset(name, root, "train", mask_dir=mask_dir).read_mask(0)
-            assert mask.unique().tolist() == [value]
-        said = message(ds.open_dataset, name, root, "train", mask_dir="nowhere")
-        assert "the folder nowhere/ is missing" in said
+        for mask_dir in (tmp_path / "mine", "mine", "inside"):
+            assert ds.open_dataset(name, root, "train", mask_dir=mask_dir).read_mask(0).tolist() == STROKES
+        assert "the folder no/ is missing" in message(ds.open_dataset, name, root, "train", mask_dir="no")
     assert "SBD" in message(ds.open_dataset, "voc", root, "trainaug")   # not of the current folder
+    write(tmp_path, PAIRED | own("flat", RAMP % 2, ("p0", "p1")) | own("deep/train", RAMP % 2, ("p0", "p1")))
     for mask_dir in ("flat", "deep"):
-        assert ds.open_dataset("folder", "f", "train", mask_dir=mask_dir).read(0)[1].tolist() == STROKES
+        data = ds.open_dataset("folder", tmp_path, "train", mask_dir=mask_dir)
+        assert data.read_mask(0).tolist() == (RAMP % 2).tolist()
 
 
 def test_toy_scenes_are_those_of_make_scene_and_are_kept():
@@ -350,7 +293,7 @@ def test_toy_scenes_are_those_of_make_scene_and_are_kept():
         loaders.TrainView(data, size=0, crop=128, scale=(1.0, 1.0))[(5, 0)]     # does not write to it
         assert data.read(5)[0] is image and (image.permute(1, 2, 0).numpy() == scene["image"]).all()
         assert (mask.numpy() == scene[key]).all() and torch.equal(data.read_mask(5), mask)
-        assert (len(data), data.paths, data.name_of(5)) == (toy_scenes.SPLITS[split], None, "0005")
+        assert len(data) == toy_scenes.SPLITS[split] and data.name_of(5) == "0005"
 
 
 # ---- readers: what is missing or broken ------------------------------------------------------------------
@@ -366,36 +309,20 @@ def gone(tree, path):
 
 
 @pytest.mark.parametrize("name, split, tree, words", [
-    ("ade20k", "val", ADE | {ADE_MASK.format("a"): [[0, 1, 151]] * 2}, r"\[151\].* 0\.\.150 and 255"),
+    ("ade20k", "val", ADE | {"annotations/validation/a.png": [[0, 151]] * 2}, r"\[151\].* 0\.\.150 "),
     ("cocostuff10k", "train", {"imageLists/train.txt": ""}, "python -m data.prepare_cocostuff10k /"),
-    ("cocostuff164k", "val", COCO | own("annotations/val2017", [[0, 182]], ["0139"]), r"0139.*\[182\]"),
     ("cityscapes", "val", gone(CITIES, "gtFine/val/ulm"), "gtFine/val/ulm/ is missing"),
-    ("cityscapes", "val", gone(CITIES, CITY_0) | own("gtFine/val/aachen", [[0]], "x"), f"such as .*{CITY_0}"),
-    ("cityscapes", "val", {"leftImg8bit/val/readme.txt": ""}, "no folder of a city"),
-    ("cityscapes", "val", CITIES | {CITY_0: np.full((5, 7), 34)}, rf"{CITY_0} .*\[34\].* cityscapes: .*Ids"),
-    ("cityscapes", "val", CITIES | {CITY_0: np.full((5, 7), 256 + 7, dtype=np.uint16)}, r"\[263\]"),
+    ("cityscapes", "val", CITIES | {CITY_0: np.full((2, 4), 263, np.uint16)}, rf"{CITY_0} .*\[263\]"),
     ("voc", "trainaug", VOC, "SegmentationClassAug/ is missing .10,582 names.*SBD"),
     ("voc_scribble", "trainaug", gone(VOC, LIST + "trainaug"), "trainaug.txt is missing .10,582.* train"),
     ("voc_scribble", "train", VOC, "no folder of scribbles .ScribbleLabels, voc_scribbles.*jifengdai.org"),
-    ("voc_scribble", "train", VOC | {"voc_scribbles/a.md": "x"}, "holds neither .*png nor .*xml .has a.md"),
-    ("em", "train-1", pairs("image/{}.png", "label/{}.png", [[0]], "1", "2"), "only 2 of 30"),
-    *[("em", "val-1", pairs("image/{}.png", "label/{}.png", [[k]], *"123"), rf"\[{k}\]") for k in (1, 254)],
+    ("em", "val-1", pairs("image/{}.png", "label/{}.png", [[254]], *"123"), r"\[254\]"),
     ("folder", "train", gone(PAIRED, "masks/train/p1"), "1 of 2 images .*/p1.png, .*masks/train/p1.png"),
     ("folder", "train", PAIRED | {"images/train/p1.jpg": NOISE}, "both p1.jpg and p1.png"),
-    ("folder", "test", PAIRED, "no split 'test' .there: train"),
-    ("folder", "train", gone(PAIRED, "classes"), "classes.txt is missing"),
-    ("folder", "val", PAIRED | {"images/val/notes.txt": "x"}, "the folder masks/val/ is missing"),
-    ("folder", "val", PAIRED | {"images/val/no.txt": "x", "masks/val/a.png": [[0]]}, "no image .*no.txt"),
     ("folder", "train", PAIRED | {"classes.txt": "1 sky\n2 road\n"}, "classes.txt: the ids .* are 1, 2"),
-    ("folder", "train", PAIRED | {"classes.txt": "\n"}, "names 0 classes"),
-    ("folder", "train", FOLDER | {"train.txt": "c\nb.png\nd.png\n"}, "lacks 2 of 3 listed .*such as b;"),
-    ("folder", "train", FOLDER | {"train.txt": ""}, "no image of the split"),
-    ("folder", "train", PAIRED | {"images/train/p0.png": "hello"}, "p0.png cannot be read.* or cut short"),
     ("folder", "train", PAIRED | {P0: np.zeros((40, 55))}, "p0.png is 56 x 40 .*p0.png is 55 x 40"),
     ("folder", "train", PAIRED | {"images/train/p0.png": RAMP.astype(np.uint16)}, "more than 8 bits"),
-    ("folder", "train", PAIRED | {P0: RAMP % 8}, r"\[4, 5, 6, 7\], but with 4 classes only 0..3 .*convert"),
-    ("folder", "train", PAIRED | {P0: RAMP % 40}, r"\[4, 5, 6, 7, 8\] and 31 more"),
-    ("folder", "train", PAIRED | {P0: np.full((40, 56), 259, dtype=np.uint16)}, r"\[259\]"),
+    ("folder", "train", PAIRED | {P0: RAMP % 40}, r"\[4, 5, 6, 7, 8\] and 31 more, but .* 0..3 .*convert"),
     ("folder", "train", PAIRED | {P0: NOISE}, "p0.png is a colour picture .mode RGB")])
 def test_what_is_missing_or_broken_is_named(tmp_path, name, split, tree, words):
     said = message(lambda: ds.open_dataset(name, write(tmp_path, tree), split).read(0))
@@ -403,22 +330,12 @@ def test_what_is_missing_or_broken_is_named(tmp_path, name, split, tree, words):
 
 
 def test_damage_is_named_and_the_sentence_survives_a_worker(tmp_path):
-    data = ds.open_dataset("folder", write(tmp_path, PAIRED | {"images/train/p0.png": NOISE}), "train")
-    for path in (tmp_path / P0, tmp_path / "images" / "train" / "p0.png"):
-        path.write_bytes(path.read_bytes()[:60])
-        assert f"{path} cannot be read" in (direct := message(data.read, 0))
-    for loader in (loaders.train_loader(loaders.TrainView(data, 32, 24), 2, 0, 0, 2, 1, "cpu"),
-                   loaders.eval_loader(loaders.TestView(data, 32), 1, "cpu")):
-        assert message(list, loader) == direct
+    data, path = ds.open_dataset("folder", write(tmp_path, PAIRED), "train"), tmp_path / P0
+    path.write_bytes(path.read_bytes()[:60])
+    said = message(list, loaders.eval_loader(loaders.TestView(data, 32), 1, "cpu"))
+    assert f"{path} cannot be read" in said and said == message(data.read, 0)
     path.unlink()
     assert f"{path} does not exist" in message(data.read, 0)
-    labels = em_set(tmp_path, 30, stacks=True, missing=1) / "train-labels.tif"
-    for text, words in ((None, f"has 30 pages, but {labels} has 29"), ("hello", f"{labels} cannot be read")):
-        if text:
-            labels.write_text(text)
-        assert words in message(ds.open_dataset, "em", tmp_path, "train-1")
-    labels.unlink()
-    assert "train-labels.tif is missing" in message(ds.open_dataset, "em", tmp_path, "train-1")
 
 
 @pytest.mark.parametrize("name", list(ds.TREES))
@@ -426,14 +343,12 @@ def test_a_missing_layout_shows_the_tree_the_content_and_the_source(tmp_path, na
     write(tmp_path, {f"thing{i}/x.txt": "" for i in range(10)})
     said = message(ds.open_dataset, name, tmp_path, ds.SPLITS[name][0])
     assert all(part in said for part in (*ds.TREES[name], str(tmp_path), "thing0/", "thing7/ and 2 more"))
-    assert "no such folder" in message(ds.open_dataset, name, tmp_path / "gone", ds.SPLITS[name][0])
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("ade", "x", "train"), "toy_scenes, ade20k"), (("camvid", "x", "training"), "one of train, val, test"),
+    (("ade", "x", "train"), "toy_scenes, ade20k"), (("em", "x", "train"), "train-1, val-1, train-2, val-2"),
     *[((name, "x", "test"), "not public") for name in ("cityscapes", "voc", "voc_scribble")],
-    (("em", "x", "train"), "train-1, val-1, train-2, val-2"), (("camvid", "", "train"), "--data ROOT"),
-    (("toy_scenes", "x", "train"), "read x: .*dataset folder"), (("toy_scenes", "", "train", 0, "x"), "'x'"),
+    (("camvid", "", "train"), "--data ROOT"), (("toy_scenes", "x", "train"), "read x: .*dataset folder"),
     (("ade20k", "x", "train", 0, "scribbles"), "no masks 'scribbles'")])
 def test_wrong_names_and_options_are_one_sentence(arguments, words):
     assert re.search(words, message(ds.open_dataset, *arguments))
@@ -441,49 +356,40 @@ def test_wrong_names_and_options_are_one_sentence(arguments, words):
 
 # ---- data/prepare_cocostuff10k.py ------------------------------------------------------------------------
 
-USED = [0] + [i for i in range(1, 183) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)]
-
-
 @pytest.fixture
 def download(tmp_path, monkeypatch):
     """A tiny COCO-Stuff10K as downloaded; scipy is replaced by a reader of text."""
-    fake = types.ModuleType("scipy.io")
-    fake.loadmat = lambda path, variable_names: {variable_names[0]: np.loadtxt(path, np.uint16, ndmin=2)}
-    monkeypatch.setitem(sys.modules, "scipy", types.ModuleType("scipy"))
+    fake = SimpleNamespace(loadmat=lambda path, variable_names: {"S": np.loadtxt(path, np.uint16, ndmin=2)})
     monkeypatch.setitem(sys.modules, "scipy.io", fake)
+    used = [i for i in range(183) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)]
     tree = {f"images/C_{i}.jpg": np.zeros((1, 172, 3)) for i in (1, 2, 3)}
-    tree |= {f"annotations/C_{i}.mat": " ".join(map(str, USED)) for i in (1, 2, 3)}
+    tree |= {f"annotations/C_{i}.mat": " ".join(map(str, used)) for i in (1, 2, 3)}
     return write(tmp_path, tree | {"imageLists/train.txt": "C_1\nC_3\n", "imageLists/test.txt": "C_2\n"})
 
 
-def test_prepare_converts_once_leaves_the_download_and_goes_on_where_it_stopped(download, capsys):
+def test_prepare_converts_leaves_the_download_and_goes_on_where_it_stopped(download, capsys):
     before = {p: p.read_bytes() for p in download.rglob("*") if p.is_file()}
     prepare.main([str(download)])
     assert "2 training and 1 test" in capsys.readouterr().out
     assert all(p.read_bytes() == content for p, content in before.items())
     train, test = (ds.open_dataset("cocostuff10k", download, split) for split in ("train", "test"))
     assert [train.name_of(i) for i in range(2)] == ["C_1", "C_3"] and len(test) == 1
-    kept, lost = (mask for _, mask in train.paths)
-    assert np.array(Image.open(kept)).tolist() == [list(range(172))]
     assert train.read(0)[1].tolist() == [[255, *range(171)]]
+    kept, lost = (mask for _, mask in train.paths)
     kept.write_bytes(b"kept")
     lost.unlink()
     prepare.main([str(download)])
     assert kept.read_bytes() == b"kept" and lost.exists() and not list(download.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"annotations/C_1.mat": "1 26 200"}, r"C_1.mat: .*\[26, 200\]"), ("annotations/C_2.mat", "C_2.mat is "),
-    ({"annotations/C_1.mat": "no matrix"}, "C_1.mat cannot be read"), ({}, "pip install scipy"),
-    ("imageLists/train.txt", "train.txt is missing")])
-def test_prepare_ends_with_one_sentence(download, capsys, monkeypatch, change, words):
-    if isinstance(change, str):
-        (download / change).unlink()
-    elif not change:
+@pytest.mark.parametrize("tree, words", [
+    ({"annotations/C_1.mat": "1 26 200"}, r"C_1.mat: .*\[26, 200\]"),
+    ({"annotations/C_1.mat": "no matrix"}, "C_1.mat cannot be read"),
+    ({"imageLists/train.txt": "C_1\nC_4\n"}, "C_4"), ({}, "pip install scipy")])
+def test_prepare_ends_with_one_sentence(download, capsys, monkeypatch, tree, words):
+    write(download, tree)
+    if not tree:
         monkeypatch.setitem(sys.modules, "scipy.io", None)              # as if scipy were not installed
-    else:
-        write(download, change)
     with pytest.raises(SystemExit) as stopped:
         prepare.main([str(download)])
-    said, = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and "%|" not in line]
-    assert stopped.value.code == 2 and re.search(words, said)
+    assert stopped.value.code == 2 and re.search(words, capsys.readouterr().err.splitlines()[-1])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.figures import (draw_box, heatmap, overlay, palette, round_ticks, save_bars, save_grid,
-                            save_histogram, save_matrix)
+from common.figures import (draw_box, heatmap, overlay, palette, save_bars, save_grid, save_histogram,
+                            save_matrix)
 
 LOW, HIGH = [0, 0, 4], [252, 255, 164]                                    # ends of the heat map
 BLUE, WHITE, RED, INK = [33, 102, 172], [255, 255, 255], [178, 24, 43], [30, 30, 30]
@@ -21,9 +21,7 @@ def drawn(tmp_path):
     """drawn(save, ...) -> what the save_* function writes, int (H,W,3)."""
     def draw(save, *args, **options):
         save(tmp_path / "new" / "a.png", *args, **options)
-        with Image.open(tmp_path / "new" / "a.png") as picture:
-            assert picture.format == "PNG" and picture.mode == "RGB"
-            return np.asarray(picture).astype(int)
+        return np.array(Image.open(tmp_path / "new" / "a.png")).astype(int)
     return draw
 
 
@@ -40,44 +38,30 @@ def extent(found):
 
 # ---- colours, overlay, heat map, box ----
 
-def test_a_class_has_a_colour_of_its_own_whatever_the_number_of_classes():
+def test_a_class_has_a_colour_of_its_own_which_an_overlay_mixes_with_the_image():
     colours = palette(256)
     assert colours.dtype == torch.uint8 and len({tuple(colour) for colour in colours.tolist()}) == 256
     assert torch.equal(palette(12), colours[:12]) and colours[0].tolist() == [31, 119, 180]
-    palette(20).zero_()                                                   # a caller cannot change them
-    assert torch.equal(palette(256), colours)
-
-
-def test_an_overlay_mixes_image_and_colour_and_leaves_ignored_pixels():
     image, labels = torch.full((3, 1, 2), 100, dtype=torch.uint8), torch.tensor([[1, 255]])
-    assert overlay(image, labels, 0.6)[:, 0].T.tolist() == [[193, 116, 48], [100, 100, 100]]
-    image, labels = random_image(9, 11), torch.arange(99).reshape(9, 11) * 5 % 150
-    for opacity in (0.0, 0.25, 1.0):
-        mixed = (1 - opacity) * image + opacity * palette(150)[labels].permute(2, 0, 1)
-        assert (overlay(image, labels.to(torch.uint8), opacity) - mixed).abs().max() <= 0.5 + 1e-4
+    assert overlay(image, labels, 0.6)[:, 0].T.tolist() == [[193, 116, 48], [100, 100, 100]]   # 255: ignored
 
 
 def test_a_heat_map_runs_from_dark_to_bright_and_blends_with_the_image():
     image, values = torch.full((3, 2, 2), 200, dtype=torch.uint8), torch.tensor([[-3.0, 0.0], [1.0, 7.0]])
     found = heatmap(image, values, 1.0).permute(1, 2, 0).tolist()
-    assert (found[0][0], found[1]) == (LOW, [[147, 38, 103], HIGH])       # (1 + 3) / 10: third of six colours
+    assert (found[0][0], found[1]) == (LOW, [[147, 38, 103], HIGH])       # (1 + 3) / 10: third of 6 colours
     limited = heatmap(image, values, 1.0, vmin=0.0, vmax=1.0).permute(1, 2, 0)
     assert limited.tolist() == [[LOW] * 2, [HIGH] * 2]
     for flat in (torch.ones(2, 2), torch.full((2, 2), float("nan"))):
         assert heatmap(image, flat, 1.0).permute(1, 2, 0).tolist() == [[LOW] * 2] * 2
-    image, ramp = image.repeat(1, 4, 32), torch.linspace(0, 1, 32).expand(4, 32)            # it is resized
-    solid, half = (heatmap(image, ramp, opacity).permute(1, 2, 0).float() for opacity in (1.0, 0.5))
-    light = solid @ torch.tensor([0.299, 0.587, 0.114])                   # (8,64)
-    assert (light.diff() >= -1.5).all() and (light[:, -1] - light[:, 0] > 200).all()
-    assert (half - (100 + solid / 2)).abs().max() <= 0.75                 # both were rounded once
+    solid, half = (heatmap(image.repeat(1, 4, 4), values, opacity).float() for opacity in (1.0, 0.5))
+    assert (half - (100 + solid / 2)).abs().max() <= 0.75                 # enlarged; both were rounded once
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
-@pytest.mark.parametrize("box", [(2, 9, 3, 12), (0, 10, 0, 14), (9, 10, 13, 14), (-4, 6, 8, 30)])
+@pytest.mark.parametrize("box, width", [((2, 9, 3, 12), 1), ((0, 10, 0, 14), 3), ((-4, 6, 8, 30), 2)])
 def test_a_frame_runs_along_the_inside_of_the_box_and_of_the_image(box, width):
     image = random_image(10, 14)
-    before, found = image.clone(), draw_box(image, box, colour=(1, 2, 3), width=width)
-    assert torch.equal(image, before) and torch.equal(draw_box(image, (-9, -2, -5, -1)), image)
+    found = draw_box(image, box, colour=(1, 2, 3), width=width)
     y0, y1, x0, x1 = max(box[0], 0), min(box[1], 10), max(box[2], 0), min(box[3], 14)
     for y, x in np.ndindex(10, 14):
         framed = min(y - y0, y1 - 1 - y, x - x0, x1 - 1 - x) in range(width)
@@ -94,7 +78,7 @@ def test_a_grid_puts_images_enlarged_by_whole_factors_where_they_belong(drawn):
         enlarged = image.permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)
         expected[top:top + 32, left:left + 64] = enlarged
     assert np.array_equal(picture, expected)
-    for height, width, shown in [(90, 120, (8, 37, 8, 47)), (120, 20, (8, 67, 8, 17))]:    # at most 1.5 cells
+    for height, width, shown in [(90, 120, (8, 37, 8, 47)), (120, 20, (8, 67, 8, 17))]:     # 1.5 cells
         dark = torch.zeros(3, height, width, dtype=torch.uint8)
         assert extent(where(drawn(save_grid, [[(dark, "")]], cell=40), 0)) == shown
 
@@ -120,25 +104,29 @@ def test_matrix_cells_have_the_colours_of_their_values(drawn):
     assert corners == [[RED, BLUE, WHITE], [[225, 225, 225], RED, [244, 165, 130]]]     # nan, too much, 1/2
     bar = drawn(save_matrix, torch.zeros(20, 20), [""] * 20)[18:418, 16 + 20 * 28 + 21]
     assert bar[[0, -1]].tolist() == [RED, BLUE] and (bar[199:201] > 250).all()
-    small, large = (drawn(save_matrix, torch.zeros(n, n), [""] * n)[18:, 16:-98] for n in (12, 13))
-    assert small.min() < 128 <= large.min()                               # numbers in small matrices only
-    with pytest.raises(ValueError, match="2 x 3 values but 2 x 2 names"):
-        drawn(save_matrix, torch.zeros(2, 3), ["a", "b"])
 
 
 def test_row_i_column_j_stands_there_beside_names_that_are_cut(drawn):
     matrix = torch.zeros(20, 30)
     matrix[4, 7] = 1.0
-    picture = drawn(save_matrix, matrix, ["conveyer belt, conveyor belt"] * 20, ["name"] * 30, vmin=0, vmax=1)
+    picture = drawn(save_matrix, matrix, ["an endless name " * 3] * 20, ["name"] * 30, vmin=0, vmax=1)
     cells, ink = picture[:, :-90], where(picture, INK)                    # without the colour bar
     top, bottom, left, right = extent(where(cells, LOW) | where(cells, HIGH))
     assert (bottom + 1 - top, right + 1 - left) == (20 * 28, 30 * 28) and left <= 8 + 200 + 8
     y, x = top + 4 * 28, left + 7 * 28
     assert extent(where(cells, HIGH)) == (y, y + 27, x, x + 27)
-    assert ink[top:bottom, :left].any() and ink[:top, left:right].any()
+    assert ink[:top, left:right].any()
+    name = picture[top:top + 28, :left].min(-1) < 200
+    assert name[:, np.flatnonzero(name.any(0))[-3:]].sum(0).max() <= 2    # the dots of "..."
 
 
 # ---- bars, histograms ----
+
+def words_in(strip):
+    """What is written in a row of words or numbers: the columns of ink of each; 8 white ones are a gap."""
+    columns = np.flatnonzero((strip < 128).any((0, 2)))
+    return np.split(columns, np.flatnonzero(np.diff(columns) > 8) + 1)
+
 
 def bars_of(picture, colour):
     """(first column, top, bottom) of every bar of one colour, left to right, below a legend of 30 pixels."""
@@ -149,25 +137,14 @@ def bars_of(picture, colour):
 
 def test_bars_are_as_high_as_their_values_and_missing_ones_leave_a_gap(drawn):
     series = {"ours": [10, None, 40, -5], "theirs": [40, 20, float("nan"), 10]}
-    picture = drawn(save_bars, series, ["a", "b", "c", "d"])
+    picture = drawn(save_bars, series, ["0123456789" * 2] * 4)
     (a, c, d), (a2, b2, d2) = bars_of(picture, FIRST), bars_of(picture, SECOND)
     assert sorted([a, c, d, a2, b2, d2]) == [a, a2, b2, c, d, d2]         # side by side
     zero, unit = a[2] + 1, (c[2] - c[1] + 1) / 40
-    assert 250 < 40 * unit <= 321
     for (_, top, bottom), value in zip((a, c, d, a2, b2, d2), (10, 40, -5, 40, 20, 10)):
         ends = sorted((zero, zero - value * unit))                        # a loss hangs below the zero line
         assert [top, bottom] == pytest.approx(ends, abs=1.5)
-    assert len(drawn(save_bars, {"a": [0, None]}, ["x", "y"])) > 300      # nothing to show is still a chart
-    with pytest.raises(ValueError, match="needs 2 values"):
-        drawn(save_bars, {"a": [1.0]}, ["x", "y"])
-
-
-def test_the_axis_ends_at_round_numbers_around_the_values():
-    assert round_ticks(0, 69.7) == [0, 10, 20, 30, 40, 50, 60, 70]
-    assert round_ticks(-0.7, 1.2) == pytest.approx([-1, -0.5, 0, 0.5, 1, 1.5])
-    for low, high in [(0, 0.8), (0, 1e-3), (-80, 0), (0, 101), (-2.5, 99), (0, 1234567)]:
-        ticks = round_ticks(low, high)
-        assert 4 <= len(ticks) <= 9 and ticks[0] <= low < ticks[1] and ticks[-2] < high <= ticks[-1]
+    assert len(words_in(picture[-30:])) == 4                              # names do not touch
 
 
 def heights_of(picture):
@@ -188,7 +165,7 @@ def test_histogram_bars_are_shares_of_each_series_or_numbers_on_a_logarithmic_ax
         assert np.abs(heights - shares * 150 / 0.30).max() <= 1           # the axis ends at 30 %
     series = {"a": [0.5] * 1000 + [1.5] * 100 + [2.5] * 10 + [3.5], "b": [9.5] * 2}
     found = heights_of(drawn(save_histogram, series, bins=10, low=0, high=10, log=True))
-    counts = np.array([[1000, 100, 10, 1, 0, 0, 0, 0, 0, 0], [0] * 9 + [2]])                # from 1/2 to 1000
+    counts = np.array([[1000, 100, 10, 1, 0, 0, 0, 0, 0, 0], [0] * 9 + [2]])            # from 1/2 to 1000
     assert np.abs(found - 150 * np.log(np.maximum(1, 2 * counts)) / np.log(2000)).max() <= 1
 
 
@@ -198,7 +175,9 @@ def test_an_edge_belongs_to_the_right_and_values_outside_are_told_and_count_in_t
     inside, outside = (drawn(save_histogram, {"a": [0.5, 0.5, *more]}, bins=10, low=0, high=1)
                        for more in ((), (-3.0, float("nan"), 99.0)))
     assert heights_of(outside)[0] == pytest.approx([0] * 5 + [150] + [0] * 4, abs=1)        # of 40 %
-    assert where(outside[35:53], INK).sum() > where(inside[35:53], INK).sum() + 100      # "3 of them outside"
+    assert where(outside[35:53], INK).sum() > where(inside[35:53], INK).sum() + 100     # "3 of them outside"
+    numbers = words_in(drawn(save_histogram, {"a": [2e5]}, bins=40, low=1e5, high=9e5)[-26:-8])
+    assert len(numbers) > 3 and max(columns[-1] - columns[0] for columns in numbers) < 60       # apart
 
 
 @pytest.mark.parametrize("first, second, low, high", [
@@ -209,4 +188,3 @@ def test_limits_are_round_numbers_around_the_values_of_all_series(drawn, first, 
     for heights, values in zip(found, (first, second)):
         counts = np.histogram(np.array(values)[np.isfinite(values)], np.linspace(low, high, 11))[0]
         assert [height > 0 for height in heights] == (counts > 0).tolist()
-    assert heights_of(drawn(save_histogram, {"a": [1.0]}, bins=10, low=5)) == [[0] * 10]    # nothing there

@@ -1,13 +1,14 @@
-"""common/metrics.py against plain Python loops over pixels and against values worked out by hand."""
+"""common/metrics.py against plain loops and values by hand: rates, quantiles, parts, activation boxes."""
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from common.metrics import (ConfusionMatrix, activation_box, activation_boxes, part_consistency, part_shares,
-                            part_stability, points_in_boxes)
+                            part_stability, points_in_boxes, row_quantile)
 
 
 def random_maps(seed, num_classes, shape=(2, 6, 7)):
@@ -28,26 +29,23 @@ def filled(num_classes, *batches):
 
 # ---- segmentation ----
 
-@pytest.mark.parametrize("num_classes, used", [(2, 2), (5, 5), (7, 4), (150, 40), (1, 1)])
+@pytest.mark.parametrize("num_classes, used", [(2, 2), (7, 4), (150, 40)])
 def test_every_rate_is_that_of_sets_of_pixels(num_classes, used):
+    """In one batch or two, also of uint8, into which label * N does not fit."""
     labels, predictions = random_maps(num_classes, used)
     true, found = (torch.stack([maps[labels != 255] == c for c in range(num_classes)]).numpy()
                    for maps in (labels, predictions))                     # (N,pixels)
     both, either = (true & found).sum(1), (true | found).sum(1)
     with np.errstate(invalid="ignore"):
-        precision, recall = both / np.maximum(1, found.sum(1)), both / true.sum(1)
-        f1 = 2 / (1 / precision[both > 0] + 1 / recall[both > 0])         # the harmonic mean
-        iou = both / either
-    confusion = filled(num_classes, (labels, predictions))
-    rates, summary = [rate.numpy() for rate in confusion.rates()], confusion.summary()
-    np.testing.assert_allclose(rates[0], iou, atol=1e-12)
-    np.testing.assert_allclose(rates[1], recall, atol=1e-12)
-    np.testing.assert_allclose(rates[2][both > 0], f1, atol=1e-12)
-    np.testing.assert_array_equal(rates[2][both == 0], np.where(either[both == 0] > 0, 0, np.nan))
+        iou, recall = both / either, both / true.sum(1)
+        f1 = 2 * both / (true.sum(1) + found.sum(1))
+    first, second = zip(labels, predictions)
+    confusion = filled(num_classes, first, [maps.byte() for maps in second])
+    summary = confusion.summary()
+    for rate, expected in zip(confusion.rates(), (iou, recall, f1), strict=True):
+        np.testing.assert_allclose(rate.numpy(), expected, atol=1e-12)
     assert summary["miou"] == pytest.approx(100 * np.nanmean(iou))
     assert summary["macc"] == pytest.approx(100 * np.nanmean(recall))
-    assert summary["pixel_acc"] == pytest.approx(100 * both.sum() / true.sum())
-    assert summary["absent"] == np.flatnonzero(true.sum(1) == 0).tolist()
 
 
 def test_by_hand_rates_are_of_the_whole_split_and_a_class_only_predicted_counts_as_zero():
@@ -56,7 +54,7 @@ def test_by_hand_rates_are_of_the_whole_split_and_a_class_only_predicted_counts_
     predictions = torch.tensor([[[0, 0, 1, 1]], [[2, 3, 0, 0]]])          # 3: only where the label is 255
     confusion = filled(4, (labels, predictions))
     assert confusion.matrix.tolist() == [[3, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
-    assert confusion.summary() == dict(                                  # class 2 counts in mIoU, not in mAcc
+    assert confusion.summary() == dict(                                 # class 2 counts in mIoU, not in mAcc
         miou=pytest.approx((75 + 100 / 3 + 0) / 3), macc=pytest.approx((75 + 50) / 2), absent=[2, 3],
         pixel_acc=pytest.approx(100 * 4 / 6), iou=[pytest.approx(75), pytest.approx(100 / 3), 0.0, None],
         f1=[pytest.approx(600 / 7), pytest.approx(50), 0.0, None])
@@ -64,17 +62,6 @@ def test_by_hand_rates_are_of_the_whole_split_and_a_class_only_predicted_counts_
     assert empty["iou"] == [None] * 2 and empty["absent"] == [0, 1] and math.isnan(empty["miou"])
     confusion.matrix += 2 ** 24                                           # float32 has no 2^24 + 1
     assert confusion.totals()[0].tolist() == [2 ** 24 + 3, 2 ** 24 + 1, 2 ** 24, 2 ** 24]
-
-
-def test_order_batches_number_type_and_what_stands_at_ignored_pixels_do_not_matter():
-    labels, predictions = random_maps(4, 150, shape=(5, 8, 8))            # 149 * 150 does not fit into uint8
-    whole, order = filled(150, (labels, predictions)).matrix, torch.tensor([3, 0, 4, 1, 2])
-    changed = torch.where(labels == 255, (predictions + 1) % 150, predictions)
-    for batches in ([(labels[order], predictions[order])], [(labels, changed)],
-                    [(labels[:2], predictions[:2]), (labels[2:], predictions[2:])],
-                    [(labels.to(torch.uint8), predictions.to(torch.uint8))]):
-        assert torch.equal(filled(150, *batches).matrix, whole)
-    assert whole.sum() == (labels != 255).sum()
 
 
 def test_counts_are_summed_over_processes_once_then_no_batch_is_added(monkeypatch):
@@ -91,13 +78,6 @@ def test_counts_are_summed_over_processes_once_then_no_batch_is_added(monkeypatc
         confusion.update(labels, labels)
 
 
-def test_update_reads_no_value_back_to_the_host():
-    """Tensors on "meta" have no values: .item(), .cpu() or a boolean index (of unknown size) would fail."""
-    confusion, maps = ConfusionMatrix(5, device="meta"), torch.zeros(2, 8, 8, device="meta").long()
-    confusion.update(maps, maps)
-    assert confusion.matrix.device.type == "meta" and confusion.matrix.shape == (5, 5)
-
-
 @pytest.mark.gpu
 def test_update_on_a_gpu_does_not_wait_for_it():
     maps = random_maps(6, 20, shape=(2, 64, 64))
@@ -111,6 +91,13 @@ def test_update_on_a_gpu_does_not_wait_for_it():
     assert confusion.summary() == filled(20, maps, maps).summary()
 
 
+def test_row_quantile_is_torchs_and_takes_more_than_16_million_values():
+    values = random_maps(0, 50)[1].flatten(1).float()
+    for q in (0.3, 0.8, 1):
+        torch.testing.assert_close(row_quantile(values, q), values.quantile(q, 1))
+    assert row_quantile(torch.arange(2.0 ** 24 + 1)[None], 0.5) == 2 ** 23             # torch.quantile stops
+
+
 # ---- parts: N images, M prototypes, P parts ----
 
 N, M, P = 14, 5, 4
@@ -118,14 +105,13 @@ N, M, P = 14, 5, 4
 
 def test_a_point_is_in_a_box_whose_ends_are_exclusive_if_it_is_visible():
     """Rows come first in a box, columns first in a point."""
-    hand = torch.tensor([[10, 2, 1], [19, 3.9, 1], [20, 3, 1], [12, 4, 1], [3, 12, 1], [12, 3, 0], [9, 1, 1]])
-    boxes = torch.tensor([[2, 4, 10, 20], [0, 2, 9, 11]])                 # of both images
-    found = points_in_boxes(boxes.expand(2, 2, 4), torch.stack([hand, hand.flip(0)]))
-    first = [[True, True] + [False] * 5, [False] * 6 + [True]]
-    assert found.tolist() == [first, [row[::-1] for row in first]]
+    xy = torch.tensor([[10, 2, 1], [19, 3.9, 1], [20, 3, 1], [12, 4, 1], [3, 12, 1], [12, 3, 0], [9, 1, 1]])
+    boxes = torch.tensor([[2, 4, 10, 20], [0, 2, 9, 11]])
+    inside = [[True, True] + [False] * 5, [False] * 6 + [True]]
+    assert points_in_boxes(boxes[None], xy[None]).tolist() == [inside]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_shares_consistency_and_stability_of_parts_are_the_loops(seed):
     generator = torch.Generator().manual_seed(seed)
     visible, similarity = torch.rand(N, P, generator=generator) < 0.7, torch.rand(N, M, generator=generator)
@@ -139,7 +125,6 @@ def test_shares_consistency_and_stability_of_parts_are_the_loops(seed):
         for m, p in np.ndindex(M, P):
             top = sorted(range(N), key=lambda n: -similarity[n, m].item())[:most]
             assert shares[m, p].item() == pytest.approx(np.mean([inside[n, m, p] for n in top]))
-    assert torch.equal(part_shares(inside, similarity), part_shares(inside, similarity, 10))
     rates = np.zeros((M, P))
     for m, p in np.ndindex(M, P):
         seen = [inside[n, m, p].item() for n in range(N) if own[n, m] and visible[n, p]]
@@ -147,7 +132,6 @@ def test_shares_consistency_and_stability_of_parts_are_the_loops(seed):
     for share in (0.5, 0.8, 1.0):
         expected = 100 * (rates.max(1) >= share).mean()
         assert expected > 0 and part_consistency(inside, visible, own, share) == pytest.approx(expected)
-    assert part_consistency(inside, visible, own) == part_consistency(inside, visible, own, 0.8)
     noisy = inside ^ (torch.rand(N, M, P, generator=generator) < 0.1)
     kept = [inside[n, m].tolist() == noisy[n, m].tolist() for n, m in np.ndindex(N, M) if own[n, m]]
     assert part_stability(inside, noisy, own) == pytest.approx(100 * np.mean(kept)) != 100
@@ -155,26 +139,12 @@ def test_shares_consistency_and_stability_of_parts_are_the_loops(seed):
 
 # ---- the box of a prototypical part: 95th percentile of the upsampled map ----
 
-def bicubic_weights(size, out):
-    """(out,size): Keys' cubic kernel, a = -0.75, pixel centres aligned, the border cell repeated outside."""
-    weights = np.zeros((out, size))
-    for i in range(out):
-        position = (i + 0.5) * size / out - 0.5
-        for cell in range(math.floor(position) - 1, math.floor(position) + 3):
-            t = abs(position - cell)
-            near, far = 1.25 * t ** 3 - 2.25 * t ** 2 + 1, -0.75 * (t ** 3 - 5 * t ** 2 + 8 * t - 4)
-            weights[i, min(max(cell, 0), size - 1)] += near if t <= 1 else far
-    return weights
-
-
-@pytest.mark.parametrize("percentile", [95, 80, 99.5])
-@pytest.mark.parametrize("shape, size", [((7, 7), (224, 224)), ((7, 7), (50, 9)), ((5, 8), (64, 33))])
+@pytest.mark.parametrize("shape, size, percentile", [((7, 7), (50, 9), 95), ((5, 8), (64, 33), 80)])
 def test_a_box_surrounds_all_pixels_at_or_above_the_percentile(shape, size, percentile):
     """ProtoPNet's crop: upsample bicubically, then the smallest box."""
     maps = torch.rand(3, *shape, generator=torch.Generator().manual_seed(sum(shape))) ** 3
-    rows, columns = (bicubic_weights(*ends) for ends in zip(shape, size))
-    for values, box in zip(maps, activation_boxes(maps, size, percentile).tolist()):
-        up = rows @ values.double().numpy() @ columns.T
+    large = F.interpolate(maps[None], size, mode="bicubic")[0].double().numpy()
+    for values, up, box in zip(maps, large, activation_boxes(maps, size, percentile).tolist()):
         y, x = np.nonzero(up >= np.percentile(up, percentile))
         assert box == [y.min(), y.max() + 1, x.min(), x.max() + 1]
         assert activation_box(values, size, percentile) == tuple(box)
@@ -182,11 +152,9 @@ def test_a_box_surrounds_all_pixels_at_or_above_the_percentile(shape, size, perc
 
 def test_a_box_by_hand_is_the_whole_picture_where_no_pixel_stands_out():
     count = torch.arange(100.0).reshape(10, 10)                           # not interpolated at its own size
-    assert activation_box(count, 10) == (9, 10, 5, 10)                 # the 95th percentile of 0..99 is 94.05
+    assert activation_box(count, 10) == (9, 10, 5, 10)               # the 95th percentile of 0..99 is 94.05
     peaks = torch.zeros(6, 20)
     peaks[2, 3] = peaks[4, 15] = 1
-    assert activation_box(peaks, (6, 20), percentile=99) == (2, 5, 3, 16)                # one box around both
+    assert activation_box(peaks, (6, 20), percentile=99) == (2, 5, 3, 16)               # one box around both
     assert activation_box(peaks, (6, 20)) == (0, 6, 0, 20)                # the percentile is 0
-    for value in (0.0, 0.3, 9.2103, -2.7):                              # rounding must not choose some pixels
-        for shape in ((7, 7), (5, 8), (1, 1)):
-            assert activation_box(torch.full(shape, value), (40, 96)) == (0, 40, 0, 96)
+    assert activation_box(torch.full((5, 8), 9.2103), (40, 96)) == (0, 40, 0, 96)      # in spite of rounding

@@ -1,21 +1,16 @@
 """PFA from its first equation to a training step: pfa_scribble.py against slow loops written from the paper.
 
 Chan et al., ICML 2024. A few strokes label an image. Where the network is sure of a class, the mean of its
-features is a prototype of that class (Eq. 1 to 3); a memory keeps n of them for every class (Eq. 4, 5). Each
-pixel attends to the prototypes of the classes in its image, and what it finds is added to its features (Eq. 6
-to 8). One classifier looks at the features before and after. It learns from the strokes (Eq. 9), and the two
-predictions shall agree (Eq. 10). The tests come in this order; then whole iterations of all phases, what
-learns in each, and the constants. The loops are numpy in float64 and share no line with the script.
+features is a prototype of that class (Eq. 1 to 3); a memory keeps n of them for every class (Eq. 4, 5). A
+pixel attends to the prototypes of the classes in its image, and what it finds is added to its features (Eq.
+6 to 8). One classifier looks at the features before and after. It learns from the strokes (Eq. 9), and the
+two predictions shall agree (Eq. 10). Then whole iterations of all phases, what learns, the constants.
+The loops are numpy in float64 and share no line with the script.
 
 [D1] to [D17]: where the print is silent or the released code differs, explained at the top of the script.
 B images, N classes (0 is the background), C channels, D hidden ones, M keys, n slots; 255 is not labelled.
-
-    python -m pytest -q tests/test_pfa_scribble_equations.py
 """
-import itertools
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,10 +21,10 @@ from torch.autograd import grad, gradcheck
 
 import pfa_scribble as pfa
 from common import run
-from pfa_scribble import (FeatureAugmenter, PrototypeMemory, confidence, consistency_loss, extract_prototypes,
-                          global_keys, local_keys, partial_cross_entropy)
+from pfa_scribble import (FeatureAugmenter, PrototypeMemory, confidence, consistency_loss,
+                          extract_prototypes, global_keys, local_keys, partial_cross_entropy)
 
-CPU = torch.device("cpu")
+CPU, N, C = torch.device("cpu"), 4, 4
 
 
 def normal(*shape, seed=0, size=1.0):
@@ -59,7 +54,7 @@ def softmax(x, axis):
     return e / e.sum(axis, keepdims=True)
 
 
-# ---- confidence and local prototypes, Eq. (1) to (3) -------------------------------------------------------
+# ---- confidence and local prototypes, Eq. (1) to (3) ------------------------------------------------------
 
 def slow_official(logits):
     """ReLU, then min-max of every map; what is hardly above the minimum is set to 0 before that [D1]."""
@@ -67,8 +62,7 @@ def slow_official(logits):
     for b, t in np.ndindex(*logits.shape[:2]):
         a = np.maximum(logits[b, t], 0)
         low, high = a.min(), a.max()
-        a[a < low + 1e-5] = 0
-        scores[b, t] = (a - low - 1e-5) / (high - low + 1e-5)
+        scores[b, t] = (np.where(a < low + 1e-5, 0, a) - low - 1e-5) / (high - low + 1e-5)
     return scores
 
 
@@ -89,10 +83,9 @@ def test_confidence_is_a_probability_or_the_official_scaled_logit(shift):
     logits, present = normal(3, 5, 4, 3, size=2) + shift, some_present(3, 5)
     assert_near(confidence(logits, present), softmax(array(logits), 1))
     assert_near(confidence(logits, present, "official"), slow_official(array(logits)))
-    assert_near(confidence(-logits.exp(), present, "official"), -np.ones(logits.shape))      # nothing fires
-    for wrong in ((1, 5), (3, 4), (3,)):
-        with pytest.raises(ValueError):
-            confidence(logits, torch.ones(wrong, dtype=torch.bool))
+    assert_near(confidence(-logits.exp(), present, "official"), -np.ones(logits.shape))     # nothing fires
+    with pytest.raises(ValueError, match=r"\(3, 4\) does not fit"):
+        confidence(logits, present[:, :4])
 
 
 @pytest.mark.parametrize("h, w, fraction, k", [(6, 5, 0.08, 2), (7, 4, 1 / 12, 2), (3, 3, 0.08, 1),
@@ -111,23 +104,18 @@ def test_prototypes_are_the_loop_and_constants(h, w, fraction, k):
 def test_prototypes_by_hand():
     """2 x 2 pixels, the better half: (0.6 (1,0) + 0.2 (0,3)) / 0.8 = (3,3) / 4, then (1,1) / sqrt 2."""
     features = torch.tensor([[[[1.0, 0], [5, 4]], [[0, 3], [5, 3]]]])   # pixels (1,0) (0,3) / (5,5) (4,3)
-    scores = torch.tensor([[[[0.6, 0.2], [0.1, 0.0]], [[0.4, 0.8], [0.9, 1.0]]]])
-    both = torch.tensor([[True, True]])
-    prototypes = extract_prototypes(features, scores, both, top_fraction=0.5)
-    mean = (0.9 * np.array([5, 5]) + 1.0 * np.array([4, 3])) / 1.9
-    assert_near(prototypes[0], np.stack([np.ones(2) / math.sqrt(2), mean / np.hypot(*mean)]))
-    assert_near(extract_prototypes(features, scores, both)[0], [[1, 0], [0.8, 0.6]])     # 8 % of 4: one
+    scores, one = torch.tensor([[[[0.6, 0.2], [0.1, 0.0]]]]), torch.ones(1, 1, dtype=torch.bool)
+    assert_near(extract_prototypes(features, scores, one, 0.5)[0], [[math.sqrt(1 / 2)] * 2])
+    assert_near(extract_prototypes(features, scores, one)[0], [[1, 0]])          # 8 % of four pixels: one
 
 
-def test_a_class_that_fires_nowhere_gets_a_plain_mean_and_dark_features_no_nan():
+@pytest.mark.parametrize("score", [0.0, 0.25, -1.0])
+def test_a_class_that_fires_nowhere_gets_a_plain_mean_and_dark_features_no_nan(score):
     """Scores that are all 0 (underflow) or one negative number (official) cancel: no mirrored mean."""
-    features, one = normal(1, 3, 2, 2) + 1, torch.ones(1, 1, dtype=torch.bool)
-    pairs = np.array([a + b for a, b in itertools.combinations(array(features).reshape(3, 4).T, 2)])
-    for score in (0.0, 0.25, -1.0):                                     # ties: any two of the four pixels
-        prototype = extract_prototypes(features, torch.full((1, 1, 2, 2), score).double(), one, 0.5)[0, 0]
-        away = np.abs(pairs / np.linalg.norm(pairs, axis=1, keepdims=True) - array(prototype)).max(1)
-        assert away.min() < 1e-6
-    assert torch.isfinite(extract_prototypes(torch.zeros(1, 5, 2, 2), torch.rand(1, 1, 2, 2), one)).all()
+    features, one = normal(2, 3, 2, 2) + 1, torch.ones(2, 1, dtype=torch.bool)
+    features[1] = 0
+    prototypes = extract_prototypes(features, torch.full((2, 1, 2, 2), score).double(), one, 1.0)
+    assert_near(prototypes[:, 0], F.normalize(features.mean((2, 3))))
 
 
 # ---- memory of global prototypes, Eq. (4), (5) ------------------------------------------------------------
@@ -157,8 +145,8 @@ class SlowMemory:
 @pytest.mark.parametrize("classes, slots, batch", [(4, 3, 3), (2, 1, 4), (21, 5, 2)])
 def test_memory_is_the_loop(classes, slots, batch, momentum):
     """Filling, full, absent classes (which may hold anything), several images a batch; keys after each."""
-    memory, slow = PrototypeMemory(classes, slots, 5, momentum).double(), SlowMemory(classes, slots, momentum)
-    assert not global_keys(memory, some_present(batch, classes))[1].any()
+    slow = SlowMemory(classes, slots, momentum)
+    memory = PrototypeMemory(classes, slots, 5, momentum).double()
     for step in range(25):
         present = some_present(batch, classes, seed=step)
         prototypes = F.normalize(normal(batch, classes, 5, seed=100 + step) + 0.3, dim=2)
@@ -171,13 +159,11 @@ def test_memory_is_the_loop(classes, slots, batch, momentum):
         for b in range(batch):
             rows = [row for t in range(classes) if present[b, t] for row in slow.rows[t]]
             assert_near(keys[b][mask[b]], np.array(rows))
-        keys, mask = local_keys(prototypes, present)
-        assert all(torch.equal(keys[b][mask[b]], prototypes[b][present[b]]) for b in range(batch))
     assert memory.full and not list(memory.parameters())
 
 
 def test_memory_by_hand():
-    """Slots (1,0), (0,1): (0.6,0.8) moves the second, which is not normalised again. Its direction counts."""
+    """Slots (1,0), (0,1): (0.6,0.8) moves the second, which is not normalised again. Directions count."""
     memory, one = PrototypeMemory(1, 2, 2), torch.ones(1, 1, dtype=torch.bool)
     for p in ([1.0, 0.0], [0.0, 1.0], [0.6, 0.8]):
         memory.update(torch.tensor([[p]]), one)
@@ -185,11 +171,6 @@ def test_memory_by_hand():
     memory.bank.copy_(torch.tensor([[[0.0, 0.1], [0.8, 0.6]]]))         # products 0.1, 0.6; cosines 1, 0.6
     memory.update(torch.tensor([[[0.0, 1.0]]]), one)
     assert_near(memory.bank[0], [[0, 0.099 + 0.01], [0.8, 0.6]])
-    memory, p = PrototypeMemory(1, 2, 2, momentum=0.5), torch.tensor([[[1.0, 0.0]]])
-    for prototype in (p, p, p.flip(2)):                                 # a free slot is taken, however alike
-        memory.update(prototype, one)
-    p.zero_()                                                           # a copy is stored
-    assert memory.bank.tolist() == [[[0.5, 0.5], [1, 0]]]               # of equal ones the first slot moves
 
 
 # ---- augmentation, Eq. (6) to (8) -------------------------------------------------------------------------
@@ -238,10 +219,7 @@ def test_augmenter_by_hand():
         augmenter.expand.bias[1] = -0.25
     features, mask = torch.tensor([0, math.log(3)]).reshape(1, 2, 1, 1), torch.ones(1, 2, dtype=torch.bool)
     assert_near(augmenter(features, eye[None], mask).flatten(), [0 + 2 * 0.25, math.log(3) - 0.25])
-    assert not augmenter(features - 9, eye[None], mask).any()           # the last ReLU
-    out = augmenter(features.repeat(2, 1, 1, 1), eye.repeat(2, 1, 1), torch.cat([~mask, mask]))
-    assert torch.isfinite(out).all()                                    # an image without a key
-    assert_near(out[1:], augmenter(features, eye[None], mask))
+    assert torch.isfinite(augmenter(features, eye[None], ~mask)).all()  # an image without a key
     assert sum(p.numel() for p in FeatureAugmenter(256).parameters()) == 131_712         # D = 128
 
 
@@ -290,46 +268,30 @@ def test_consistency_is_the_loop_with_slopes_to_both_sides(reading):
     both = [normal(2, 3, 3, 2, seed=seed, size=2).requires_grad_() for seed in (0, 1)]
     assert_near(consistency_loss(*both, reading), slow_consistency(*map(array, both), reading))
     assert gradcheck(lambda a, b: consistency_loss(a, b, reading), both)
-    huge = consistency_loss(1e4 * both[0], 1e4 * both[1], reading)
-    assert all(torch.isfinite(x).all() for x in (huge, *grad(huge, both)))
 
 
 def test_consistency_by_hand():
-    """p = (1, 3) / 4 and p_aug = (1, 1) / 2. Official, both sure of one class of 21: log(e + 20) - 1."""
+    """p = (1, 3) / 4 and p_aug = (1, 1) / 2."""
     logits = torch.tensor([0, math.log(3)]).reshape(1, 2, 1, 1)
     expected = dict(paper=math.log(2), official=math.log(math.exp(0.25) + math.exp(0.75)) - 0.5, mse=1 / 16)
     for reading, value in expected.items():
         assert_near(consistency_loss(logits, torch.zeros(1, 2, 1, 1), reading), value)
-    sure = torch.full((1, 21, 2, 2), -60.0).index_fill(1, torch.tensor([4]), 60.0)
-    assert_near(consistency_loss(sure, sure, "official"), math.log(math.e + 20) - 1)
 
 
-# ---- phases and losses (Sec. 3.3.3, 3.4) -------------------------------------------------------------------
-
-N, C = 4, 4
-
-
-class Pixels(nn.Module):
-    """A network without neighbours: the features of a pixel are a linear map of its colour."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Conv2d(3, C, 1)
-
-    def forward(self, x):
-        return self.backbone(x), None
-
+# ---- phases and losses (Sec. 3.3.3, 3.4) ------------------------------------------------------------------
 
 def settings(preset="toy", **flags):
     return run.make_config(pfa.Config, pfa.PRESETS, preset, out="unused", **flags)
 
 
 def pixel_net(full=False, **flags):
-    """(net, cfg): class 3 occurs in no training image, so the memory is not to wait for it [D10]."""
-    cfg = settings(slots=2, warmup=2, top_fraction=0.2, w_local=0.3, w_local_first=0.7, w_global=0.2, **flags)
+    """(net, cfg): a pixel's features are a map of its colour. Class 3 is in no training image [D10]."""
+    flags |= dict(slots=2, warmup=2, top_fraction=0.2, w_local=0.3, w_local_first=0.7, w_global=0.2)
+    cfg, network, memory = settings(**flags), nn.Module(), PrototypeMemory(N, 2, C, 0.7)
     torch.manual_seed(0)
-    memory = PrototypeMemory(N, cfg.slots, C, 0.7)
-    net = pfa.PFA(Pixels(), nn.Conv2d(C, N, 1), N, FeatureAugmenter(C, 2), memory).double()
+    network.backbone = nn.Conv2d(3, C, 1)
+    network.forward = lambda x: (network.backbone(x), None)             # no auxiliary head
+    net = pfa.PFA(network, nn.Conv2d(C, N, 1), N, FeatureAugmenter(C, 2), memory).double()
     net.classifier.bias.data += 4                                       # above 0: no ties in official scores
     net.occurs[3] = False
     if full:
@@ -339,7 +301,7 @@ def pixel_net(full=False, **flags):
 
 
 def pixel_batch(seed=0):
-    """x (2,3,4,4), strokes (2,7,7) without class 1 or 2, image 1 without 0; classes of whole images (2,N)."""
+    """x (2,3,4,4), strokes (2,7,7) without class 1 or 2, image 1 without 0; classes of images (2,N)."""
     scribbles, classes = some_scribbles(2, 7, 7, 3, seed), F.pad(some_present(2, 3, seed), (0, 1))
     scribbles[1][scribbles[1] == 0] = 255
     return normal(2, 3, 4, 4, seed=seed), torch.where(scribbles == 1 + seed % 2, 255, scribbles), classes
@@ -352,13 +314,12 @@ def slow_conv(weights, name, x):
 
 def slow_keys(weights, x, present, phase, cfg, memory):
     """{path: keys of each image}; those of x enter the memory before it is used [D10]."""
-    features = slow_conv(weights, "network.backbone", x)
+    if phase == "warmup":
+        return {}
+    features, keys = slow_conv(weights, "network.backbone", x), {}
     logits = slow_conv(weights, "classifier", features)
     scores = softmax(logits, 1) if cfg.reading == "paper" else slow_official(logits)
     prototypes = slow_prototypes(features, scores, present, 3)          # 20 % of 16 pixels
-    if phase == "warmup":
-        return {}
-    keys = {}
     if cfg.augment != "global":
         keys["local"] = [prototypes[b][present[b]] for b in range(len(x))]
     if cfg.augment != "local":
@@ -376,10 +337,11 @@ def slow_losses(weights, x, scribbles, keys, phase, cfg):
     for path, rows in keys.items():
         logits[path] = slow_conv(weights, "classifier", slow_augment(features, rows, weights))
     losses = dict(pce=slow_pce(logits.get(cfg.pce, list(logits.values())[-1]), scribbles))
-    first = phase == "local" and cfg.augment == "both"                  # while the memory fills [D3]
+    fills = phase == "local" and cfg.augment == "both"                  # the memory [D3]
+    factors = {"local": 0.7 if fills else 0.3, "global": 0.2}
     for path in keys:
         con = slow_consistency(logits["initial"], logits[path], cfg.reading)
-        losses[f"con_{path}"] = con * (0.2 if path == "global" else 0.7 if first else 0.3)
+        losses[f"con_{path}"] = factors[path] * con
     return losses
 
 
@@ -394,12 +356,12 @@ def test_iterations_of_every_phase_are_the_loops(augment, reading, pce):
     net.eval()                                                          # no dropout
     memory, phases = SlowMemory(N, 2, 0.7), []
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     for iteration in range(8):
         x, scribbles, image_classes = pixel_batch(iteration)
         phase = pfa.phase_of(net, iteration, cfg)
-        filled = all(len(rows) == 2 for rows in memory.rows[:3])
-        assert phase == ("warmup" if iteration < 2 else "global" if filled else "local")
+        later = "global" if all(len(rows) == 2 for rows in memory.rows[:3]) else "local"
+        assert phase == ("warmup" if iteration < 2 else later)
         phases.append(phase)
         present = np.array([[t == 0 or (mask == t).any().item() for t in range(N)] for mask in scribbles])
         present |= image_classes.numpy() & (reading == "official")
@@ -410,100 +372,73 @@ def test_iterations_of_every_phase_are_the_loops(augment, reading, pce):
         assert {name: value.item() for name, value in terms.items()} == pytest.approx(expected)
         assert_near(net.memory.bank, memory.bank(C))
     assert set(phases) == {"warmup", "local"} | ({"global"} if augment != "local" else set())
-    for name, parameter in net.named_parameters():                      # SGD has moved it by rate times slope
+    for name, parameter in net.named_parameters():                      # SGD moved it by rate times slope
         moved, direction = weights[name] - array(parameter), array(normal(*parameter.shape))
-        ends = []
-        for step in (1e-6, -1e-6):
-            changed = weights | {name: weights[name] + step * direction}
-            ends.append(sum(slow_losses(changed, array(x), scribbles.numpy(), keys, phase, cfg).values()))
+        ends = [weights | {name: weights[name] + step * direction} for step in (1e-6, -1e-6)]
+        high, low = (sum(slow_losses(end, array(x), scribbles.numpy(), keys, phase, cfg).values())
+                     for end in ends)
         slope = (moved * direction).sum() / (0.1 * 0.9 ** 7)
-        assert slope == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-3, abs=1e-5), name
+        assert slope == pytest.approx((high - low) / 2e-6, rel=1e-3, abs=1e-5), name
 
 
-# ---- the network and what learns ---------------------------------------------------------------------------
+# ---- the network and what learns --------------------------------------------------------------------------
 
-@pytest.mark.parametrize("augment, phase", [(a, p) for a in ("both", "local", "global") for p in
-                                            ("warmup", "local", "global") if (a, p) != ("local", "global")])
-def test_a_phase_trains_its_parameters_and_nothing_else(augment, phase):
+@pytest.mark.parametrize("augment, phase, paths", [
+    ("both", "warmup", []), ("both", "local", ["local"]), ("both", "global", ["local", "global"]),
+    ("local", "local", ["local"]), ("global", "local", []), ("global", "global", ["global"])])
+def test_a_phase_trains_its_parameters_and_nothing_else(augment, phase, paths):
     net, cfg = pixel_net(phase == "global", augment=augment)
-    full, later = pixel_net(True, augment=augment)[0], "local" if augment == "local" else "global"
-    assert [pfa.phase_of(full, iteration, cfg) for iteration in (1, 2)] == ["warmup", later]
     before = {name: value.clone() for name, value in net.state_dict().items()}
     model, steps = pfa.wrap(net, phase, cfg, run.Machine(CPU)), (net, *pfa.build_optimizer(net, cfg, CPU))
-    x, scribbles, image_classes = pixel_batch()
-    pfa.train_step(model, *steps, x, scribbles, image_classes, phase, cfg)
+    pfa.train_step(model, *steps, *pixel_batch(), phase, cfg)
     changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
-    reached = dict(warmup=[], local=["local"]).get(phase, ["local", "global"])
-    paths = [path for path in reached if augment in (path, "both")]
     learns = {name for name in before if paths or not name.startswith("augmenter.")}
     learns -= {"memory.bank", "memory.count", "occurs", *([] if paths else ["trained"])}
     if phase != "warmup" and augment != "local":                        # of the classes with strokes alone
         learns |= {"memory.bank", "memory.count"} if phase == "local" else {"memory.bank"}
-        assert (net.memory.bank != before["memory.bank"]).any(2).any(1).tolist() == [True, False, True, False]
+        assert (net.memory.bank != before["memory.bank"]).any(2).any(1).tolist() == [True, False] * 2
     assert changed == learns and net.paths() == paths
     assert all(p.requires_grad == bool(paths) for p in net.augmenter.parameters())      # or DDP would wait
-    nothing = torch.full_like(scribbles, 255), torch.zeros_like(image_classes)          # no loss, no nan
-    assert pfa.train_step(model, *steps, x, *nothing, phase, cfg)["pce"] == 0
-    assert all(torch.isfinite(p).all() for p in net.parameters())
-
-
-@pytest.mark.parametrize("method", ["pce", "full"])
-def test_baselines_have_one_phase_and_no_prototypes(method):
-    cfg = settings(method=method)
-    net = pfa.build_model(cfg, N)
-    assert net.augmenter is None and net.memory is None
-    assert pfa.wrap(net, method, cfg, run.Machine(CPU)).paths() == []
-    assert {pfa.phase_of(net, i, cfg) for i in (0, cfg.warmup, cfg.iterations)} == {method}
-    logits, scribbles = normal(2, N, 5, 5), some_scribbles(2, 5, 5, N)
-    assert set(pfa.losses_of(dict(initial=logits), scribbles, method, cfg)) == {"pce"}
 
 
 def test_a_tenth_of_the_channels_is_dropped_out_before_anything_reads_the_features():
     net, _ = pixel_net()                                                # [D6]
-    features, logits = net.train()(normal(999, 3, 2, 2))
-    dropped = (features == 0).all(3).all(2)                             # whole channels
-    assert dropped.double().mean().item() == pytest.approx(0.1, abs=0.02)
+    features, logits = net.train()(normal(999, 3, 2, 2))                # whole channels
+    assert (features == 0).all(3).all(2).double().mean().item() == pytest.approx(0.1, abs=0.02)
     assert_near(logits, net.classifier(features))
 
 
 @pytest.mark.parametrize("reading, policy", [("paper", "multistep"), ("official", "linear")])
 def test_optimizer_and_schedule(reading, policy):
-    """AdamW, all but the backbone ten times as fast; a tenth after 60 and 85 %, or linear [D11]; official:
-    the LayerNorms of the backbone do not learn [D12]."""
+    """AdamW; a tenth after 60 and 85 %, or linear [D11]; official: LayerNorms do not learn [D12]."""
     cfg = settings(reading=reading, backbone="mit_b0", lr=1e-3, head_lr=10.0, iterations=20)
     net = pfa.build_model(cfg, N)
     optimizer, scheduler = pfa.build_optimizer(net, cfg, CPU)
-    norms = {f"network.backbone.{name}.{key}" for name, module in net.network.backbone.named_modules()
-             if isinstance(module, nn.LayerNorm) for key in ("weight", "bias")}
-    name_of = {id(p): name for name, p in net.named_parameters()}
-    rates = {name_of[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    frozen = norms if reading == "official" else set()
-    assert len(norms) > 40 and {name for name, p in net.named_parameters() if not p.requires_grad} == frozen
-    assert rates == {name: 1e-3 if name.startswith("network.backbone.") else 1e-2
-                     for name in set(name_of.values()) - frozen}
-    assert isinstance(optimizer, torch.optim.AdamW)
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.01}
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    norms = [module for module in net.network.backbone.modules() if isinstance(module, nn.LayerNorm)]
+    frozen = {p for norm in norms for p in norm.parameters()} if reading == "official" else set()
+    assert len(norms) > 20 and {p for p in net.parameters() if not p.requires_grad} == frozen
+    assert rates == {p: 1e-3 if name.startswith("network.backbone.") else 1e-2
+                     for name, p in net.named_parameters() if p not in frozen}
+    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["weight_decay"] == 0.01
     for i in range(20):
-        factor = 1 - i / 20 if policy == "linear" else 1 if i < 12 else 0.1 if i < 17 else 0.01
+        factor = 1 - i / 20 if policy == "linear" else 0.1 ** ((i >= 12) + (i >= 17))
         assert scheduler.get_last_lr() == pytest.approx([1e-3 * factor, 1e-2 * factor])
         optimizer.step()
         scheduler.step()
 
 
-@pytest.mark.parametrize("backbone, head, levels, stride", [
-    ("mit_b0", "mlp", (4, 8, 16, 16), 4), ("mobilenet_v2", "deeplabv2", (4, 8, 8, 8), 8),
-    ("mobilenet_v2", "deeplabv3plus", (4, 8, 16, 16), 4)])
-def test_size_of_the_features_and_the_classifier_behind_them(backbone, head, levels, stride):
+@pytest.mark.parametrize("backbone, head, strides", [
+    ("mit_b0", "mlp", (4, 8, 16, 16)), ("mobilenet_v2", "deeplabv2", (4, 8, 8, 8)),
+    ("mobilenet_v2", "deeplabv3plus", (4, 8, 16, 16))])
+def test_size_of_the_features_and_the_classifier_behind_them(backbone, head, strides):
     """A.1, [D13]: the last patch embedding of MiT has stride 1; DeepLabv2 sums dilated convolutions."""
     net = pfa.build_model(settings(backbone=backbone, head=head, head_channels=16), N)
-    x = normal(1, 3, 64, 96).float()
-    assert [tuple(f.shape[2:]) for f in net.network.backbone(x)] == [(64 // s, 96 // s) for s in levels]
-    features, logits = net.eval()(x)
-    assert features.shape == (1, 16, 64 // stride, 96 // stride) and logits.shape[2:] == features.shape[2:]
-    convs = [module for module in net.classifier.modules() if isinstance(module, nn.Conv2d)]
-    assert [conv.dilation[0] for conv in convs] == ([6, 12, 18, 24] if head == "deeplabv2" else [1])
-    maps = [F.conv2d(features, c.weight, c.bias, 1, c.padding, c.dilation) for c in convs]
-    assert_near(logits, sum(maps), 1e-5)
+    x, stride = torch.rand(1, 3, 64, 96), 8 if head == "deeplabv2" else 4
+    assert [tuple(f.shape[2:]) for f in net.network.backbone(x)] == [(64 // s, 96 // s) for s in strides]
+    assert net.eval()(x)[0].shape == (1, 16, 64 // stride, 96 // stride)
+    dilations = [module.dilation[0] for module in net.classifier.modules() if isinstance(module, nn.Conv2d)]
+    assert dilations == ([6, 12, 18, 24] if head == "deeplabv2" else [1])
 
 
 # ---- constants --------------------------------------------------------------------------------------------
@@ -519,67 +454,49 @@ PRINTED = {                                                             # Sec. 4
     "official": dict(crop=320, batch_size=12, iterations=200 * 882, warmup=30 * 882, lr=6e-5, slots=10,
                      lr_policy="linear", top_fraction=1 / 12, confidence="official", consistency="official",
                      classes_of="image", w_local_first=0.02, freeze_norms=True)}
-NETWORKS = {"voc-b1": ("mit_b1", "mlp"), "voc-b3": ("mit_b3", "mlp"), "voc-b5": ("mit_b5", "mlp"),
-            "voc-r101-deeplabv2": ("resnet101", "deeplabv2"),
-            "voc-r101-deeplabv3plus": ("resnet101", "deeplabv3plus")}
-TOY = dict(crop=96, batch_size=16, iterations=900, warmup=120, lr=2e-3, head_lr=1, head_channels=64,
-           hidden=32, backbone="tiny", score_threshold=0.1)
-SMALL = dict(crop=320, batch_size=8, iterations=4000, warmup=800, lr=1e-4, backbone="mobilenet_v2")
+NETWORKS = {f"voc-b{k}": (f"mit_b{k}", "mlp") for k in (1, 3, 5)}
+NETWORKS |= {f"voc-r101-{head}": ("resnet101", head) for head in ("deeplabv2", "deeplabv3plus")}
 
 
 @pytest.mark.parametrize("reading", list(PRINTED))
-def test_presets_are_the_printed_recipe_or_our_own(reading):
-    usual = EVERY | PRINTED[reading]
-    own = {"toy": TOY, "small": SMALL} | {name: dict(backbone=b, head=h) for name, (b, h) in NETWORKS.items()}
-    assert set(own) == set(pfa.PRESETS)
-    for name, changed in own.items():
-        cfg = settings(name, reading=reading)
-        pfa.check_config(cfg)
-        expected = usual | changed if name in NETWORKS else PRINTED[reading] | changed           # [D17]
-        assert {key: getattr(cfg, key) for key in expected} == expected, name
+@pytest.mark.parametrize("name", list(pfa.PRESETS))
+def test_presets_are_the_printed_recipe_and_toy_and_small_our_own(name, reading):
+    cfg = settings(name, reading=reading)
+    pfa.check_config(cfg)
+    if name not in ("toy", "small"):                                    # [D17]
+        expected = EVERY | PRINTED[reading] | dict(zip(("backbone", "head"), NETWORKS[name]))
+        assert {key: getattr(cfg, key) for key in expected} == expected
 
 
-# ---- the same elsewhere: a notebook, bfloat16, a GPU -------------------------------------------------------
+# ---- the same in bfloat16 and on a GPU --------------------------------------------------------------------
 
-def one_step(names, device="cpu", amp=False, kind=torch.float32):
-    """Memory filled, both augmentations, all losses: {what: tensor}. names: the functions of the script."""
+def one_step(reading, device="cpu", amp=False, kind=torch.float32):
+    """A full memory, both augmentations, all losses: [slope of the features, what was computed, loss]."""
     torch.manual_seed(0)
-    augmenter = names["FeatureAugmenter"](8, 4).to(device)
-    memory = names["PrototypeMemory"](3, 2, 8, 0.5).to(device)
+    augmenter, memory = FeatureAugmenter(8, 4).to(device), PrototypeMemory(3, 2, 8, 0.5).to(device)
     features, logits = normal(4, 8, 9, 9).abs(), normal(4, 3, 9, 9, seed=1, size=5) + 50
     features, logits = (x.to(device, kind).requires_grad_() for x in (features, logits))
     present, scribbles = some_present(4, 3).to(device), some_scribbles(4, 21, 21, 3).to(device)
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=amp):
-        found, loss = {}, names["partial_cross_entropy"](logits, scribbles)
-        for reading in ("paper", "official"):
-            scores = names["confidence"](logits, present, reading)
-            found[reading] = prototypes = names["extract_prototypes"](features, scores, present)
-            for _ in range(3):
-                memory.update(prototypes, present)
-            for keys in (names["local_keys"](prototypes, present), names["global_keys"](memory, present)):
-                found[reading, len(found)] = augmented = augmenter(10 * features, *keys)
-                loss = loss + names["consistency_loss"](logits, augmented[:, :3], reading)
+        prototypes = extract_prototypes(features, confidence(logits, present, reading), present)
+        memory.update(prototypes.repeat(3, 1, 1), present.repeat(3, 1))
+        every_key = local_keys(prototypes, present), global_keys(memory, present)
+        augmented = [augmenter(10 * features, *keys) for keys in every_key]
+        loss = partial_cross_entropy(logits, scribbles)
+        loss = loss + sum(consistency_loss(logits, f_aug[:, :3], reading) for f_aug in augmented)
     loss.backward()
-    slopes = dict(slope=features.grad, key=augmenter.project_prototype.weight.grad)
-    return found | slopes | dict(bank=memory.bank, loss=loss)
-
-
-def test_prototypes_to_losses_paste_into_a_notebook():
-    """From the line `# ---- prototypes` to the line `# ---- model` the source needs torch alone."""
-    source = (Path(__file__).resolve().parents[1] / "pfa_scribble.py").read_text(encoding="utf-8")
-    names = dict(torch=torch, nn=nn, F=F)
-    exec(source[re.search("^# ---- prototypes", source, re.M).start():source.index("# ---- model")], names)
-    for pasted, imported in zip(one_step(names).values(), one_step(vars(pfa)).values()):
-        assert torch.isfinite(imported).all() and torch.equal(pasted, imported)
+    return [features.grad, prototypes, memory.bank, *augmented, augmenter.fuse.weight.grad, loss]
 
 
 @pytest.mark.parametrize("device, kind", [("cpu", torch.float32), ("cpu", torch.bfloat16),
                                           pytest.param("cuda", torch.float32, marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("amp", [False, True])
-def test_bf16_autocast_and_a_gpu_change_nothing(device, kind, amp):
+@pytest.mark.parametrize("reading", ["paper", "official"])
+def test_bf16_autocast_and_a_gpu_change_nothing(reading, device, kind, amp):
     """Logits near 50 have steps of 1/4 in bf16: all that is computed from them is in float32."""
-    there, here = one_step(vars(pfa), device, amp, kind), one_step(vars(pfa), kind=kind)
-    for name, value in here.items():
-        assert there[name].dtype == (kind if name == "slope" else torch.float32)
-        assert there[name].device.type == device
-        assert_near(there[name], value, 1e-6 if device == "cpu" else 1e-3 if name == "slope" else 1e-4)
+    there, here = one_step(reading, device, amp, kind), one_step(reading, kind=kind)
+    tolerances = [1e-6] * len(here) if device == "cpu" else [1e-3] + [1e-4] * (len(here) - 1)
+    for actual, expected, tolerance in zip(there, here, tolerances):
+        assert actual.device.type == device
+        assert actual.dtype == (kind if actual is there[0] else torch.float32)
+        assert_near(actual, expected, tolerance)

@@ -4,13 +4,11 @@ import copy
 import math
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import protopool
 from commands import SHORT, assert_same_run, call, done, files, log_of, mistake, read, same
@@ -18,7 +16,6 @@ from common import images, run
 
 CPU = torch.device("cpu")
 MACHINE = run.Machine(CPU)
-SOURCE = Path(protopool.__file__).read_text(encoding="utf-8")
 both_readings = pytest.mark.parametrize("reading", ["paper", "official"])
 pytestmark = pytest.mark.usefixtures("few_toys")
 
@@ -356,17 +353,6 @@ def test_runs_that_cannot_be_explained_compared_or_joined_are_named(trained, lin
             (tmp_path, ["--ensemble", out, foreign], re.escape(str(foreign))),
             (cfg.out, ["--eval-only"], "phase joint.*--resume"), (cfg.out, birds, "phase joint.*--resume")):
         assert re.search(words, mistake("protopool", "--out", folder, *argv))
-
-
-def test_the_symbol_table_is_true_and_the_method_pastes_into_a_notebook():
-    header, body = SOURCE.split('"""', 2)[1:]
-    table = header[header.index("symbol "):header.index("Where the print")]
-    words = re.findall(r"Eq\. \(\d\)", table) + [f"def {name}(" for name in re.findall(r"(\w+)\(\)", table)]
-    assert len(words) > 8 and all(word in body for word in words)
-    names = dict(torch=torch, nn=nn, F=nn.functional, math=math)
-    exec(SOURCE[SOURCE.index("# ---- slots"):SOURCE.index("# ---- model")], names)
-    d2 = names["squared_distances"](torch.rand(2, 5, 4, 4), torch.rand(8, 5))
-    assert names["slot_similarity"](d2, names["assign"](torch.randn(3, 2, 8), 0.5)).isfinite().all()
 
 
 @pytest.mark.gpu

@@ -425,13 +425,6 @@ def test_optimizers_follow_table_6(reading, linear, phase, add_on_decay):
         scheduler.step()
 
 
-def test_the_plain_classifier_averages_the_cells():
-    net, x = protopool.PlainClassifier(Backbone(), 3).eval(), torch.randn(2, 3, 8, 8)
-    expected = net.backbone(x).flatten(2).mean(2) @ net.last_layer.weight.T + net.last_layer.bias
-    assert_near(net(x)[0], expected)
-    assert net(x)[1:] == (None, None)
-
-
 COMMON = dict(slots=10, batch_size=80, size=224, patience=12, lr=1.5e-3, slot_lr=1.5e-3, backbone_lr=5e-5,
               weight_decay=1e-3, lr_step=5, w_cluster=0.8, w_separation=-0.08, w_orth=1.0, w_l1=1e-4,
               mixup=True, gumbel=True, focal=True, passes_per_epoch=30, pretrain_epochs=0, add_on_decay=None)
@@ -497,15 +490,6 @@ def test_projection_is_the_loop_whatever_the_batches(sizes, device):
         moved, found = slow_projection(x, labels, HELD, prototypes)
         assert sources == found and found[4] == Source(-1, -1, -1, math.inf)
         assert torch.equal(net.prototypes.cpu(), moved)
-
-
-@pytest.mark.parametrize("sizes", [[3], [1, 1, 1], [2, 1]])
-def test_prototypes_move_after_the_last_image_and_not_inside_the_loop(sizes):
-    """From 0: 5 is near, -4 is nearer, 7 is far. A prototype that has moved to 5 would prefer 7 to -4."""
-    x, labels, net = torch.zeros(3, 3, 1, 1), torch.zeros(3, dtype=int), pixel_pool([[1]], torch.zeros(1, 3))
-    x[:, 0, 0, 0] = torch.tensor([5.0, -4.0, 7.0])
-    assert project_prototypes(net, zip(x.split(sizes), labels.split(sizes)), CPU) == [(1, 0, 0, 16)]
-    assert net.prototypes.tolist() == [[-4, 0, 0]]
 
 
 def test_projection_runs_the_network_in_eval_mode_and_makes_a_perfect_match():

@@ -1,14 +1,12 @@
-"""common/run.py, tables.py, speed.py: options, run folders, rows of tables, checkpoints, learning rate."""
-import pickle
+"""common/run.py and tables.py: options, exit codes, run folders, rows of tables, learning rate."""
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from commands import call, read
-from common import figures, run, speed, tables
+from common import run, tables
 from common.run import RunConfig, UserError, opt
 
 CPU = run.Machine(torch.device("cpu"))
@@ -19,7 +17,6 @@ class Config(RunConfig):
     iterations: int = opt(1000, "training steps", schedule=True)
     warmup: int = opt(100, "warm-up steps", schedule=True)
     finetune: int = opt(None, "a quarter of --iterations if not given", schedule=True)
-    extra: int = opt(None, "stays as it is", schedule=True)
     lr: float = opt(0.1, "learning rate")
     flip: bool = opt(True, "mirror half of the images")
     parts: list = opt(("head", "wing"), "parts to draw")
@@ -48,13 +45,11 @@ def test_flags_beat_preset_beats_defaults():
     assert (parse().iterations, parse().lr, parse().flip) == (50, 0.1, True)
     cfg = parse("--preset", "big", "--lr", "0.25", "--no-flip")
     assert (cfg.iterations, cfg.lr, cfg.flip, cfg.preset) == (8000, 0.25, False, "big")
-    with pytest.raises(UserError, match="preset 'small' does not exist: choose one of toy, big"):
-        run.make_config(Config, PRESETS, "small")                         # from Python
 
 
 def test_schedule_shortens_every_stage_in_proportion_once_and_nothing_else(tmp_path):
     cfg = parse("--preset", "big", "--schedule", "0.1", "--out", tmp_path)
-    assert (cfg.iterations, cfg.warmup, cfg.finetune, cfg.extra, cfg.lr) == (800, 10, 200, None, 0.5)
+    assert (cfg.iterations, cfg.warmup, cfg.finetune, cfg.lr) == (800, 10, 200, 0.5)
     assert parse("--schedule", "0.0001").iterations == 1                  # never to nothing, but 0 stays off
     assert parse("--warmup", 0, "--schedule", "0.1").warmup == parse("--finetune", 0).finetune == 0
     assert asdict(replace(cfg, seed=1)) == asdict(cfg) | dict(seed=1)     # a copy is not scaled again
@@ -62,21 +57,15 @@ def test_schedule_shortens_every_stage_in_proportion_once_and_nothing_else(tmp_p
     assert asdict(parse("--out", tmp_path, "--resume")) == asdict(cfg) | dict(resume=True)
 
 
-def test_a_list_option_takes_one_or_more_words_and_help_shows_it(capsys, monkeypatch):
+def test_a_list_option_takes_one_or_more_words():
     parse().parts.append("tail")
     assert (parse().parts, parse().predict) == (["head", "wing"], [])     # no Config changes the default
-    cfg = parse("--parts", "1", "2", "--quantiles", "0.5", "1", "--seed", 3)
-    assert (cfg.parts, cfg.quantiles, cfg.seed) == (["1", "2"], [0.5, 1.0], 3)
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit):
-        parse("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert "--parts STR [STR ...] parts to draw (default head wing)" in text and "None" not in text
+    assert parse("--quantiles", "0.5", "1").quantiles == [0.5, 1.0]
 
 
 @pytest.mark.parametrize("argv, words", [
     (["--iteratons", "1"], "did you mean --iterations?"), (["--iter", "5"], "--iter 5"),
-    (["--parts"], "--parts"), (["--lr", "fast"], "float value: 'fast'"), (["--device", "tpu"], "tpu")])
+    (["--parts"], "--parts"), (["--preset", "small"], "small")])
 def test_a_wrong_flag_is_one_sentence_and_exit_code_2(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(*argv)
@@ -106,25 +95,19 @@ def test_a_sentence_from_a_loader_worker_arrives_as_it_was():
 # ---- run folder ----
 
 def test_what_works_on_a_run_takes_its_settings_and_refuses_contradictions(tmp_path):
-    flags = ["--preset", "big", "--lr", "0.3", "--schedule=0.1", "--parts", "tail", "beak", "--out", tmp_path]
+    flags = ["--preset", "big", "--lr", 0.3, "--schedule=0.1", "--parts", "tail", "beak", "--out", tmp_path]
     run.start_run(parse(*flags), CPU)
-    assert read(tmp_path / "config.json")["parts"] == ["tail", "beak"]
     again = parse("--out", tmp_path, "--resume", "--workers", 1)
     assert (again.preset, again.lr, again.iterations, again.workers) == ("big", 0.3, 800, 1)
     assert parse(*flags, "--resume").lr == parse("--preset", "big", "--out", tmp_path, "--resume").lr == 0.3
     cfg = parse("--out", tmp_path, "--predict", "a.png", "b.png")
     assert (cfg.predict, cfg.parts) == (["a.png", "b.png"], ["tail", "beak"])
-    assert parse("--out", tmp_path).parts == ["head", "wing"]             # an empty list asks for no run
-    for flag, value, words in [("--lr", 0.7, "--lr 0.7 contradicts .*config.json"),
-                               ("--preset", "toy", "--preset toy contradicts"),
-                               ("--parts", "wing", "--parts .*wing.* contradicts")]:
-        with pytest.raises(UserError, match=words):
+    for flag, value in (("--lr", "0.7"), ("--preset", "toy"), ("--parts", "wing")):
+        with pytest.raises(UserError, match=f"{flag} .*{value}.* contradicts .*config.json"):
             parse("--out", tmp_path, "--resume", flag, value)
     (tmp_path / "config.json").write_text("{oops")
     with pytest.raises(UserError, match="config.json cannot be read"):
         parse("--out", tmp_path, "--resume")
-    with pytest.raises(UserError, match="holds no run"):
-        parse("--out", tmp_path / "none", "--predict", "a.png")
 
 
 def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, monkeypatch):
@@ -136,8 +119,6 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, monkeypatch):
         (out / "notes.txt").write_text(notes)
     assert [(out / f"previous-{k}" / "notes.txt").read_text() for k in (1, 2)] == ["mine", "later"]
     assert (out / "previous-1" / "config.json").exists() and not (out / "previous-2" / "rows").exists()
-    with pytest.raises(UserError, match="--out .*notes.txt"):
-        run.start_run(parse("--out", out / "notes.txt"), CPU)
     monkeypatch.chdir(out / "rows")
     with pytest.raises(UserError, match="the folder that you work in"):
         run.start_run(parse("--out", out), CPU)
@@ -146,20 +127,15 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, monkeypatch):
 def test_a_write_that_fails_leaves_the_old_file_and_checkpoints_of_other_networks_are_refused(tmp_path):
     def checkpoint(path, value):
         run.save_checkpoint(path, dict(model=torch.nn.Linear(4, 5)), value)
-    path, unpicklable = tmp_path / "file", (pickle.PicklingError, AttributeError)
-    for write, value, error in [(run.write_json, dict(bad=object()), TypeError),
-                                (checkpoint, lambda: 0, unpicklable),
-                                (figures.write_png, None, AttributeError)]:
+    path = tmp_path / "file"
+    for write in (run.write_json, checkpoint):
         path.write_text("whole")
-        with pytest.raises(error):
-            write(path, value)
+        with pytest.raises(TypeError):
+            write(path, dict(bad=(number for number in ())))              # no file holds a generator
         assert path.read_text() == "whole"
     checkpoint(path, dict(iteration=1))
-    for name, words in [("none", "no checkpoint at .*none"), ("file", "file does not fit this model")]:
-        with pytest.raises(UserError, match=words):
-            run.load_checkpoint(tmp_path / name, dict(model=torch.nn.Linear(4, 4)), CPU.device)
-    run.write_csv(path, [dict(a=1, b=2.5), dict(a=2, b=3.5)])
-    assert path.read_text().split() == ["a,b", "1,2.5", "2,3.5"]
+    with pytest.raises(UserError, match="file does not fit this model"):
+        run.load_checkpoint(path, dict(model=torch.nn.Linear(4, 4)), CPU.device)
 
 
 # ---- rows of tables ----
@@ -175,8 +151,6 @@ def row(tmp_path):
         run.start_run(cfg, CPU)
         if cfg.save_every == 1:
             raise KeyboardInterrupt
-        if cfg.save_every == 2:
-            return
         run.write_json(metrics, dict(run=len(row.calls), evaluated=dict(split=cfg.split)))
 
     def row(**flags):
@@ -194,8 +168,6 @@ def test_a_row_is_read_if_finished_resumed_if_interrupted_else_trained(row):
         assert row(**change) == row(**change) == number and row.calls[-1][2] is False
     row.metrics.unlink()
     assert row(parts=["a"]) == 6 and row.calls[-1] == (0.1, "val", True)  # goes on; a list is like a tuple
-    with pytest.raises(UserError, match="metrics.json is missing"):
-        row(save_every=2, lr=3)
 
 
 @pytest.mark.parametrize("change", [dict(split="test"), dict(quantiles=[0.1, 0.9])])
@@ -204,32 +176,29 @@ def test_a_row_that_was_evaluated_otherwise_is_evaluated_again_and_not_trained(r
     saved = read(row.metrics.parent / "config.json")                      # as if it had been trained so
     assert not saved["resume"] and change.items() <= saved.items() and row() == 3
     assert [resumed for _, _, resumed in row.calls] == [False, True, True]
-    with pytest.raises(KeyboardInterrupt):                                # killed before the scores are there
+    with pytest.raises(KeyboardInterrupt):                               # killed before the scores are there
         row(**change, save_every=1)
     assert row(**change) == 5 and row(**change, lr=0.2) == 6
     assert [resumed for _, _, resumed in row.calls[3:]] == [True, True, False]
-    run.write_json(row.metrics, read(row.metrics) | dict(evaluated=dict(split="elsewhere")))     # --eval-only
-    assert row(**change, lr=0.2) == 7
-    run.write_json(row.metrics, read(row.metrics) | dict(finished=False))
-    assert row(**change, lr=0.2) == 8 and row.calls[-1][2] is True
+    for number, entry in ((7, dict(evaluated=dict(split="elsewhere"))), (8, dict(finished=False))):
+        run.write_json(row.metrics, read(row.metrics) | entry)            # by --eval-only
+        assert row(**change, lr=0.2) == number and row.calls[-1][2] is True
 
 
 def test_a_table_shows_ours_beside_the_papers_and_says_what_was_not_run(tmp_path):
     columns = {"mIoU": "miou", "car": ("iou", "car"), "half": lambda metrics: metrics["miou"] / 2}
     rows = {"ours": (dict(lr=1), 51.2), "huge": ("needs weights", None)}
     table = tables.beside_paper("Table 9", columns, ["paper"], rows)._replace(digits=dict(half=2))
-    cfg = parse("--out", tmp_path, "--table", 9)
     found = [dict(miou=50.04, iou=dict(car=None)), dict(miou=53.0, iou=dict(car=3.0))]
     for results, line in [(found[:1], "| ours | 50.0 | - | 25.02 | 51.2 |"),
                           (found, "| ours | 51.5 +- 2.1 | - | 25.76 +- 1.05 | 51.2 |")]:
-        tables.write_table(9, table, dict(ours=results), cfg, CPU)
+        tables.write_table(9, table, dict(ours=results), parse("--out", tmp_path), CPU)
         assert (tmp_path / "table9.md").read_text().splitlines()[-4:] == [
             "| row | mIoU | car | half | paper |", "| --- | --- | --- | --- | --- |", line,
             "| huge | not run (needs weights) |  |  | - |"]
-    assert read(tmp_path / "table9.json")["ours"]["car"] == [None, 3.0]
 
 
-# ---- learning rate, time, memory ----
+# ---- learning rate ----
 
 def test_poly_lr_is_mmcv_s():
     """mmcv 1.x: (base - min) (1 - it/max)^power + min; warm-up: times 1 - (1 - it/warmup) (1 - ratio)."""
@@ -240,15 +209,7 @@ def test_poly_lr_is_mmcv_s():
         assert run.poly_lr(iteration, 6e-5, 160000, warmup=1500) == pytest.approx(expected)
     optimizer = torch.optim.SGD([dict(params=[torch.zeros(1)], lr=base) for base in (0.01, 0.1)])
     scheduler = run.poly_schedule(optimizer, 10, power=0.9, floor=1e-3)   # own rates, the same floor
-    for iteration in range(11):
-        expected = [(base - 1e-3) * (1 - iteration / 10) ** 0.9 + 1e-3 for base in (0.01, 0.1)]
-        assert np.allclose([group["lr"] for group in optimizer.param_groups], expected)
-        optimizer.step()
-        scheduler.step()
-
-
-def test_times_and_memory_are_readable():
-    texts = [run.duration(seconds) for seconds in (5, 89, 130, 7200, 200000)]
-    assert texts == ["5 s", "89 s", "2.2 min", "2.0 h", "2.3 days"]
-    block = torch.ones(2 ** 27)                                           # half a GiB
-    assert block[-1] == 1 and 0.5 < speed.peak_memory(CPU.device) < 64
+    optimizer.step()
+    scheduler.step()
+    expected = [(base - 1e-3) * (1 - 1 / 10) ** 0.9 + 1e-3 for base in (0.01, 0.1)]
+    assert scheduler.get_last_lr() == pytest.approx(expected)

@@ -1,15 +1,8 @@
 """ScaleProtoSeg, formula by formula: scaleprotoseg.py against plain loops that share no line with it.
 
 Read it beside the script: a second explanation of the method (Porta et al., WACV 2025) in the paper's order.
-Stage 1: at each of S scales a pixel is D numbers z_s between 0 and 1. A prototype p has one class and one
-scale; with d = |z_s - p|^2 its similarity is g = ln((d + 1) / (d + 1e-4)). A linear layer, 1 for the own
-class and -0.5 for others, makes logits of similarities. L = cross entropy + 0.25 L_J; L_J pushes prototypes
-of a class and scale apart. Then every prototype becomes the nearest pixel of its class in the training
-images, and the linear layer is fine-tuned, with L_L1 on weights for other classes.
-Stage 2 freezes all that. Class c gets G groups: w_{g,c} lies on the simplex over the prototypes of c,
-G_{c,g} = exp(sum w g), and a new linear layer makes logits of groups. L = cross entropy + L_L1 + L_ent, which
-makes groups sparse. After training, weights below alpha = 0.05 are dropped.
-
+Stage 1: pixels are compared with prototypes of their scale, losses, projection. Stage 2: sparse groups of
+the frozen prototypes. Then logits, what each phase trains, and the paper's recipes.
 P prototypes, C classes, N the most prototypes of a class. Labels are 0..C-1; 255 belongs to no class.
 """
 import copy
@@ -20,7 +13,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 import scaleprotoseg as sps
 from common import run
@@ -56,53 +48,29 @@ def assert_near(actual, expected, tolerance):
     assert ((actual - expected).abs() <= tolerance * (1 + expected.abs())).all()
 
 
-def assert_same_loss(loss, slow, x, tolerance):
-    """Two functions of x have the same value, a scalar, and the same gradient. Returns both of the first."""
-    values = [function(x) for function in (loss, slow)]
-    slopes = [torch.autograd.grad(value, x)[0] for value in values]
-    assert_near(*values, tolerance)
-    assert_near(*slopes, 10 * tolerance)
-    return values[0], slopes[0]
-
-
 # ---- prototypes and pixels (Sec. 11) ----
 
-def differences(features, prototypes, scale):
-    """z_s - p for every cell and prototype p, s the scale of p: (B,P,D,h,w) float64."""
+def slow_distances(features, prototypes, scale):
+    """|z_s - p|^2 for every cell and prototype p, s the scale of p: (B,P,h,w) float64."""
     z = features.cpu().double().unflatten(1, (-1, prototypes.shape[1]))                 # (B,S,D,h,w)
     p = prototypes.cpu().double()[:, :, None, None]
-    return torch.stack([z[:, s] - p[m] for m, s in enumerate(scale.tolist())], 1)
-
-
-@pytest.mark.parametrize("scale", [SCALE, torch.where(SCALE == 1, 0, SCALE)])           # nobody at scale 1
-def test_a_prototype_is_compared_with_the_channels_of_its_own_scale(scale):
-    z, p = uniform(3, S * D, 4, 5).float().requires_grad_(), uniform(P, D, seed=1).float().requires_grad_()
-    probe = normal(3, P, 4, 5, seed=2)
-    d2 = sps.prototype_distances(z.contiguous(memory_format=torch.channels_last), p, scale)
-    expected = differences(z, p, scale).square().sum(2)
-    assert_near(d2, expected, 1e-5)
-    for slopes in zip(*(torch.autograd.grad((maps * probe).sum(), (z, p)) for maps in (d2, expected))):
-        assert_near(*slopes, 1e-4)
+    return torch.stack([(z[:, s] - p[m]).square().sum(1) for m, s in enumerate(scale.tolist())], 1)
 
 
 @on_devices
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_training_patch_has_similarity_9_21_in_any_precision(device, autocast):
-    """|z|^2 - 2 z.p + |p|^2 is a difference of numbers near 20: bf16 (error 0.1) and the TF32 of cuDNN (1e-2)
-    would spoil it. At d = 0 all gradients are finite, and no distance is negative."""
+def test_prototypes_see_their_own_scale_and_a_training_patch_has_similarity_9_21(device, autocast):
+    """|z|^2 - 2 z.p + |p|^2 is a difference of numbers near 20: bf16 (error 0.1) or the TF32 of cuDNN (1e-2)
+    would spoil it."""
     z, scale = uniform(2, 256, 3, 4).float().to(device), torch.arange(96, device=device) % 4
     patches = z.permute(0, 2, 3, 1).reshape(96, 64).clone()             # cell 0 at its 4 scales, cell 1, ...
-    for inputs in ((z, patches), (z.round().requires_grad_(), patches.round().requires_grad_())):
-        with (torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
-              torch.backends.cudnn.flags(enabled=True, allow_tf32=True)):
-            d2 = sps.prototype_distances(*inputs, scale)
-        assert d2.dtype == torch.float32 and d2.device.type == device.type and d2.min() >= 0
-        assert_near(d2, differences(*inputs, scale.cpu()).square().sum(2), 5e-5)
-        own = d2.permute(0, 2, 3, 1).reshape(24, 96).repeat_interleave(4, 0).diagonal()
-        assert sps.log_similarity(own).min() > (9 if device == CPU else 8.5)
-    assert (own == 0).all()                                             # whole numbers: nothing is rounded
-    for slope in torch.autograd.grad(sps.log_similarity(d2).sum(), inputs):
-        assert torch.isfinite(slope).all()
+    with (torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast),
+          torch.backends.cudnn.flags(enabled=True, allow_tf32=True)):
+        d2 = sps.prototype_distances(z, patches, scale)
+    assert d2.dtype == torch.float32 and d2.device.type == device.type and d2.min() >= 0
+    assert_near(d2, slow_distances(z, patches, scale), 5e-5)
+    own = d2.permute(0, 2, 3, 1).reshape(24, 96).repeat_interleave(4, 0).diagonal()
+    assert sps.log_similarity(own).min() > (9 if device == CPU else 8.5)
 
 
 def test_log_similarity_by_hand():
@@ -120,13 +88,11 @@ def nearest_exact(labels, h, w):
     return labels[:, rows][:, :, columns]
 
 
-@pytest.mark.parametrize("old, new", [((513, 321), (65, 41)), ((96, 321), (12, 31)), ((7, 3), (3, 7))])
-def test_labels_shrink_to_the_pixel_under_the_centre_of_a_cell_as_in_pillow(old, new):
+@pytest.mark.parametrize("old, new", [((513, 321), (65, 41)), ((7, 3), (3, 7))])
+def test_labels_shrink_to_the_pixel_under_the_centre_of_a_cell(old, new):
     labels = torch.randint(0, 256, (2, *old), generator=seeded(0), dtype=torch.uint8)
     small = sps.nearest_label(labels, new)
     assert small.dtype == torch.uint8 and torch.equal(small, nearest_exact(labels, *new))
-    picture = Image.fromarray(labels[1].numpy()).resize(new[::-1], Image.NEAREST)
-    assert (small[1].numpy() == np.asarray(picture)).all()
 
 
 # ---- losses of stage 1 (Sec. 6) ----
@@ -144,32 +110,25 @@ def slow_diversity(d2, labels, cls=CLASS, scale=SCALE):
     return torch.stack(terms).mean() if terms else 0 * d2.sum()
 
 
-SPREADS = {"usual": lambda x: x, "wide": lambda x: 6 * x, "huge": lambda x: 1e3 + 1e6 * x,
-           "peaks": lambda x: 1e3 * (x > 0.7), "alike": lambda x: x[:, :1] + 0 * x}
-NO_PAIRS = [[255, 255, 255, 255], [0, 1, 255, 255], [4, 4, 255, 4], [2, 2, 2, 2]]
+SPREADS = {"usual": lambda x: x, "huge": lambda x: 1e3 + 1e6 * x, "alike": lambda x: x[:, :1] + 0 * x}
+LABELS = {                                                              # images in a row: (B,h*w)
+    "pairs": [[0, 1, 3, 0, 2, 255, 1, 3, 0, 4, 3, 1], [0, 0, 3, 1, 2, 2, 255, 1, 1, 0, 4, 0]],
+    "void": [[255, 255, 255]], "a pixel each": [[0, 1, 255]], "no prototype": [[4, 4, 255]],
+    "one prototype": [[2, 2, 2]]}
 
 
-@pytest.mark.parametrize("labels", [[], *NO_PAIRS], ids=str)
+@pytest.mark.parametrize("name", LABELS)
 @pytest.mark.parametrize("spread", SPREADS)
-def test_diversity_loss_is_the_loop(labels, spread):
-    """Softmax of the raw squared distances over the pixels of the class, Jeffreys, mean of exp(-J); exp(1000)
-    would overflow. Other classes' pixels, a class's only pixel and only prototype get no gradient; without
-    any pair the loss is 0."""
-    if labels:
-        labels = torch.tensor(labels).expand(2, 1, 4)
-    else:
-        labels = torch.randint(0, 6, (3, 4, 5), generator=seeded(0))
-        labels[labels == 5] = 255
-        labels[-1][labels[-1] == 3] = 0
-        labels[-1, 0, 0] = 3
+def test_diversity_loss_is_the_loop(name, spread):
+    """Softmax of the raw squared distances over the pixels of the class, Jeffreys, mean of exp(-J). Here
+    exp(1000) would overflow. Without any pair the loss is 0."""
+    labels = torch.tensor(LABELS[name])[:, None]                        # (B,1,w)
     d2 = SPREADS[spread](uniform(len(labels), P, *labels.shape[1:])).float().requires_grad_()
-    value, slope = assert_same_loss(lambda x: sps.diversity_loss(x, labels.to(torch.uint8), CLASS, SCALE),
-                                    lambda x: slow_diversity(x, labels), d2, 1e-5)
-    assert not slope[labels[:, None] != CLASS[:, None, None]].any() and not slope[:, CLASS == 2].any()
-    if len(labels) == 2:
-        assert value == 0 and not slope.any()
-    elif spread == "alike":
-        assert value.item() == pytest.approx(1, abs=1e-6)
+    losses = sps.diversity_loss(d2, labels.to(torch.uint8), CLASS, SCALE), slow_diversity(d2, labels)
+    slopes = [torch.autograd.grad(loss, d2)[0] for loss in losses]
+    assert_near(*losses, 1e-5)
+    assert_near(*slopes, 1e-4)
+    assert name == "pairs" or losses[0] == 0 and not slopes[0].any()
 
 
 def test_diversity_loss_by_hand():
@@ -220,7 +179,7 @@ def slow_projection(features, masks, prototypes, cls, scale):
 @pytest.mark.parametrize("seed", range(3))
 def test_projection_moves_prototypes_to_the_nearest_pixel_of_class_and_scale(seed, device):
     """Features are 0, 1/2 or 1, exact after the sigmoid: many ties, of which the first wins. Class 4 has no
-    pixel: its prototype stays. Equal prototypes go to one place, and the second is a duplicate."""
+    pixel: its prototype stays. Of equal prototypes of a class and scale the first is kept."""
     features = torch.randint(3, (6, 2 * 3, 3, 4), generator=seeded(seed)) / 2
     masks = torch.randint(4, (6, 7, 9), generator=seeded(seed + 10))
     masks[masks == 3] = 255
@@ -232,16 +191,10 @@ def test_projection_moves_prototypes_to_the_nearest_pixel_of_class_and_scale(see
     net = stub_net(prototypes, cls, scale, 5).train().to(device)
     assert sps.project_prototypes(net, loader_of(features, masks), device) == sources
     assert sources[3] == (-1, -1, -1, math.inf) and torch.equal(net.prototypes.cpu(), moved)
+    rows = [*zip(moved.tolist(), cls, scale)]
+    first = [p for p, row in enumerate(rows) if row not in rows[:p]]
     kept = sps.remove_duplicates(net.prototypes, net.prototype_class, net.prototype_scale)
-    assert kept.device.type == device.type and 7 not in kept
-
-
-def test_of_equal_vectors_of_a_class_and_scale_only_the_first_stays():
-    for seed in range(5):
-        rows = torch.randint(2, (40, 5), generator=seeded(seed))        # three channels, class, scale
-        first = [m for m, row in enumerate(rows.tolist()) if row not in rows[:m].tolist()]
-        kept = sps.remove_duplicates(0.1 * rows[:, :3], rows[:, 3], rows[:, 4])
-        assert kept.dtype == torch.int64 and kept.tolist() == first and len(first) < 40
+    assert kept.tolist() == first and len(first) < 8
 
 
 @pytest.mark.parametrize("images", [2, 4, 12])
@@ -269,22 +222,11 @@ def test_pruning_keeps_prototypes_whose_nearest_patches_show_their_class(images)
 
 # ---- groups, stage 2 (Sec. 9, 13) ----
 
-def slow_simplex(row):
-    """max(v - t, 0) with the t that makes it sum to one, found by bisection."""
-    low, high = row.min() - 1, row.max()
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if np.maximum(row - middle, 0).sum() > 1 else (low, middle)
-    return np.maximum(row - low, 0)
-
-
-@pytest.mark.parametrize("shape", [(4,), (6, 1), (2, 3, 12)])
-@pytest.mark.parametrize("size", [0.1, 1, 10])
-def test_project_simplex_is_the_nearest_point(shape, size):
-    """Against bisection, and by the condition for a nearest point x: (v - x).(corner - x) <= 0."""
-    v = size * normal(*shape)
+def test_project_simplex_is_the_nearest_point():
+    """x is on the simplex, and no corner lies on v's side of x: (v - x).(corner - x) <= 0."""
+    v = torch.tensor([0.1, 1, 10]).view(3, 1, 1) * normal(3, 6, 12)
     x = sps.project_simplex(v)
-    assert_near(x, np.apply_along_axis(slow_simplex, -1, v.numpy()), 1e-6)
+    assert x.min() >= 0 and (x.sum(-1) - 1).abs().max() < 1e-6
     assert ((v - x) - ((v - x) * x).sum(-1, keepdim=True)).max() < 1e-6
     by_hand = sps.project_simplex(torch.tensor([[2, 0, 0], [-1, -1, -1], [1.2, 0.4, -3], [0.4, 0, 0]]))
     assert_near(by_hand, torch.tensor([[1, 0, 0], [1 / 3] * 3, [0.9, 0.1, 0], [0.6, 0.2, 0.2]]), 1e-6)
@@ -309,23 +251,18 @@ def slow_groups(d2, weights, members):
 
 
 @on_devices
-@pytest.mark.parametrize("copies", [1, 30])                             # of 30 x 5 classes each has a product
+@pytest.mark.parametrize("copies", [1, 30])                             # of 150 classes each has a product
 def test_group_activations_are_weighted_geometric_means(copies, device):
     """exp(sum of w g) by its other name, channel c G + g, in float32 also under autocast. A class without
-    members has activation 1, and nothing learns from it. By hand: the mean of 2 and 8 is 4."""
+    members has activation 1. By hand: the mean of 2 and 8 is 4."""
     order = torch.randperm(P * copies, generator=seeded(0))
     members = torch.cat([torch.where(MEMBERS < 0, -1, order[MEMBERS + P * k]) for k in range(copies)])
-    weights = some_weights().repeat(copies, 1, 1).requires_grad_()
-    d2 = (0.1 + 8 * uniform(2, P * copies, 2, 3)).requires_grad_()
+    weights, d2 = some_weights().repeat(copies, 1, 1), 0.1 + 8 * uniform(2, P * copies, 2, 3)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         inputs = (x.to(device) for x in (sps.log_similarity(d2), weights, members))
         activations = sps.group_activations(*inputs)
-    expected, probe = slow_groups(d2, weights, members), normal(2, C * G * copies, 2, 3, seed=2)
     assert activations.dtype == torch.float32 and (activations[:, (C - 1) * G:C * G] == 1).all()
-    assert_near(activations, expected, 5e-5)
-    for slopes in zip(*(torch.autograd.grad((maps.cpu() * probe).sum(), (d2, weights))
-                        for maps in (activations, expected))):
-        assert_near(*slopes, 1e-4)
+    assert_near(activations, slow_groups(d2, weights, members), 5e-5)
     g, half = torch.tensor([2.0, 8.0]).log().view(1, 2, 1, 1), torch.tensor([[[0.5, 0.5]]])
     assert sps.group_activations(g, half, torch.tensor([[1, 0]])).item() == pytest.approx(4)
 
@@ -343,23 +280,16 @@ def slow_entropy(weights, members):
 @pytest.mark.parametrize("members", [MEMBERS, MEMBERS.clamp(max=0)[:, :1], MEMBERS[4:].expand(C, 6)])
 def test_entropy_loss_is_the_loop(members):
     """Every class is divided by its own ln n; groups of one prototype are left out, as ln 1 = 0."""
-    weights = some_weights()[..., :members.shape[1]].requires_grad_()
-    _, slope = assert_same_loss(lambda w: sps.entropy_loss(w, members), lambda w: slow_entropy(w, members),
-                                weights, 1e-6)
-    assert not slope[2].any() and not slope[(members < 0)[:, None].expand_as(slope)].any()
+    weights = some_weights()[..., :members.shape[1]]
+    assert_near(sps.entropy_loss(weights, members), slow_entropy(weights, members), 1e-6)
 
 
 def test_entropy_loss_and_threshold_by_hand():
-    """1 for equal weights, 0 for a single one, 1 / 2 for two of four; descending it leaves one. Table 7:
-    weights below alpha become 0; what is left is not scaled up, and what equals alpha stays."""
+    """1 for equal weights, 0 for a single one, 1 / 2 for two of four. Table 7: weights below alpha become 0;
+    what is left is not scaled up, and what equals alpha stays."""
     weights = torch.tensor([[[0.25] * 4, [0, 1, 0, 0], [0.5, 0, 0, 0.5]]])
     members = torch.tensor([[0, 1, 2, 3]])
     assert sps.entropy_loss(weights, members).item() == pytest.approx((1 + 0 + 0.5) / 3, abs=1e-4)
-    w = torch.tensor([[[0.4, 0.3, 0.2, 0.1]]], requires_grad=True)
-    for _ in range(100):
-        slope, = torch.autograd.grad(sps.entropy_loss(w, members), w)
-        w.data = sps.project_simplex(w.data - 0.1 * slope)
-    assert w.tolist() == [[[1, 0, 0, 0]]]
     kept = sps.threshold_groups(torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.2, 0.3, 0.24, 0.26]]), 0.25)
     assert kept.tolist() == torch.tensor([[0.5, 0.25, 0, 0], [0, 0.3, 0, 0.26]]).tolist()
 
@@ -370,15 +300,12 @@ def test_groups_start_on_the_simplex_of_the_prototypes_of_their_class():
     net.start_groups(G, seed=3)
     groups = net.groups
     torch.manual_seed(3)
-    draw, expected = 2 * torch.rand(C, G, 6).double().numpy() - 1, np.zeros((C, G, 6))
+    draw, expected = 2 * torch.rand(C, G, 6) - 1, torch.zeros(C, G, 6)
     for c, n in enumerate((6, 4, 1, 3)):
-        expected[c, :, :n] = np.apply_along_axis(slow_simplex, -1, draw[c, :, :n] / math.sqrt(n))
+        expected[c, :, :n] = sps.project_simplex(draw[c, :, :n] / math.sqrt(n))
     assert_near(groups.weights, expected, 1e-5)
     head = [[1 if c == f // G else -0.5 for f in range(C * G)] for c in range(C)]
     assert torch.equal(groups.members, MEMBERS) and groups.last_layer.weight.tolist() == head
-    groups.weights.data[1] = torch.tensor([[0.25, 0.625, 0.04, 0.085, 0, 0], *[[1, 0, 0, 0, 0, 0]] * 2])
-    assert groups.members_of(1, 0, 0.05) == [(6, 0.625), (1, 0.25), (12, pytest.approx(0.085))]
-    assert not net.used(0.05)[9] and net.used(0.04)[9] and net.used(0.05)[[1, 4, 6, 12]].all()
 
 
 # ---- the network and its logits ----
@@ -387,15 +314,15 @@ def test_groups_start_on_the_simplex_of_the_prototypes_of_their_class():
 def slow_logits(net, x, alpha=0.0):
     """(1,3,H,W) -> similarity (P,h,w), logits (C,h,w), group activations (C,G,h,w) or None; all in numpy."""
     z = net.maps(x)[-1].double().sigmoid()
-    d2 = differences(z, net.prototypes, net.prototype_scale).square().sum(2)
+    d2 = slow_distances(z, net.prototypes, net.prototype_scale)
     maps = similarity = ((d2 + 1) / (d2 + 1e-4)).log()[0]
-    head, activation = net.last_layer.weight.double(), None
+    head, groups = net.last_layer.weight.double(), None
     if net.groups is not None:
         weights = net.groups.weights.double()
         maps = slow_groups(d2, weights * (weights >= alpha), net.groups.members)[0]
         maps[(net.groups.members < 0).all(1).repeat_interleave(weights.shape[1])] = 0     # [D5]
-        head, activation = net.groups.last_layer.weight.double(), maps.unflatten(0, weights.shape[:2]).numpy()
-    return similarity.numpy(), torch.einsum("cf,fyx->cyx", head, maps).numpy(), activation
+        head, groups = net.groups.last_layer.weight.double(), maps.unflatten(0, weights.shape[:2]).numpy()
+    return similarity.numpy(), torch.einsum("cf,fyx->cyx", head, maps).numpy(), groups
 
 
 def test_logits_of_every_stage_and_after_prototypes_were_dropped():
@@ -405,9 +332,6 @@ def test_logits_of_every_stage_and_after_prototypes_were_dropped():
     before = net.distances(x)
     net.keep(torch.tensor(kept))
     assert torch.equal(net.distances(x), before[:, kept])
-    assert net.last_layer.weight.tolist() == [[1 if c == CLASS[p] else -0.5 for p in kept] for c in range(C)]
-    assert net.pairs.tolist() == [[[3, -1], [0, 6], [7, -1]], [[-1, -1], [-1, -1], [2, 4]],     # class, scale
-                                  [[-1, -1]] * 3, [[1, 5], [-1, -1], [-1, -1]]]
     expected = [slow_logits(net, x)[1]]
     net.last_layer.weight.data.copy_(normal(C, 8, seed=1))
     expected.append(slow_logits(net, x)[1])
@@ -415,7 +339,6 @@ def test_logits_of_every_stage_and_after_prototypes_were_dropped():
     net.start_groups(G)
     net.groups.last_layer.weight.data.copy_(normal(C, C * G, seed=2))
     expected += [slow_logits(net, x)[1], slow_logits(net, x, 0.3)[1]]
-    assert net.stages == ("stage1_projected", "stage1_finetuned", "stage2", "stage2_thresholded")
     for logits, slow in zip(net.logits_of_stages(x, cfg), expected, strict=True):
         assert_near(logits[0], slow, 1e-4)
     assert_near(net.final_logits(x, cfg)[0], expected[3], 1e-4)
@@ -448,17 +371,12 @@ def test_the_largest_map_over_the_sizes_of_the_input_counts(method):
     largest = torch.stack(grown).amax(0)
     for found, expected in zip(net.maps(x), (*sizes, largest), strict=True):
         assert_near(found, expected, 1e-6)
-    assert len(small_net(method=method)[0].maps(x)) == 1                # of one size the maximum is itself
     (logits, d2), = net.eval()(x)
     if method == "deeplab":
         assert d2 is None and torch.equal(logits, largest) and net.stages == ("plain",)
     else:
         assert_near(logits[:1], slow_logits(net, x[:1])[1][None], 1e-4)
-        assert 0 <= net.prototypes.min() < 0.2 and 0.8 < net.prototypes.max() <= 1
     assert torch.equal(net.final_logits(x, cfg), logits)
-    weights = torch.cat([conv.weight.flatten() for conv in net.aspp])
-    assert weights.std().item() == pytest.approx(0.01, rel=0.1)
-    assert not any(conv.bias.any() for conv in net.aspp)
 
 
 # ---- a training step (Sec. 6 to 8) ----
@@ -471,13 +389,13 @@ TRAINS = {"warmup": {"aspp": (0.01, 5e-4), "prototypes": (0.01, 0)},    # part: 
           "joint": {"backbone": (1e-3, 5e-4), "aspp": (0.01, 5e-4), "prototypes": (0.01, 0)},
           "finetune": {"last_layer": (0.02, 0)}, "group_warmup": {"groups.weights": (0.03, 0)},
           "group_joint": {"groups.weights": (0.03, 0), "groups.last_layer": (0.03, 0)}}
-in_phases = pytest.mark.parametrize("method, phase", [(method, phase) for method, phases in sps.PHASES.items()
-                                                      for phase in phases if phase != "project"])
+in_phases = pytest.mark.parametrize("method, phase", [
+    (method, phase) for method, phases in sps.PHASES.items() for phase in phases if phase != "project"])
 
 
 @in_phases
 def test_the_terms_of_a_phase_are_means_over_the_sizes_of_the_input(method, phase):
-    """Cross entropy over the labelled cells of each grid; the diversity loss while prototypes move, L1 on the
+    """Cross entropy over the labelled cells of each grid; diversity loss while prototypes move, L1 on the
     layer that learns, entropy in stage 2. A batch that is void all over has no cross entropy."""
     net, cfg = small_net(phase, method, input_scales=[0.5, 0.75], w_diversity=0.5, w_l1=0.3, w_l1_group=0.2,
                          w_entropy=0.7, frozen_bn=True)
@@ -486,8 +404,7 @@ def test_the_terms_of_a_phase_are_means_over_the_sizes_of_the_input(method, phas
     ce, diversity = [], []
     for logits, d2 in net(x):
         small = nearest_exact(labels, *logits.shape[2:])
-        log_p = logits.detach().double() - logits.detach().double().exp().sum(1, keepdim=True).log()
-        ce.append(np.mean([-log_p[b, small[b, i, j], i, j] for b, i, j in (small != 255).nonzero().tolist()]))
+        ce.append(F.cross_entropy(logits, small, ignore_index=255).item())
         if phase in ("warmup", "joint") and method != "deeplab":
             diversity.append(slow_diversity(d2.detach(), small, net.prototype_class, net.prototype_scale))
     expected = dict(ce=np.mean(ce))
@@ -534,22 +451,22 @@ def test_a_phase_trains_its_parameters_at_its_rates_and_nothing_else(method, pha
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(learn)
 
 
-@pytest.mark.parametrize("method, phase", [("scaleprotoseg", "joint"), ("scaleprotoseg", "group_joint"),
-                                           ("deeplab", "joint")])
-def test_micro_batches_add_up_to_the_gradient_of_the_batch(method, phase):
-    """Every picture holds the same classes and no void, so that means of parts are means of all. Processes
-    exchange gradients after the last part alone."""
-    x, labels = normal(4, 3, 48, 48).float(), (torch.arange(48) // 16).expand(4, 48, 48).contiguous()
+def ready_step(phase, device="cpu", **flags):
+    """(net, a function that trains it for a step on 4 pictures with the same classes and no void)"""
+    net, cfg = small_net(phase, input_scales=[0.5], **flags)
+    net = net.to(device)
+    optimizer, scheduler = sps.build_optimizer(net, phase, cfg, torch.device(device))
+    x, labels = normal(4, 3, 48, 48).float().to(device), torch.arange(48).expand(4, 48, 48).to(device) // 16
+    return net, lambda: sps.train_step(net, net, optimizer, scheduler, x, labels, phase, cfg)
+
+
+@pytest.mark.parametrize("phase", ["joint", "group_joint"])
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(phase):
     found = []
     for micro in (0, 1, 3):
-        net, cfg = small_net(phase, method, frozen_bn=True, micro_batch=micro, input_scales=[0.5])
-        optimizer, scheduler = sps.build_optimizer(net, phase, cfg, CPU)
-        exchange = []
-        net.register_forward_hook(lambda *_: exchange.append(net.require_backward_grad_sync))
-        terms = sps.train_step(net, net, optimizer, scheduler, x, labels, phase, cfg)
-        assert exchange == [False] * (len(exchange) - 1) + [True]
-        slopes = {name: p.grad / p.grad.abs().max() for name, p in net.named_parameters() if p.requires_grad}
-        found.append(terms | slopes)
+        net, step = ready_step(phase, frozen_bn=True, micro_batch=micro)
+        found.append(step() | {name: p.grad / p.grad.abs().max() for name, p in net.named_parameters()
+                               if p.requires_grad})
     for parts in found[1:]:
         for name, whole in found[0].items():
             assert_near(parts[name], whole, 1e-5)
@@ -558,23 +475,16 @@ def test_micro_batches_add_up_to_the_gradient_of_the_batch(method, phase):
 @pytest.mark.gpu
 @pytest.mark.parametrize("phase", ["joint", "group_joint"])
 def test_gpu_a_training_step_never_waits_for_the_device_and_is_the_cpus(phase):
-    terms = {}
-    for name, modes in (("cpu", ["default"]), ("cuda", ["default", "default", "error"])):  # kernels load
-        net, cfg = small_net(phase, amp="off", micro_batch=2, input_scales=[0.5])
-        net = net.to(name, memory_format=torch.channels_last)
-        optimizer, scheduler = sps.build_optimizer(net, phase, cfg, torch.device(name))
-        x, labels = normal(4, 3, 48, 48).float().to(name), torch.arange(48).expand(4, 48, 48).to(name) // 16
-        for mode in modes:
-            torch.cuda.set_sync_debug_mode(mode)
-            try:
-                with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                    found = sps.train_step(net, net, optimizer, scheduler, x, labels, phase, cfg)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            terms.setdefault(name, found)                               # of the first step
-    for name, value in terms["cpu"].items():
-        assert terms["cuda"][name].is_cuda
-        assert_near(terms["cuda"][name], value, 1e-3)
+    (_, on_cpu), (_, step) = (ready_step(phase, name, amp="off", micro_batch=2) for name in ("cpu", "cuda"))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        expected, found, _ = on_cpu(), step(), step()                   # the first steps load kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for name, value in expected.items():
+        assert_near(found[name], value, 1e-3)
 
 
 # ---- the paper's recipes (Sec. 6 to 8) ----
@@ -592,7 +502,7 @@ PAPER = {                                       # what differs from Cityscapes, 
     "cityscapes": ({}, 19, 228),
     "pascal": (dict(dataset="voc", train_split="trainaug", project_split="train", finetune=6000, crop=321,
                     input_scales=[0.5, 0.75], test_size=513, test_square=True), 21, 252),
-    "ade20k": (MANY | dict(dataset="ade20k", joint=60000, crop=512, scale_max=2.0, test_size=512), 150, 1800),
+    "ade20k": (MANY | dict(dataset="ade20k", joint=60000, crop=512, scale_max=2, test_size=512), 150, 1800),
     "cocostuff": (MANY | dict(dataset="cocostuff164k", joint=100000, crop=321, input_scales=[0.5, 0.75]),
                   182, 2184),
     "em": (dict(dataset="em", train_split="train-1", val_split="val-1", test_split="val-1", backbone="unet",

@@ -1,7 +1,7 @@
-"""Scribbles: common/{strokes,regions}.py, data/prepare_scribbles.py, and ScribbleView.
+"""Scribbles: common/strokes.py, data/prepare_scribbles.py, and ScribbleView.
 
-Held here: strokes are read, drawn, weakened (PFA, B.1, Fig. 8) and invented as by hand and by brute force;
-the command writes what the functions return, or nothing; a sample equals Sec. 4.2 done on the whole image.
+Held here: strokes are read, drawn, weakened (PFA, B.1, Fig. 8) and invented as worked out by hand; the
+command writes what the functions return, or nothing; a sample equals Sec. 4.2 done on the whole image.
 """
 import json
 import re
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import datasets as ds
-from common import loaders, regions, transforms
+from common import loaders, transforms
 from common import strokes as st
 from data import prepare_scribbles as prepare
 from trees import draw, message, write
@@ -58,28 +58,10 @@ def xml(width, height, drawn):
     return text + "</annotation>"
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_distances_inside_regions_equal_brute_force(seed):
-    rng = np.random.default_rng(seed)
-    ids, price = rng.integers(0, 3, (3, 3)).repeat(3, 0).repeat(3, 1)[:, :8], rng.uniform(0.1, 3, 72)
-    framed, points = np.pad(ids, 1, constant_values=-1), np.argwhere(ids >= 0)
-    for y, x in points:                                                 # to the nearest of another region
-        others = np.abs(np.argwhere(framed != ids[y, x]) - 1 - (y, x)).sum(1)
-        assert regions.depth_inside(ids)[y, x] == others.min()
-    apart, sources = np.abs(points[:, None] - points), rng.choice(np.flatnonzero(ids), 2, replace=False)
-    steps = np.hypot(*np.moveaxis(apart, 2, 0)) * (price[:, None] + price) / 2      # to 8 neighbours
-    ways = np.where((apart.max(2) < 2) & (ids.ravel()[:, None] == ids.ravel()), steps, np.inf)
-    for k in range(72):                                                 # Floyd and Warshall
-        ways = np.minimum(ways, ways[:, k:k + 1] + ways[k])
-    found = regions.geodesic_distance(ids, sources, price.reshape(ids.shape))
-    assert np.allclose(found.ravel(), ways[sources].min(0))
-
-
 def test_strokes_are_read_drawn_and_cut_by_the_border(tmp_path):
     drawn = [("cow", [(-40, 2), (4, 2)]), ("Monitor", [(9, 4)]), ("background", [(8, 0)]), ("cow", [])]
     size, lines = st.read_strokes(write(tmp_path, {"a.xml": xml(9, 5, drawn)}) / "a.xml")
     assert size == (9, 5) and [class_id for class_id, _ in lines] == [10, 20, 0]
-    assert lines[0][1].tolist() == [[-40, 2], [4, 2]]
     picture = st.draw_strokes(lines, *size)                             # 3 rows and a round end
     assert picture.dtype == np.uint8 and picture.tolist() == [
         [255] * 7 + [0, 0], [10] * 5 + [255] * 3 + [0], [10] * 6 + [255] * 3, [10] * 5 + [255] * 4,
@@ -91,25 +73,14 @@ def test_strokes_are_read_drawn_and_cut_by_the_border(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("<annotation><size>", "damaged"), ("<annotation></annotation>", "no <size>"), (None, "does not exist"),
-    (xml(0, 9, []), "proper number"), (xml("", 9, []), "damaged"), (xml(9, 9, [("cow", ["xy"])]), "damaged"),
+    ("<annotation><size>", "damaged"), (None, "does not exist"),
     (xml(30, 20, [("cow", [("nan", 1)])]), "proper number"),
     (xml(1, 1, [])[:-13] + "<object/></annotation>", "boxes"),
     (xml(30, 20, [("zebra", [(1, 1)])]), "'zebra'.* sheep"),
-    (xml(30, 20, [("cow", [(1, 1)]), ("dog", [(60, 5), (70, 9)])]), r"dog, .*\(60, 5\), .* 30 x 20")])
+    (xml(30, 20, [("dog", [(60, 5), (70, 9)])]), r"dog, .*\(60, 5\), .* 30 x 20")])
 def test_faulty_xml_files_are_named(tmp_path, text, words):
     write(tmp_path, {"a.xml": text} if text else {})
     assert re.search(f"^{tmp_path}/a.xml.*{words}", message(st.read_strokes, tmp_path / "a.xml"))
-
-
-@pytest.mark.parametrize("thickness", [1, 3, 7])
-def test_lines_are_as_wide_as_they_should_be(thickness):
-    points, drawn = wavy(0), st.draw_strokes([(1, wavy(0))], 150, 110, thickness) != 255
-    nearest, p = np.full(drawn.shape, np.inf), np.stack(np.indices(drawn.shape)[::-1], 2)
-    for a, b in zip(points, points[1:]):                                # distance to every segment
-        t = np.clip(((p - a) @ (b - a)) / ((b - a) @ (b - a)), 0, 1)
-        nearest = np.minimum(nearest, np.linalg.norm(p - a - t[..., None] * (b - a), axis=2))
-    assert drawn[nearest < thickness / 2 - 0.71].all() and not drawn[nearest > thickness / 2 + 0.71].any()
 
 
 @pytest.mark.parametrize("drop", [0.1, 0.5, 0.8])
@@ -122,13 +93,12 @@ def test_whole_strokes_are_dropped_with_the_given_probability(drop):
         assert len(st.weaken_strokes(FIVE, drop, seed=seed)) == share.sum()
         kept.append(share)
     assert np.abs(np.mean(kept, 0) - (1 - drop)).max() < 0.11           # 4 standard deviations
-    assert np.abs(np.corrcoef(np.transpose(kept)) - np.eye(5)).max() < 0.25         # each on its own
     mask = canvas(6, 8, (0, 0, 2, 0, 3), (4, 0, 2, 3, 5), (4, 2, 4, 5, 7), (0, 4, 6, 0, 8))
     assert st.strokes_of_mask(mask).tolist() == [                       # what touches with the same class
         *[[1, 1, 1, 2, 2, 0, 0, 0]] * 2, *[[0, 0, 0, 0, 0, 2, 2, 0]] * 2, *[[3] * 8] * 2]
 
 
-@pytest.mark.parametrize("mask, seed", [(DRAWN, 0), (DRAWN, 1), (ring(110, 40, 2, 6), 2)])
+@pytest.mark.parametrize("mask, seed", [(DRAWN, 0), (ring(110, 40, 2, 6), 2)])
 def test_larger_ratios_leave_part_of_what_smaller_ones_leave_from_all_to_nothing(mask, seed):
     before, ratios = mask.copy(), (0, 0.1, 0.3, 0.5, 0.8, 1)
     left = {(d, s): st.weaken(mask, d, s, seed) != 255 for d in ratios for s in ratios}
@@ -136,37 +106,30 @@ def test_larger_ratios_leave_part_of_what_smaller_ones_leave_from_all_to_nothing
         assert all(many[few].all() for (e, t), many in left.items() if e <= d and t <= s)
     assert (left[0, 0] == (mask != 255)).all() and not left[1, 0].any()
     assert len({k.sum() for k in left.values()}) > 5 and (mask == before).all()     # never the argument
-    assert (st.weaken(canvas(5, 7), 0.5, 0.5) == 255).all()             # nothing, and everything, labelled
-    assert 0 < (st.weaken(0 * canvas(5, 7), 0, 1) == 0).sum() < 35
 
 
 def test_shrinking_by_hand():
-    mask, thin = canvas(9, 111, (5, 3, 6, 5, 106)), canvas(40, 40)      # 101 x 3, its middle at x = 55
+    mask = canvas(9, 111, (5, 3, 6, 5, 106))                            # 101 x 3, its middle at x = 55
     for shrink, half in ((0.2, 40), (0.5, 25), (0.9, 5)):
         columns = np.flatnonzero((st.weaken(mask, shrink=shrink)[4] == 5))
         assert abs(columns.min() - (55 - half)) <= 1 and abs(columns.max() - (55 + half)) <= 1
         assert len(columns) == columns.max() - columns.min() + 1
     assert (st.weaken(mask, shrink=1) == canvas(9, 111, (5, 3, 6, 54, 57))).all()       # a dot of 3 x 3
-    thin[np.arange(31), np.arange(31)] = 8                              # one pixel wide: one pixel stays
-    assert np.argwhere(st.weaken(thin, shrink=1) == 8).tolist() == [[15, 15]]
     corner = np.array([(0, 0), (10, 0), (10, 30)], float)               # 40 pixels long
-    for shrink, left in ((0, corner), (0.25, [[5, 0], [10, 0], [10, 25]]), (0.75, [[10, 5], [10, 15]]),
-                         (1, [[10, 10]])):
-        assert st.central_part(corner, shrink).tolist() == np.asarray(left).tolist()
-    assert st.central_part(corner[[0, 0]], 0.5).tolist() == [[0, 0], [0, 0]]        # has no length
+    for shrink, left in ((0.25, [[5, 0], [10, 0], [10, 25]]), (0.75, [[10, 5], [10, 15]]), (1, [[10, 10]])):
+        assert st.central_part(corner, shrink).tolist() == left
 
 
-@pytest.mark.parametrize("shrink", [0.2, 0.5, 0.8, 1])
-def test_pixels_and_lines_shrink_alike_and_rings_and_forks_keep_one_piece(shrink):
-    for seed in range(3):
-        pixels, drawn = (st.draw_strokes(lines, 150, 110) for lines in (
-            [(4, wavy(seed))], st.weaken_strokes([(4, wavy(seed))], shrink=shrink)))
-        pixels, drawn = st.weaken(pixels, shrink=shrink) == 4, drawn == 4
-        assert shrink == 1 or (pixels & drawn).sum() / (pixels | drawn).sum() > 0.85
-    for mask in (ring(90, 35, 2, 3), canvas(90, 90, (3, 10, 80, 44, 47), (3, 20, 23, 44, 70))):
-        left = st.weaken(mask, shrink=shrink)
-        assert (left == 3).sum() <= (1 - shrink) * (mask == 3).sum() * 1.35 + 30
-        assert st.strokes_of_mask(left).max() == 1
+@pytest.mark.parametrize("shrink", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("seed", range(3))
+def test_pixels_and_lines_shrink_alike_and_a_ring_keeps_one_piece(seed, shrink):
+    line = [(4, wavy(seed))]
+    pixels = st.weaken(st.draw_strokes(line, 150, 110), shrink=shrink) == 4
+    drawn = st.draw_strokes(st.weaken_strokes(line, shrink=shrink), 150, 110) == 4
+    assert (pixels & drawn).sum() / (pixels | drawn).sum() > 0.85
+    whole, left = ring(90, 35, 2, 3), st.weaken(ring(90, 35, 2, 3), shrink=shrink)
+    assert (left == 3).sum() <= (1 - shrink) * (whole == 3).sum() * 1.35 + 30
+    assert st.strokes_of_mask(left).max() == 1
 
 
 @pytest.mark.parametrize("seed", [0, 7, 8])                            # in two, a stroke would cross an edge
@@ -187,13 +150,8 @@ def test_invented_strokes_run_along_the_middle_of_their_regions():
     assert x.max() - x.min() > 130 and st.strokes_of_mask(scribbles).max() == 1
     radius = np.hypot(*(np.argwhere(st.scribbles_from_mask(ring(200, 60, 15, 1), 1) == 1) - 100).T)
     assert np.abs(radius - 60).max() < 15 and np.abs(radius - 60).mean() < 6 and len(radius) > 200
-    thin, thick = ((st.scribbles_from_mask(np.zeros((100, 200), np.uint8), 0, t) == 0).sum() for t in (1, 5))
-    assert 3.5 < thick / thin < 6.5
-    for mask, found in (
-            (canvas(30, 40), set()), (canvas(500, 500, (4, 10, 490, 250, 251), (2, 3, 5, 3, 493)), {2, 4}),
-            (canvas(500, 500, (4, 10, 490, 251, 252)), {4}), (np.full((1, 50), 7, np.uint8), {7}),
-            (np.full((4, 4), 254, np.uint8), {254}), (np.full((3, 3), 5, np.uint8), set()),   # 9 are too few
-            (canvas(300, 300, (0, 0, 300, 0, 300), (1, 100, 103, 100, 103)), {0})):     # too small: 0.01 %
+    lines = canvas(500, 500, (4, 10, 490, 250, 251), (2, 3, 5, 3, 493))
+    for mask, found in ((canvas(30, 40), set()), (lines, {2, 4}), (0 * canvas(3, 3), set())):   # 9: too few
         assert set(np.unique(st.scribbles_from_mask(mask))) - {255} == found
 
 
@@ -203,7 +161,6 @@ BLACK = np.zeros((20, 30, 3))
 
 
 @pytest.mark.parametrize("argv, tree, name, expected", [
-    ("xml IN OUT", LINES, "a.png", DRAWN),
     ("xml IN OUT --classes 0 7", LINES, "a.png", np.where(np.isin(DRAWN, (0, 7)), DRAWN, 255)),
     ("weaken IN OUT --shrink 0.5", LINES, "a.png",
      st.draw_strokes(st.weaken_strokes(FIVE, 0, 0.5), 150, 110)),
@@ -220,28 +177,23 @@ def test_commands_write_index_pngs(tmp_path, monkeypatch, capsys, argv, tree, na
     assert f"class ids {' '.join(map(str, np.unique(mask[mask < 255]))) or 'none'}" in said
     if expected is not None:
         assert (mask == expected).all()
-    elif argv.startswith("points"):                                     # discs
+    elif argv.startswith("masks"):
+        full = np.where(blobs(1) == 3, 255, blobs(1))
+        assert (mask[mask != 255] == full[mask != 255]).all() and 0.001 < (mask != 255).mean() < 0.05
+    else:                                                               # discs
         for class_id, x, y in ((5, 10, 8), (0, 29, 19)):
             way = np.hypot(*(np.indices(mask.shape) - np.array([y, x]).reshape(2, 1, 1)))
             assert (mask[way <= 2] == class_id).all() and not (mask[way > 2.9] == class_id).any()
-    else:
-        full = np.where(blobs(1) == 3, 255, blobs(1))
-        assert (mask[mask != 255] == full[mask != 255]).all() and 0.001 < (mask != 255).mean() < 0.05
 
 
 @pytest.mark.parametrize("argv, tree, words", [
     ("xml NO OUT", {}, "NO is no folder"), ("weaken IN OUT", {}, "holds no file .*png or .*xml"),
     ("weaken IN OUT --drop 2", {"IN/a.png": [[0]]}, "drop 2.0 is no ratio"),
-    ("weaken IN OUT --shrink nan", {"IN/a.xml": xml(9, 9, [])}, "shrink nan is no ratio"),
     ("masks IN OUT", {"IN/a.png": [[0]], "IN/b.png": BLACK}, "b.png is a colour picture"),
-    ("points p.json OUT --images IN", {"IN/a.png": [[0]]}, "p.json does not exist"),
-    *[("points p.json OUT --images IN", {"IN/a.png": [[0]], "p.json": text}, "cannot be read as a file of")
-      for text in ("[", "[1]", '{"a": [{"x": 1, "y": 2, "cls": 255}]}')],
+    ("points p.json OUT --images IN", {"p.json": '{"a": [{"x": 1, "y": 2, "cls": 255}]}'}, "cannot be read"),
     ("points p.json OUT --images IN", {"IN/a.png": [[0]], "p.json": '{"z": []}'}, "names none .* has z"),
-    ("points p.json OUT --images IN --radius -1", {"p.json": "{}"}, "--radius -1"),
-    ("weaken IN OUT", {"IN/a.png": [[0]], "OUT/mine.txt": "x"}, "OUT exists and is not an empty folder"),
-    ("weaken IN OUT", {"IN/a.png": [[0]], "OUT/unfinished/x": "x"}, "cut short")])
-def test_mistakes_are_one_sentence_and_leave_nothing_behind(tmp_path, monkeypatch, capsys, argv, tree, words):
+    ("weaken IN OUT", {"IN/a.png": [[0]], "OUT/mine.txt": "x"}, "OUT exists and is not an empty folder")])
+def test_mistakes_are_one_sentence_and_leave_nothing(tmp_path, monkeypatch, capsys, argv, tree, words):
     monkeypatch.chdir(write(tmp_path, tree | {"IN/x.txt": ""}))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as caught:
@@ -250,42 +202,25 @@ def test_mistakes_are_one_sentence_and_leave_nothing_behind(tmp_path, monkeypatc
     assert caught.value.code == 2 and re.search(words, *text) and sorted(tmp_path.rglob("*")) == before
 
 
-def folder_of(root, masks, classes=4):
+def folder_of(root, masks):
     """The `folder` layout with these masks (H,W) in train; images show 20 plus 10 times the mask's value."""
     tree = {f"masks/train/p{i}.png": mask for i, mask in enumerate(masks)}
     tree |= {f"images/train/p{i}.png": np.repeat(np.where(mask == 255, 0, 20 + 10 * mask)[..., None], 3, 2)
              for i, mask in enumerate(masks)}
-    write(root, tree | {"classes.txt": "".join(f"class{c}\n" for c in range(classes))})
+    write(root, tree | {"classes.txt": "class0\nclass1\nclass2\nclass3"})
     return ds.open_dataset("folder", root, "train")
 
 
-def test_weaker_scribbles_are_those_of_the_command_and_each_image_has_its_own_luck(tmp_path):
-    data = folder_of(tmp_path, [DRAWN] * 4, classes=10)
-    prepare.main(f"weaken {tmp_path}/masks {tmp_path}/out --drop 0.4 --shrink 0.3 --seed 2".split())
-    weaker = ds.WeakerScribbles(data, 0.4, 0.3, seed=2)
-    again = ds.open_dataset("folder", tmp_path, "train", mask_dir="out")
-    for i in range(4):
-        weaker.read_mask(i)[:] = 0                                      # a copy: the next is not spoilt
-        image, mask = weaker.read(i)
-        assert torch.equal(again.read_mask(i), mask) and torch.equal(image, data.read(i)[0])
-    assert (weaker.name, weaker.split, weaker.classes, len(weaker)) == ("folder", "train", data.classes, 4)
-    assert len({weaker.read_mask(i).numpy().tobytes() for i in range(4)}) > 1
-    assert re.match("shrink 1.01 is no ratio", message(ds.WeakerScribbles, data, shrink=1.01))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_survey_by_hand_and_scribbles_that_teach_nothing_are_refused(tmp_path, workers):
+def test_survey_by_hand_and_scribbles_that_teach_nothing_are_refused(tmp_path):
     masks = [canvas(4, 5, (0, 0, 1, 0, 5), (2, 2, 3, 0, 4)), canvas(4, 5), canvas(4, 5, (0, 1, 3, 1, 2)),
              canvas(4, 5, (2, 0, 1, 0, 1), (3, 1, 2, 0, 1))]
-    found = loaders.survey_scribbles(folder_of(tmp_path / "a", masks), workers)
+    found = loaders.survey_scribbles(folder_of(tmp_path / "a", masks), workers=1)
     assert found.pop("images").tolist() == [2, 0, 2, 1]
     assert found == {"empty": ["p1"], "background_only": ["p2"], "labelled": pytest.approx(100 * 13 / 80)}
     for mask, words in ((canvas(4, 5), "p0.png, hold nothing but 255 .*class ids along the strokes"),
                         (0 * canvas(4, 5), "p0.png, hold only class 0, class0.* write 255")):
         data = folder_of(tmp_path / "b", [mask, canvas(4, 5)])
-        assert re.search(words, message(loaders.survey_scribbles, data, workers))
-    one_class = folder_of(tmp_path / "c", [0 * canvas(4, 5)], classes=1)
-    assert loaders.survey_scribbles(one_class)["images"].tolist() == [1]    # there is no other
+        assert re.search(words, message(loaders.survey_scribbles, data))
 
 
 def bilinear_at(image, y, x):
@@ -342,13 +277,4 @@ def test_a_sample_equals_the_pipeline_of_the_paper_on_whole_images(tmp_path, opt
         assert np.abs(sample["image"].permute(1, 2, 0).numpy() - want).max() < 2e-4
         assert (sample["mask"].numpy() != want_mask).mean() < 2e-3      # ties of rounding
         assert sample["classes"].tolist() == [c in mask for c in range(4)]  # of the whole image
-    batch, side = next(iter(loaders.train_loader(view, 2, 0, 0, 1, 0, "cpu"))), options["crop"]
-    assert batch["classes"].shape == (2, 4) and batch["image"].shape == (2, 3, side, side)
-    assert batch["mask"].shape == (2, side, side) and batch["mask"].dtype == torch.int64
-
-
-def test_thin_strokes_survive_half_the_size():
-    image, mask = torch.zeros(3, 110, 150, dtype=torch.uint8), torch.from_numpy(DRAWN)
-    half = transforms.augment_scribble(image, mask, 0, 80, (0.5, 0.5), rotation=0.0, blur=False)[1].numpy()
-    strokes = st.strokes_of_mask(half)
-    assert sorted(half[strokes == n][0] for n in range(1, strokes.max() + 1)) == [0, 2, 7, 7, 9]
+        assert sample["mask"].dtype == torch.int64
