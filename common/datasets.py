@@ -10,9 +10,9 @@ import torch
 from torchvision.datasets import Cityscapes
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from common import strokes, toy_scenes
-from common.files import (IGNORE, IMAGE_ENDINGS, files_in, listing, opened, read_image, read_index_map,
-                          read_list, read_values)
+from common import figures, strokes, toy_scenes
+from common.files import (IGNORE, IMAGE_ENDINGS, check_names, composed, files_in, listing, opened, others_in,
+                          read_image, read_index_map, read_list, read_values, size_and_turn, tell_unread)
 from common.loaders import mixed_seed
 from common.run import UserError
 
@@ -149,6 +149,8 @@ def pair_files(name, root, images, masks, names=None, tail="", image_tail="", en
             raise layout_error(name, root, f"the folder {folder}/ is missing")
     image_of = files_in(root / images, IMAGE_ENDINGS, image_tail)
     mask_of = files_in(root / masks, (ending,), tail)
+    others = others_in(root / images)
+    tell_unread(root / images, others if names is None else [name for name in others if name[-1] != "/"])
     stems = list(image_of) if names is None else []
     for line in names or ():
         readings = (line, Path(line).stem, Path(line.split()[0]).stem)
@@ -161,9 +163,11 @@ def pair_files(name, root, images, masks, names=None, tail="", image_tail="", en
                            f"as {missing[0]}")
     unmasked = [stem for stem in stems if stem not in mask_of]
     if unmasked:
+        wanted = unmasked[0] + tail
+        found = [file for file in others_in(root / masks, (ending,)) if Path(composed(file)).stem == wanted]
         raise layout_error(name, root, f"{len(unmasked)} of {len(stems)} images have no mask, such as "
-                           f"{image_of[unmasked[0]]}, whose mask would be "
-                           f"{masks}/{unmasked[0]}{tail}{ending}")
+                           f"{image_of[unmasked[0]]}, whose mask would be {masks}/{wanted}{ending}"
+                           + "".join(f" ({file} is there, but masks are {ending})" for file in found[:1]))
     return [(image_of[stem], mask_of[stem]) for stem in stems]
 
 
@@ -224,7 +228,7 @@ def em_files(root, split):
     if volume.is_file():
         if not labels.is_file():
             raise layout_error("em", root, "train-labels.tif is missing")
-        with opened(volume) as images, opened(labels) as masks:
+        with opened(volume, 0) as images, opened(labels, 0) as masks:
             count, mask_count = images.n_frames, masks.n_frames
         if count != mask_count:
             raise UserError(f"{volume} has {count} pages, but {labels} has {mask_count}: every image needs "
@@ -299,25 +303,36 @@ def folder_files(root, split, mask_dir):
     usual = "masks" if (root / "masks").is_dir() or not (root / "labels").is_dir() else "labels"
     masks = mask_folder(root, mask_dir) if mask_dir else usual
     if (root / "images" / split).is_dir():
+        tell_unread(root / "images", [name for name in others_in(root / "images", ()) if name[-1] != "/"])
         flat = mask_dir and (root / masks).is_dir() and not (root / masks / split).is_dir()
         return pair_files("folder", root, f"images/{split}", masks if flat else f"{masks}/{split}")
     return pair_files("folder", root, "images", masks, read_list(root / f"{split}.txt"))
 
 
-def folder_classes(root):
-    """Names from ROOT/classes.txt, one a line: "0 sky" or just "sky"; a line for id 255 is passed over."""
+def folder_classes(root, unlabelled=IGNORE):
+    """Names from ROOT/classes.txt, one a line: "0 sky" or just "sky". A number is the value in the masks;
+    lines of 255 and `unlabelled`, and those that begin with #, are passed over. UserError: numbers with a
+    gap or not in all lines, a name twice."""
     path = root / "classes.txt"
     if not path.is_file():
         raise layout_error("folder", root, "classes.txt is missing (one class a line, in order of the ids)")
-    lines = read_list(path)
-    if all(line.split()[0].isdigit() for line in lines):
-        lines = [line for line in lines if int(line.split()[0]) != IGNORE]
-        ids = [int(line.split()[0]) for line in lines]
-        if ids != list(range(len(ids))):
-            raise UserError(f"{path}: the ids must be 0, 1, 2, ... without a gap, but are {str(ids)[1:-1]}.")
-        lines = [line.split(maxsplit=1)[-1] for line in lines]
-    if not 1 <= len(lines) <= 255:
-        raise UserError(f"{path} names {len(lines)} classes: there must be 1 to 255, one a line.")
+    lines = [line for line in read_list(path) if not line.startswith("#")]
+    numbered = [re.match(r"(\d+)(?:[\s,;:]+(.*))?$", line) for line in lines]
+    if any(numbered) and not all(numbered):
+        odd = lines[numbered.index(None)]
+        raise UserError(f"{path}: some lines begin with a number, but {odd!r} does not: begin all of them "
+                        "with the value in the masks, or none.")
+    if numbered and all(numbered):
+        numbered = [found for found in numbered if int(found[1]) not in (IGNORE, unlabelled)]
+        ids = [int(found[1]) for found in numbered]
+        if ids != [value for value in range(len(ids) + 1) if value != unlabelled][:len(ids)]:
+            raise UserError(f"{path}: the ids must be 0, 1, 2, ... without a gap, but are {str(ids)[1:-1]}; "
+                            "a value that means unlabelled can be left out: --ignore.")
+        lines = [found[2] or found[1] for found in numbered]
+    most = 254 if unlabelled < IGNORE else 255
+    if not 1 <= len(lines) <= most:
+        raise UserError(f"{path} names {len(lines)} classes: there must be 1 to {most}, one a line.")
+    check_names(path, lines)
     return lines
 
 
@@ -356,17 +371,39 @@ class SegmentationSet:
         if path.suffix.lower() == ".xml":
             (width, height), drawn = strokes.read_strokes(path)
             return torch.from_numpy(strokes.draw_strokes(drawn, width, height))
-        return read_index_map(path, self.num_classes, self.unlabelled)
+        hint = "; a value that means unlabelled can be left out: --ignore" * (self.name == "folder")
+        return read_index_map(path, self.num_classes, self.unlabelled, hint)
 
     def read(self, i):
         """Image uint8 (3,H,W), mask uint8 (H,W). UserError: damaged file, sizes differ, values no ids."""
+        mask = self.read_mask(i)
+        self.check_size(i, mask)
+        path, _, *page = self.paths[i]
+        return read_image(path, *page), mask
+
+    def label_counts(self, i):
+        """int64 (256,): how many pixels of mask i have each value. UserError as read; decodes no image."""
+        return self.counts_and_size(i)[:-2]
+
+    def counts_and_size(self, i):
+        """int64 (258,): label_counts, and height and width."""
+        mask = self.read_mask(i)
+        self.check_size(i, mask)
+        return torch.cat([torch.bincount(mask.flatten(), minlength=256), torch.tensor(mask.shape)])
+
+    def check_size(self, i, mask):
+        """UserError if image i has another size than its mask (H,W), or a camera's rotation mark that the
+        sizes do not show: was the mask drawn on the turned image?"""
         path, mask_path, *page = self.paths[i]
-        image, mask = read_image(path, *page), self.read_mask(i)
-        if image.shape[1:] != mask.shape:
-            (h, w), (mask_h, mask_w) = image.shape[1:], mask.shape
-            raise UserError(f"{path} is {w} x {h} pixels, but its mask {mask_path} is {mask_w} x {mask_h}: "
-                            "both must have the same size.")
-        return image, mask
+        (height, width), turn = size_and_turn(path, *page)
+        if (height, width) != mask.shape:
+            turned = f", turned by its rotation mark (EXIF orientation {turn})," if turn != 1 else ""
+            raise UserError(f"{path} is {width} x {height} pixels{turned} but its mask {mask_path} is "
+                            f"{mask.shape[1]} x {mask.shape[0]}: both must have the same size.")
+        if turn in range(2, 5) or turn != 1 and height == width:
+            raise UserError(f"{path} has a rotation mark (EXIF orientation {turn}), and its size does not "
+                            f"tell whether its mask {mask_path} is turned too: save the image turned, "
+                            "without the mark.")
 
 
 class ToyScenes(SegmentationSet):
@@ -388,6 +425,9 @@ class ToyScenes(SegmentationSet):
     def read_mask(self, i):
         return self.read(i)[1]
 
+    def check_size(self, i, mask):
+        pass                                                            # drawn together
+
 
 class WeakerScribbles(SegmentationSet):
     """`data` with scribble-drop and scribble-shrink (PFA, Fig. 8) at the ratios `drop` and `shrink`, 0 to 1.
@@ -398,7 +438,7 @@ class WeakerScribbles(SegmentationSet):
 
     def __init__(self, data, drop=0.0, shrink=0.0, seed=0):
         strokes.check_ratios(drop, shrink)
-        super().__init__(data.name, data.split, data.classes, data.paths, names=data.names)
+        super().__init__(data.name, data.split, data.classes, data.paths, data.unlabelled, data.names)
         self.data, self.drop, self.shrink, self.seed = data, drop, shrink, seed
         self.kept = [None] * len(data)                                  # [(height, width), bytes]
 
@@ -410,15 +450,19 @@ class WeakerScribbles(SegmentationSet):
         shape, packed = self.kept[i]
         return torch.frombuffer(bytearray(zlib.decompress(packed)), dtype=torch.uint8).view(shape)
 
+    def check_size(self, i, mask):
+        self.data.check_size(i, mask)
+
     def read(self, i):
         return self.data.read(i)[0], self.read_mask(i)
 
 
-def open_dataset(name, root, split, seed=0, mask_dir=""):
+def open_dataset(name, root, split, seed=0, mask_dir="", ignore=None):
     """Data set `name` of DATASETS in the folder `root` -> SegmentationSet, its layout checked.
 
     split: one of SPLITS[name]. seed: of toy_scenes, whose root is "". mask_dir: other masks for the train
     splits: a folder below ROOT or anywhere else (voc, voc_scribble, folder), or "scribbles" of toy_scenes.
+    ignore: value of unlabelled pixels in the masks, besides 255 (folder).
     UserError says what is missing, what was found, and where the data come from.
     """
     if name not in SPLITS:
@@ -430,6 +474,9 @@ def open_dataset(name, root, split, seed=0, mask_dir=""):
     takes_any = name in ("voc", "voc_scribble", "folder")
     if mask_dir and not takes_any and (name, mask_dir) != ("toy_scenes", "scribbles"):
         raise UserError(f"{name} has no masks {mask_dir!r}: leave the option out.")
+    if ignore is not None and name != "folder":
+        raise UserError(f"--ignore {ignore} is for --dataset folder: leave it out, as it is known which "
+                        f"pixels of {name} are unlabelled.")
     if not split.startswith("train"):
         mask_dir = ""                                                   # always scored on the full masks
     if name == "toy_scenes":
@@ -441,11 +488,19 @@ def open_dataset(name, root, split, seed=0, mask_dir=""):
         raise UserError(f"{name} needs a folder (--data ROOT): {TREES[name][0]}; source: {TREES[name][1]} "
                         "(see data/README.md).")
     root = Path(root).expanduser()
+    unlabelled = UNLABELLED.get(name, IGNORE) if ignore is None else ignore
     paths = PAIRS[name](root, split, mask_dir) if takes_any else PAIRS[name](root, split)
-    classes = folder_classes(root) if name == "folder" else CLASSES[name]
-    return SegmentationSet(name, split, classes, paths, UNLABELLED.get(name, IGNORE))
+    classes = folder_classes(root, unlabelled) if name == "folder" else CLASSES[name]
+    figures.know_classes(classes)
+    return SegmentationSet(name, split, classes, paths, unlabelled)
 
 
-def num_classes_of(name, root, split):
-    """N of a data set, which is only opened if it is `folder`, the one whose classes stand in a file."""
-    return NUM_CLASSES[name] if name in NUM_CLASSES else open_dataset(name, root, split).num_classes
+def open_split(cfg, split):
+    """A split of the data set that the options dataset, data and ignore name."""
+    return open_dataset(cfg.dataset, cfg.data, split, ignore=cfg.ignore)
+
+
+def num_classes_of(cfg):
+    """N of the data set of cfg, which is only opened if it is `folder`, whose classes stand in a file."""
+    name = cfg.dataset
+    return NUM_CLASSES[name] if name in NUM_CLASSES else open_split(cfg, cfg.train_split).num_classes

@@ -2,7 +2,9 @@
 
 An image is a uint8 tensor (3,H,W), RGB, 0..255. The save_* functions write PNG files, legible at 100 %.
 """
+import functools
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -132,10 +134,41 @@ def framed(image, box):
     return thumbnail(draw_box(image, frame, width=max(2, image.shape[2] // 120)))
 
 
+# ---- texts: the font of the figures has hardly more than ASCII ----
+
+NAMES = []                                                                # of all classes, if it lacks one
+
+
+@functools.lru_cache(maxsize=None)
+def has_glyph(character):
+    """Can the font draw it, or only a box?"""
+    def drawn(text):
+        mask = ImageFont.load_default(size=15).getmask(text)
+        return mask.size, bytes(mask)
+    return character.isascii() or drawn(character) != drawn("\U0010ffff")
+
+
+def know_classes(classes):
+    """The names of the classes of a run: where the font lacks one, figures show its id, and class_names.txt
+    beside them tells all names."""
+    NAMES[:] = [] if all(map(has_glyph, "".join(classes))) else classes
+
+
+def drawable(text):
+    """The text with ids for names of classes that the font lacks, and ? for all else that it lacks."""
+    if all(map(has_glyph, text)):
+        return text
+    for name in sorted(NAMES, key=len, reverse=True):                     # "tall house" before "house"
+        if not all(map(has_glyph, name)):
+            text = text.replace(name, f"class {NAMES.index(name)}")
+    return "".join(character if has_glyph(character) else "?" for character in text)
+
+
 # ---- pieces: a figure is a stack of Pillow images ----
 
 def clip(text, font, width):
-    """The text, ended with "..." where it would be wider than `width` pixels."""
+    """The text as `drawable`, ended with "..." where it would be wider than `width` pixels."""
+    text = drawable(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
@@ -146,7 +179,7 @@ def clip(text, font, width):
 def text_piece(text, width, size=15, max_lines=2):
     """Text wrapped to `width` pixels; what does not fit into max_lines is cut. Height 0 without text."""
     font, lines = ImageFont.load_default(size=size), []
-    for word in text.split():
+    for word in drawable(text).split():
         if lines and (len(lines) == max_lines or font.getlength(f"{lines[-1]} {word}") <= width):
             lines[-1] += " " + word
         else:
@@ -213,7 +246,7 @@ def histogram_piece(heading, bars, edges, ticks, colour):
 
 
 def save_stack(path, pieces, gap=8):
-    """Pieces below each other on white -> PNG."""
+    """Pieces below each other on white -> PNG, and class_names.txt where know_classes says so."""
     pieces = [piece for piece in pieces if piece.height > 0]
     size = max(piece.width for piece in pieces) + 2 * gap, sum(piece.height + gap for piece in pieces) + gap
     canvas, y = Image.new("RGB", size, "white"), gap                      # y: where the next piece starts
@@ -221,6 +254,9 @@ def save_stack(path, pieces, gap=8):
         canvas.paste(piece, (gap, y))
         y += piece.height + gap
     write_png(path, canvas)
+    if NAMES:
+        with replacing(Path(path).parent / "class_names.txt") as file:
+            file.writelines(f"{c} {name}\n" for c, name in enumerate(NAMES))
 
 
 def write_png(path, picture):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import run
-from common.backbones import EXTRACTORS, build_extractor
+from common.backbones import EXTRACTORS, build_extractor, check_side
+from common.files import composed
 from common.loaders import TestView, to_device, train_loader
 from common.metrics import mean_average_precision
 from common.run import RunConfig, UserError, opt
@@ -41,24 +42,37 @@ class ClassifierConfig(RunConfig):
                                "layer learns 10 times as fast", above=0)
 
 
+def check_classifier(cfg):
+    """UserError if the classifier cannot be trained on so small images."""
+    if cfg.train_classifier:
+        name = cfg.classifier_backbone
+        check_side(lambda: build_extractor(name), cfg.classifier_size, "--classifier-size", name,
+                   run.batch_of_process(cfg))
+
+
 # ---- files of scores -------------------------------------------------------------------------------------
+
+def key_of(name):
+    """An image's name as a key of a file of scores: accents as `composed`, what is no UTF-8 as its code."""
+    return composed(name).encode("utf-8", "backslashreplace").decode("utf-8")
+
 
 def read_scores(path, names, num_classes):
     """--class-scores FILE -> {image name: (N,) float32}, background 1. UserError: a name without scores."""
     N = num_classes
     try:
         with np.load(path, allow_pickle=False) as file:
-            rows = {name: file[name] for name in file.files}
+            rows = {composed(name): file[name] for name in file.files}
     except Exception as error:                           # numpy raises many types for a wrong file
         raise UserError(f"--class-scores {path} cannot be read ({error}): an .npz file is needed, written "
                         "by numpy.savez(path, **{image name: scores}).") from None
-    missing = [name for name in names if name not in rows]
+    missing = [name for name in names if key_of(name) not in rows]
     if missing:
         raise UserError(f"--class-scores {path} lacks {len(missing)} of {len(names)} images, such as "
                         f"{missing[0]}: its keys must be the images' names without ending.")
     scores = {}
     for name in names:
-        row = rows[name]
+        row = rows[key_of(name)]
         if row.shape not in ((N,), (N - 1,)) or row.dtype.kind not in "fiu" or not np.isfinite(row).all():
             raise UserError(f"--class-scores {path} holds {row.dtype} of shape {row.shape} for {name}: {N} "
                             f"finite numbers are needed, one a class, or {N - 1} without the background.")
@@ -138,8 +152,9 @@ def train_classifier(cfg, data, machine):
         with run.autocast(device, cfg.amp):
             logits = model(x)
         optimizer.zero_grad(set_to_none=True)
-        F.binary_cross_entropy_with_logits(logits.float(), classes[:, 1:].float()).backward()
-        optimizer.step()
+        loss = F.binary_cross_entropy_with_logits(logits.float(), classes[:, 1:].float())
+        run.backward(loss, optimizer, cfg.amp)
+        run.step(optimizer)
         scheduler.step()
         if run.due(iteration, cfg.save_every, cfg.classifier_iterations):
             run.save_checkpoint(path, parts, dict(iteration=iteration, classes=data.classes))
@@ -160,7 +175,7 @@ def scores_of_classifier(cfg, train_set, test_set, machine):
         path = Path(cfg.out) / f"class_scores-{test_set.split}.npz"
         with run.replacing(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
             for name, row in scores.items():             # numpy.savez would refuse an image called "file"
-                with archive.open(f"{name}.npy", "w") as entry:
+                with archive.open(f"{key_of(name)}.npy", "w") as entry:
                     np.lib.format.write_array(entry, row.numpy())
     return scores
 

@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from common import toy_birds
+from common import figures, toy_birds
 from common.datasets import layout_error
-from common.files import list_images, read_image, read_list
+from common.files import check_names, composed, images_in, others_in, read_image, read_list, tell_unread
 from common.loaders import mixed_seed
 from common.run import UserError
 from common.transforms import normalise, seeded
@@ -165,7 +165,7 @@ def cub_items(root, full_images):
     files = read_table(root, "images.txt")               # {image id: CLASS/NAME.jpg}
     classes = read_table(root, "classes.txt")            # {class id: name}
     images = root / "images"
-    existing = {path.relative_to(images).as_posix() for path in images.glob("*/*")}
+    existing = {composed(path.relative_to(images).as_posix()): path for path in images.glob("*/*")}
     missing = [file for file in files.values() if file not in existing]
     if missing:
         raise layout_error("cub", root, f"images/ lacks {len(missing)} of {len(files)} images of "
@@ -182,9 +182,10 @@ def cub_items(root, full_images):
         if key not in label_of or mark not in (0, 1):
             raise UserError(f"image {i} of {root} has class {key:g} and split mark {mark:g}: the class must "
                             "stand in classes.txt, the mark must be 1 (train) or 0 (test).")
-        items["train" if mark else "test"].append((images / file, label_of[key], box_of.get(i),
+        items["train" if mark else "test"].append((existing[file], label_of[key], box_of.get(i),
                                                    parts_of.get(i, ())))
     names = [re.sub(r"^\d+\.", "", name).replace("_", " ") for name in classes.values()]
+    check_names(root / "classes.txt", names)
     for part in items:
         empty = sorted(set(range(len(names))) - {item[1] for item in items[part]})
         if empty:
@@ -199,15 +200,21 @@ def folder_items(name, root, parts):
     for part in parts:
         if not (root / part).is_dir():
             raise layout_error(name, root, f"the folder {part}/ is missing", TREES)
-        classes[part] = sorted(folder.name for folder in (root / part).glob("[!.]*") if folder.is_dir())
-        if not classes[part]:
+        folders = sorted((composed(folder.name), folder) for folder in (root / part).glob("[!.]*")
+                         if folder.is_dir())
+        classes[part] = [label for label, _ in folders]
+        if not folders:
             raise layout_error(name, root, f"{part}/ must hold a folder for each class, but has none", TREES)
+        check_names(root / part, classes[part])
         odd = sorted(set(classes[part]) ^ set(classes[parts[0]]))
         if odd:
             raise layout_error(name, root, f"only one of {parts[0]}/ and {part}/ has the class {odd[0]} "
                                f"({len(odd)} such classes)", TREES)
-        items[part] = [(path, label, None, ()) for label, folder in enumerate(classes[part])
-                       for path in list_images(root / part / folder)]
+        items[part] = [(path, label, None, ()) for label, (_, folder) in enumerate(folders)
+                       for path in images_in(folder)]
+        unread = [file for file in others_in(root / part, ()) if file[-1] != "/"]      # in no class's folder
+        unread += [f"{folder.name}/{file}" for _, folder in folders for file in others_in(folder)]
+        tell_unread(root / part, unread)
     return classes[parts[0]], items
 
 
@@ -217,14 +224,15 @@ def share_of_training(items, classes, split, seed, val_fraction):
     """The items of split train or val: of every class val_fraction (rounded, at least one) are val."""
     if val_fraction == 0:
         if split == "val":
-            raise UserError("the split val is empty with val_fraction 0: choose a fraction up to 0.5.")
+            raise UserError("val_fraction 0 leaves no image to choose by: give --val-fraction up to 0.5, or "
+                            "--select-on-test.")
         return items
     val = set()                                          # places in items
     for label, name in enumerate(classes):
         members = [i for i, item in enumerate(items) if item[1] == label]
         if len(members) < 2:
             raise UserError(f"the class {name} has a single training image, so none can be set apart for "
-                            "val: add images, take the class out, or set val_fraction to 0.")
+                            "val: add images, take the class out, or give --select-on-test instead.")
         generator = torch.Generator().manual_seed(mixed_seed(seed, "val", label))
         order = torch.randperm(len(members), generator=generator).tolist()
         count = max(1, int(val_fraction * len(members) + 0.5))
@@ -264,6 +272,7 @@ def open_images(name, root, split, seed=0, val_fraction=0.1, full_images=False):
         classes, items = folder_items(name, root, ["train", "test", *val_folder])
     if split != "test" and "val" not in items:
         items[split] = share_of_training(items["train"], classes, split, seed, val_fraction)
+    figures.know_classes(classes)
     if name == "toy_birds":
         return ToyBirds(split, items[split], part)
     return ImageSet(name, split, classes, items[split], part_names)

@@ -1,4 +1,4 @@
-"""What a network sees of a data set: views, the order of the samples, loaders; and surveys of the masks.
+"""What a network sees of a data set: views, the order of the samples, loaders.
 
 All that is random about a training sample comes from torch's CPU generator, with a seed of the sample's own:
 they are the same for any number of workers, and a resumed run goes on with the batches it would have had.
@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.files import IGNORE
 from common.run import UserError
 from common.transforms import augment, augment_scribble, normalise, resize_whole, seeded
 
@@ -85,7 +84,8 @@ class TestView(Dataset):
 def mixed_seed(*numbers):
     """Integers -> one 56-bit seed. A hash, so that neighbouring numbers give unrelated seeds."""
     text = " ".join(map(str, numbers))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+    content = text.encode("utf-8", "surrogatepass")         # of file names that are no UTF-8, too
+    return int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little")
 
 
 class BatchesFrom(Sampler):
@@ -168,39 +168,3 @@ def share_of_ranks(count):
     mean = mine / dist.get_world_size()
     dist.all_reduce(mean)
     return mine / mean.clamp(min=1e-6)
-
-
-# ---- surveys of the masks --------------------------------------------------------------------------------
-
-def counts_of_masks(data, workers=0):
-    """Of each mask in turn: int64 (256,), how many pixels have each value."""
-    for mask in DataLoader(range(len(data)), batch_size=None, collate_fn=data.read_mask, num_workers=workers,
-                           generator=torch.Generator()):
-        yield torch.bincount(mask.flatten(), minlength=256)
-
-
-def pixel_counts(data, workers=0):
-    """int64 (N,): labelled pixels per class over the split; reads the masks only."""
-    return sum(counts_of_masks(data, workers))[:data.num_classes]
-
-
-def survey_scribbles(data, workers=0):
-    """What the scribbles of a split label; reads the masks only.
-
-    -> dict: images int64 (N,) that label each class; empty, background_only: names of images that label
-    nothing, or only class 0; labelled: percent of the pixels. UserError where all masks are such.
-    """
-    counts = torch.stack(list(counts_of_masks(data, workers)))                      # (images,256)
-    labels = counts[:, :data.num_classes] > 0                                       # (images,N)
-    objects = labels[:, 1:] if data.num_classes > 1 else labels
-    if not objects.any():
-        content = f"only class 0, {data.classes[0]}" if labels.any() else "nothing but 255 (unlabelled)"
-        example = f", such as {data.paths[0][1]}," if data.paths else ""
-        raise UserError(f"{data.name} {data.split}: all {len(data)} masks{example} hold {content}; scribble "
-                        "masks hold the class ids along the strokes of the background (0) and of the "
-                        "objects: pass the folder of such masks, and write 255 at all other pixels.")
-    empty = ~labels.any(1)                                                          # (images,)
-    background = labels[:, 0] & ~labels[:, 1:].any(1)
-    return {"images": labels.sum(0), "empty": [data.name_of(i) for i in empty.nonzero().flatten().tolist()],
-            "background_only": [data.name_of(i) for i in background.nonzero().flatten().tolist()],
-            "labelled": 100 * counts[:, :IGNORE].sum().item() / counts.sum().item()}

@@ -10,17 +10,21 @@ keypoints(i)  float32 (K,4): class id, part id, x, y: whole pixels inside the im
 part_map(i)   uint8 (H,W) part ids, 0 = no part; None for a keypoint file and where not has(i)
 """
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from common import toy_scenes
 from common.datasets import CLASSES
-from common.files import IGNORE, listing, load_picture
+from common.files import IGNORE, composed, listing, load_picture
 from common.regions import connected_components
 from common.run import UserError
 
+CHECKED = []                                 # files of check_parts: the rows of a table share them
 # Names of the parts in the order of their ids. "engine*10": the files number the engines of an image with
 # ten ids in a row, which are all read as this one part.
 HUMAN, VEHICLE = "torso head arm leg", "window wheel light license_plate chassis"
@@ -85,10 +89,10 @@ def panoptic_files(data, path):
     """The label file of each image, None for an image without one; UserError if all have none."""
     inner, tail = FILES[data.name]
     folder = path / inner if (path / inner).is_dir() else path
-    stems = [data.name_of(i).removesuffix("_leftImg8bit") for i in range(len(data))]
+    stems = [composed(data.name_of(i)).removesuffix("_leftImg8bit") for i in range(len(data))]
     file_of = {}                                         # stem -> label file
     for file in sorted(folder.rglob(f"*{tail}")):
-        stem = file.name.removesuffix(tail)
+        stem = composed(file.name.removesuffix(tail))
         if stem in file_of and stem in stems:
             raise UserError(f"--parts {path} holds both {file_of[stem]} and {file}: keep one of them, or "
                             "pass the folder of one.")
@@ -128,10 +132,10 @@ def read_keypoint_file(path):
     """-> {category name: keypoint names}, {stem of every image: [(category name, points (K,3): x, y,
     visible)]}. UserError for a damaged file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         categories = {entry["id"]: (str(entry["name"]), [str(name) for name in entry["keypoints"]])
                       for entry in content["categories"]}
-        stem_of = {str(number): Path(name).stem for number, name in content["images"].items()}
+        stem_of = {str(number): composed(Path(name).stem) for number, name in content["images"].items()}
         noted = {stem: [] for stem in stem_of.values()}
         for annotation in content["annotations"]:
             category, names = categories[annotation["category_id"]]
@@ -207,6 +211,10 @@ class PanopticParts(PartMaps):
                             "label files that belong to these images.")
         return self.part_of[semantic, part] * (self.class_of[semantic] == mask), mask
 
+    def check(self, i):
+        """UserError as read; returns nothing, for a loader."""
+        self.read(i)
+
 
 class KeypointParts:
     """Keypoints in the JSON format of Animal-Pose; a category is the class of `data` with the same name."""
@@ -217,21 +225,21 @@ class KeypointParts:
         if not known:
             raise UserError(f"{path}: no category ({', '.join(categories) or 'none there'}) is a class of "
                             f"{data.name}: name them like its classes ({', '.join(data.classes)}).")
-        if not any(data.name_of(i) in noted for i in range(len(data))):
+        self.data, self.noted = data, noted
+        if not any(map(self.has, range(len(data)))):
             raise UserError(f"{path} lists none of the {len(data)} images of {data.name} {data.split}: "
                             f"looked for names such as {data.name_of(0)}, but it has "
                             f"{', '.join(list(noted)[:3]) or 'none'}; pass the file of these images.")
-        self.data, self.noted = data, noted
         self.part_names = list(dict.fromkeys(name for names in known.values() for name in names))
         self.num_parts = len(self.part_names)
         self.classes = sorted(data.classes.index(name) for name in known)
         self.ids = {c: [self.part_names.index(name) + 1 for name in names] for c, names in known.items()}
 
     def has(self, i):
-        return self.data.name_of(i) in self.noted
+        return composed(self.data.name_of(i)) in self.noted
 
     def keypoints(self, i):
-        noted = self.noted.get(self.data.name_of(i), ())
+        noted = self.noted.get(composed(self.data.name_of(i)), ())
         rows = np.array([(self.data.classes.index(category), part, x, y)
                          for category, points in noted if category in self.ids
                          for part, (x, y, visible) in zip(self.ids[category], points) if visible > 0])
@@ -266,8 +274,15 @@ def open_parts(data, path=""):
     return KeypointParts(data, path) if keypoint_file else PanopticParts(data, path)
 
 
-def check_parts(data, path=""):
-    """UserError now, not after the training, if these parts cannot be read."""
-    parts = open_parts(data, path)
-    if parts is not None:
-        parts.keypoints(next(i for i in range(len(data)) if parts.has(i)))
+def check_parts(data, cfg):
+    """UserError now, not after the training, if a part file of these images cannot be read.
+    cfg: parts, workers."""
+    parts = open_parts(data, cfg.parts)
+    if isinstance(parts, PanopticParts) and parts.files not in CHECKED:
+        with_files = [i for i in range(len(data)) if parts.has(i)]
+        loader = DataLoader(with_files, batch_size=None, collate_fn=parts.check, num_workers=cfg.workers,
+                            generator=torch.Generator())
+        other = os.environ.get("RANK", "0") != "0" or None              # a process that shows no bar
+        for _ in tqdm(loader, "read part files", leave=False, disable=other):
+            pass
+        CHECKED.append(parts.files)

@@ -4,10 +4,12 @@ A predictor is the script's Predictor: a trained network (net, with its method p
 and the methods of_image (the plain prediction of an image), class_sets, augmented, surest and attention.
 """
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.v2.functional import center_crop
 
 from common import figures
 from common.figures import heatmap, in_colours, thumbnail
@@ -112,9 +114,14 @@ def draw_log(file, log, split):
 
 def labelled_images(predictor, data, count=4):
     """Of a few images, spread over a data set: name, image uint8 (3,H,W), labels uint8 (H,W), the plain
-    prediction, and the classes of the labels, bool (N,)."""
+    prediction, and the classes of the labels, bool (N,). With --window: the middle of the image alone."""
+    cfg = predictor.cfg
+    predictor = predictor._replace(cfg=replace(cfg, window=0))
     for i in range(0, len(data), max(1, len(data) // count))[:count]:
         image, labels = data.read(i)
+        if cfg.window and not cfg.test_size:
+            image, labels = (center_crop(maps, [min(side, cfg.window) for side in labels.shape])
+                             for maps in (image, labels))
         plain = predictor.of_image(image)
         yield data.name_of(i), image, labels, plain, classes_of(predictor, plain, labels)
 
@@ -177,6 +184,7 @@ def draw_attention_matrix(file, omega, mask, label, classes, path):
 def save_drawing(stem, image, scribbles, before, after, classes, steps):
     """What --draw writes and says. before: plain ids (H,W); after: {caption: ids}, the last one counts."""
     last = list(after.values())[-1]
+    figures.know_classes(classes)
     figures.save_prediction(stem.parent, stem.name, image, last.to(torch.uint8).cpu())
     cells = [(with_strokes(image, scribbles), "strokes")]
     for caption, ids in {"before": before, **after}.items():

@@ -16,12 +16,12 @@ from tqdm import tqdm
 from common import figures, segmentation
 from common.datasets import SegmentationSet
 from common.figures import cell_block, framed, heat, in_colours, legend_of, thumbnail
-from common.loaders import counts_of_masks
 from common.metrics import row_quantile
 from common.regions import connected_components
 from common.run import UserError
 from common.scaleprotoseg_measures import shrunk
 from common.segmentation import labels_of_cells, network_input, resized
+from common.survey import of_masks
 from common.transforms import normalise
 
 
@@ -60,8 +60,9 @@ class Drawing:
 
     def predict(self, image):
         """uint8 (3,H,W) -> class ids (H,W) uint8 on the CPU."""
-        logits = resized(self.net.final_logits(self.input_of(image), self.cfg), image.shape[1:])
-        return logits.argmax(1)[0].to(torch.uint8).cpu()
+        x = self.input_of(image)
+        windows = segmentation.in_windows(lambda x: self.net.final_logits(x, self.cfg), x, self.cfg.window)
+        return segmentation.class_ids(windows, x.shape[2:], image.shape[1:])[0].to(torch.uint8).cpu()
 
     @torch.no_grad()
     def tile(self, p):
@@ -99,7 +100,7 @@ def region_box(similarity, cell, mask, margin=5):
 
 def exemplars(data, most=20):
     """{class id: number of the image that shows most of it}, for the `most` classes with the most pixels."""
-    counts = torch.stack(list(counts_of_masks(data)))[:, :data.num_classes]               # (images,C)
+    counts = torch.stack(list(of_masks(data.label_counts, data)))[:, :data.num_classes]   # (images,C)
     order = counts.sum(0).argsort(descending=True, stable=True)[:most].tolist()
     return {c: int(counts[:, c].argmax()) for c in sorted(order) if counts[:, c].any()}
 

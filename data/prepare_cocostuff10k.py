@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.run import UserError, replacing
+from common.files import read_text
+from common.run import UserError, print_any_name, replacing
 
 UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)              # in the original numbering 0..182
 USED = [i for i in range(183) if i not in UNUSED]                  # 172: 0, 80 things, 91 kinds of stuff
@@ -64,7 +65,7 @@ def read_names(root):
         if not path.is_file():
             raise UserError(f"{path} is missing: ROOT must be the unpacked cocostuff-10k-v1.1.zip with "
                             "imageLists/, images/ and annotations/ (see data/README.md).")
-        names[split] = path.read_text(encoding="utf-8").split()
+        names[split] = read_text(path).split()
     for folder, ending in (("images", ".jpg"), ("annotations", ".mat")):
         lost = [n for n in names["train"] + names["test"] if not (root / folder / (n + ending)).is_file()]
         if lost:
@@ -95,6 +96,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="the unpacked cocostuff-10k-v1.1.zip")
     root = parser.parse_args(argv).root
+    print_any_name()
     try:
         counts = prepare(root)
     except UserError as error:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common.figures import index_picture, palette
 from common.files import list_images, listing, new_folder, opened, read_index_map
 from common.loaders import mixed_seed
-from common.run import UserError
+from common.run import UserError, print_any_name
 from common.strokes import (UNLABELLED, draw_strokes, read_strokes, scribbles_from_mask, weaken,
                             weaken_strokes)
 
@@ -52,7 +52,7 @@ def mask_of(path, options):
 def read_points(path):
     """JSON file {name: [{"x", "y", "cls"}]} -> {name: [(class id, point float (1,2))]}; UserError else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         return {name: [(range(UNLABELLED).index(point["cls"]),           # ValueError: no class id
                         np.array([[float(point["x"]), float(point["y"])]])) for point in points]
                 for name, points in content.items()}
@@ -145,6 +145,7 @@ def parse(argv):
 def main(argv=None):
     """Command line; user mistakes become one sentence and exit code 2."""
     options = parse(argv)
+    print_any_name()
     try:
         jobs = jobs_of(options)
         labelled, classes = write_masks(options.out, jobs, options.classes)
