@@ -35,6 +35,7 @@ the widths of heads, initialisation, drop rates and auxiliary heads are mmsegmen
 - Swin and ConvNeXt do not pad the image: if a side is no multiple of 4, up to 3 rows or columns are lost.
 Pretrained MiT weights are NVIDIA's, for non-commercial use only.
 """
+import bisect
 from collections import OrderedDict
 from functools import partial
 
@@ -48,7 +49,9 @@ from tqdm import tqdm
 from common.heads import (DeepLabv2Head, DeepLabv3PlusHead, FCNHead, MLPHead, SegFormerHead, UPerHead,
                           auxiliary_head, conv_bn_relu, double_conv)
 from common.mit import MIT, MixTransformer, init_weights, set_drop_path
+from common import run
 from common.run import UserError
+from common.transforms import ENOUGH
 from common.weights import load_mit_weights, load_weights  # noqa: F401, goes with MixTransformer
 
 CHANNELS = {                                                   # of the four levels
@@ -117,6 +120,12 @@ def torchvision_classifier(name, output_stride):
     if name == "mobilenet_v2":
         dilate(net, output_stride)
     return net
+
+
+def cuts_of(net, name, used):
+    """For load_weights: the used parts of a torchvision classifier, and these as build_network cuts them."""
+    cut = name in CHANNELS and name != "tiny"
+    return [used, *([TorchvisionBackbone(net, name)] if cut else [])]
 
 
 def dilate(net, output_stride):
@@ -268,10 +277,12 @@ def build_network(backbone, head, num_classes, head_channels=0, weights="none", 
         body = TinyBackbone()
     else:
         body = torchvision_classifier(backbone, output_stride if head in DILATED else 32)
-    load_weights(body, weights, backbone)                               # before cutting: the keys still fit
     set_drop_path(body, drop_path)
-    if backbone not in MIT and backbone != "tiny":
-        body = TorchvisionBackbone(body, backbone)
+    if backbone in MIT or backbone == "tiny":
+        load_weights(body, weights, backbone)
+    else:
+        net, body = body, TorchvisionBackbone(body, backbone)
+        load_weights(net, weights, backbone, cuts=[body])
 
     heads = {"segformer": SegFormerHead, "fcn": FCNHead, "upernet": UPerHead, "mlp": MLPHead,
              "deeplabv2": DeepLabv2Head,
@@ -301,10 +312,10 @@ def build_extractor(backbone, weights="none"):
         raise UserError(f"backbone {backbone} is not available: choose one of {', '.join(EXTRACTORS)}")
     name = backbone.removesuffix("_inat")
     net = TinyBackbone() if name == "tiny" else torchvision.models.get_model(name, weights=None)
-    load_weights(net, weights, backbone)
     if backbone == "tiny":
         extractor = net.stages[:2]
         extractor.channels = net.dims[1]
+        load_weights(net, weights, backbone, cuts=[extractor])
         return extractor
     parts = OrderedDict(net.named_children())
     classifier = parts.popitem()[1]                                     # the last of its parts
@@ -312,6 +323,7 @@ def build_extractor(backbone, weights="none"):
     if backbone.startswith("densenet"):
         parts["relu"] = nn.ReLU(inplace=True)                           # in forward too
     extractor = nn.Sequential(parts)
+    load_weights(net, weights, backbone, cuts=cuts_of(net, backbone, extractor))
     extractor.channels = (classifier[-1] if backbone == "mobilenet_v2" else classifier).in_features
     return extractor
 
@@ -344,7 +356,6 @@ def build_dense(backbone, weights="none", output_stride=8, width=64):
         load_weights(dense, weights, backbone)
         return dense
     net = TinyBackbone() if backbone == "tiny" else torchvision_classifier(backbone, 32)
-    load_weights(net, weights, backbone)                                # before cutting: the keys still fit
     if backbone.startswith("resnet"):
         dilate_as_deeplab(net, output_stride)
         dense = nn.Sequential(OrderedDict(list(net.named_children())[:-2]))     # without avgpool and fc
@@ -352,9 +363,51 @@ def build_dense(backbone, weights="none", output_stride=8, width=64):
         dilate(net, output_stride)
         parts = dict(stages=net.stages) if backbone == "tiny" else dict(features=net.features[:18])
         dense = nn.Sequential(OrderedDict(parts))
+    load_weights(net, weights, backbone, cuts=cuts_of(net, backbone, dense))
     dense.channels = CHANNELS[backbone][3]
     dense.stride = output_stride
     return dense
+
+
+# ---- how small an image may be ----------------------------------------------------------------------------
+
+def fits(net, height, width, batch=1):
+    """Does a batch of images of this size go through the network? In training mode batch norm may object."""
+    x = torch.zeros(batch, 3, height, width)
+    try:
+        with torch.no_grad():
+            net(x)
+    except (RuntimeError, ValueError):                   # of a convolution, and of batch norm
+        return False
+    return True
+
+
+def least_side(net, batch=1):
+    """The smallest side of a square image that goes through the network, at most ENOUGH."""
+    return 1 + bisect.bisect_left(range(1, ENOUGH), True, key=lambda side: fits(net, side, side, batch))
+
+
+def check_side(build, side, option, name, batch=0):
+    """UserError if side x side pixels are too few for the network that build() returns: to train on `batch`
+    images at once, or with 0 to evaluate. Tried out, as the images are so small; the RNG stays as it was."""
+    if side >= ENOUGH:
+        return
+    with torch.random.fork_rng(devices=[]):
+        net = build().train(batch > 0)
+        if side and fits(net, side, side, max(1, batch)):
+            return
+        least = least_side(net, max(1, batch))
+    alone = " to train on one image at a time (batch norm)" if batch == 1 else ""
+    raise UserError(f"{option} {side}: {name} needs {least} pixels or more{alone}.")
+
+
+def check_sides(build, cfg):
+    """check_side for --crop, --window and --input-scales."""
+    batch = run.batch_of_process(cfg)
+    for scale in (1, *getattr(cfg, "input_scales", ())):
+        for name, side, images in (("crop", cfg.crop, batch), ("window", cfg.window or ENOUGH / scale, 0)):
+            shrunk = f"--input-scales {scale:g} shrinks a {name} of {side} to" if scale != 1 else f"--{name}"
+            check_side(build, int(side * scale), shrunk, cfg.backbone, images)
 
 
 # ---- what optimizers have to know of a backbone's parts ---------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import loaders, speed
+from common import loaders, segmentation, speed
 from common.loaders import to_device
 from common.metrics import row_quantile
 from common.parts import open_parts
@@ -41,11 +41,17 @@ def images_per_second(net, data, cfg, device):
     net.eval()
     sample = test_view(data, cfg)[0]
     x = sample["image"][None].to(device, memory_format=torch.channels_last)
-    return 1 / speed.measured_speed(
-        lambda: resized(net.final_logits(x, cfg), sample["mask"].shape).argmax(1), {}, device, repeats=11)
+
+    def predict():
+        windows = segmentation.in_windows(lambda x: net.final_logits(x, cfg), x, cfg.window)
+        segmentation.class_ids(windows, x.shape[2:], sample["mask"].shape)
+    return 1 / speed.measured_speed(predict, {}, device, repeats=11)
 
 
 # ---- parts (Sec. 6; formulas: code) [D8] -----------------------------------------------------------------
+
+LEAST_IMAGES = 5                                         # that show a part: of fewer, 80 % is chance
+
 
 def part_presence(similarity, class_mask, keypoints, num_parts, quantile=0.8):
     """Do prototypes light up on the keypoints of parts in one image?
@@ -70,8 +76,9 @@ def part_scores(net, data, parts, cfg, device):
     """Consistency and stability in percent for every quantile and as their mean (native image size).
 
     Consistency: share of the prototypes in use that light up on one and the same part in more than 80 % of
-    the images that show this part. Stability: share of (image, class, prototype) whose parts stay the same
-    under noise N(0, 0.2) on the normalised image. Both over classes with parts.
+    the images that show this part, LEAST_IMAGES or more; None if no part is shown so often. Stability: share
+    of (image, class, prototype) whose parts stay the same under noise N(0, 0.2) on the normalised image.
+    Both over classes with parts.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
     used = net.used(cfg.threshold)
@@ -102,9 +109,12 @@ def part_scores(net, data, parts, cfg, device):
             pairs += len(index)
     if not pairs:
         return dict(consistency=None, stability=None)
-    rates = (hits / images.clamp(min=1))[:, images.sum(1) > 0].amax(2)      # (quantiles, prototypes)
-    scores = dict(consistency=100 * (rates > 0.8).float().mean(1), stability=100 * stable / pairs)
-    entries = {name: values.mean().item() for name, values in scores.items()}
+    often = images >= LEAST_IMAGES                                   # (P,Q) [D8]
+    rates = (hits / images.clamp(min=1) * often)[:, often.any(1)].amax(2)   # (quantiles, prototypes)
+    scores = dict(stability=100 * stable / pairs)
+    if often.any():
+        scores["consistency"] = 100 * (rates > 0.8).float().mean(1)
+    entries = dict(consistency=None) | {name: values.mean().item() for name, values in scores.items()}
     for name, values in scores.items():
         entries[f"{name}_by_quantile"] = {f"{q:g}": v for q, v in zip(cfg.quantiles, values.tolist())}
     return entries
@@ -164,6 +174,10 @@ def sparsity(net, cfg):
         has_groups = (groups.members >= 0).any(1)
         entries["group_average"] = float(is_used.sum(2)[has_groups].float().mean())
         entries["extra_parameters"] += int(is_used.sum())
+        silent = int((is_used.sum((1, 2)) == 0).sum())
+        if silent:
+            print(f"note: --threshold {cfg.threshold} leaves {silent} of {len(is_used)} classes without a "
+                  "prototype, so their logits are constant: lower it")
     return entries
 
 

@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.run import duration, rng_state, set_rng_state, write_json
+from common.run import duration, precision, rng_state, set_rng_state, write_json
 from common.tables import cell_text, markdown
 
 
@@ -35,6 +36,7 @@ def peak_memory(device):
 def measured_speed(step, parts, device, repeats=3):
     """Seconds of step(): median of `repeats` after one warm-up. `parts` and the RNG stay as they were."""
     before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+    scalers = {name: copy.deepcopy(vars(part).pop("scaler", None)) for name, part in parts.items()}
     rng = rng_state()
     times = []
     for _ in range(repeats + 1):
@@ -45,6 +47,9 @@ def measured_speed(step, parts, device, repeats=3):
         times.append(time.perf_counter() - start)
     for name, part in parts.items():
         part.load_state_dict(before[name])
+        vars(part).pop("scaler", None)                  # of --amp fp16, see run.backward
+        if scalers[name]:
+            part.scaler = scalers[name]
     set_rng_state(rng)
     return sorted(times[1:])[repeats // 2]
 
@@ -68,8 +73,10 @@ def announce(step, view, parts, steps, test_images, cfg, machine):
     memory = peak_memory(machine.device)
     if machine.rank == 0:
         shown = f"{memory:.1f} GiB" if memory else "unknown"
-        print(f"{steps} steps of {cfg.batch_size} images on {machine.device.type} x {machine.world}: "
-              f"about {duration(seconds)} at {one:.2g} s a step, peak memory {shown}", flush=True)
+        kind = precision(machine.device, cfg.amp)
+        print(f"{steps} steps of {cfg.batch_size} images on {machine.device.type} x {machine.world}, "
+              f"amp {kind}: about {duration(seconds)} at {one:.2g} s a step, peak memory {shown}",
+              flush=True)
 
 
 def cost_of_model(parts, train_step, predict, num_classes, cfg, device):
@@ -85,6 +92,7 @@ def cost_of_model(parts, train_step, predict, num_classes, cfg, device):
     seconds = measured_speed(lambda: train_step(x, labels), parts, device)
     memory = None
     if device.type == "cuda":
+        train_step(x, labels)                           # from here on the optimizer keeps its moments
         torch.cuda.reset_peak_memory_stats(device)
         train_step(x, labels)
         memory = peak_memory(device)
@@ -99,6 +107,8 @@ def cost_of_model(parts, train_step, predict, num_classes, cfg, device):
 
 def report_costs(costs, cfg, device):
     """{name: what cost_of_model returns} -> a table on the screen, and OUT/profile.json."""
+    print(f"On {device.type}, training with {cfg.batch_size} images of {cfg.crop} x {cfg.crop} pixels at "
+          "once; GFLOPs and inference: one image.\n")
     rows = [[name, f"{cost['parameters'] / 1e6:.3f}", f"{cost['gflops']:.1f}",
              cell_text([cost["training_gib"]], 2), f"{cost['training_images_per_second']:.1f}",
              f"{cost['inference_images_per_second']:.1f}"] for name, cost in costs.items()]
@@ -109,8 +119,9 @@ def report_costs(costs, cfg, device):
 
 
 def counted(module, x, leave_out=()):
-    """module(x), and its multiply-adds; operators whose name holds a word of `leave_out` do not count."""
-    with FlopCounterMode(display=False) as counter:
+    """module(x), and its multiply-adds; operators whose name holds a word of `leave_out` do not count.
+    Attention is computed as two plain products, as the counter does not know the fused one of a CPU."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         y = module(x)
     flops = counter.get_flop_counts()["Global"]
     counted_flops = sum(count for operator, count in flops.items()

@@ -14,6 +14,7 @@ from common.files import IGNORE
 
 MEAN = (123.675, 116.28, 103.53)                         # of ImageNet, RGB, for values 0..255
 STD = (58.395, 57.12, 57.375)
+ENOUGH = 64                                              # pixels a side that every network here takes
 
 
 @contextlib.contextmanager
