@@ -47,9 +47,9 @@ Where we read or do something else than is printed ([D*] marks the line):
      which would be a prior again. OCCL sees F before dropout; auxiliary heads keep a learned classifier.
 [D10] Cross-entropy averages over labelled pixels (PyTorch); mmsegmentation divides by all, 255 included.
 [D11] "For convolution models the optimizer is SGD" holds for FCN; ConvNeXt takes mmsegmentation's AdamW.
+     FCN's ResNet has torchvision's 7x7 stem, not three 3x3 convolutions.
 [D12] OCCL sees the images of one GPU: 8 GPUs with 2 images each contrast fewer classes than one with 16.
-[D13] ResNet has torchvision's 7x7 stem, not three 3x3 convolutions. ConvNeXt is evaluated without a window.
-[D14] The paper prints neither the momentum of "EMA" (0.999 as in ProtoSeg) nor the formula of "Penalty"
+[D13] The paper prints neither the momentum of "EMA" (0.999 as in ProtoSeg) nor the formula of "Penalty"
      (penalty_loss). Where the rows learn, the gradient of L_c reaches them too.
 """
 
@@ -64,9 +64,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import cbp_occl_figures, datasets, files, run, segmentation, speed, tables
-from common.backbones import build_network, class_means_of_backbone, parameter_groups
-from common.loaders import TestView, TrainView, eval_loader, pixel_counts, to_device, train_loader
+from common import cbp_occl_figures, datasets, files, run, segmentation, speed, survey, tables
+from common.backbones import build_network, check_sides, class_means_of_backbone, parameter_groups
+from common.loaders import TestView, TrainView, eval_loader, to_device, train_loader
 from common.run import RunConfig, UserError, opt
 
 
@@ -75,6 +75,8 @@ from common.run import RunConfig, UserError, opt
 @dataclass
 class Config(RunConfig):
     dataset: str = opt("toy_scenes", "which data set the folder --data holds", choices=datasets.DATASETS)
+    ignore: int = opt(None, "folder: value of unlabelled pixels in masks, besides 255 (data/README.md)",
+                      at_least=0, at_most=255)
     train_split: str = opt("train", "split to train on; voc also has trainaug")
     val_split: str = opt("val", "split that is evaluated during training")
     test_split: str = opt("val", "split that is evaluated at the end and by --eval-only", evaluation=True)
@@ -82,6 +84,7 @@ class Config(RunConfig):
     head: str = opt("segformer", "segformer = all-MLP head", choices=("segformer", "fcn", "upernet"))
     head_channels: int = opt(0, "C, width of the features, at least N; 0 = the head's own", at_least=0)
     weights: str = opt("imagenet", "backbone: imagenet (torchvision's), none, a file or a URL", source=True)
+    window: int = opt(0, segmentation.WINDOW, at_least=0, evaluation=True)
     size: int = opt(512, "short side after resizing, in training x 0.5 to 2; 0 = as it is", at_least=0)
     crop: int = opt(512, "training crop in pixels; lower it if memory runs out", above=0)
     batch_size: int = opt(16, "images over all GPUs; halve it if memory runs out, and --lr too", above=0)
@@ -110,16 +113,17 @@ class Config(RunConfig):
     eval_only: bool = opt(False, "evaluate OUT/last.pt on --test-split", uses_run=True)
     predict: str = opt("", "image or folder to label: files go into OUT/predictions", uses_run=True)
     profile: bool = opt(False, "parameters, GFLOPs, memory and speed of this model (Table 2)", runtime=True)
-    table: int = opt(0, "train and print this table", choices=(0, 3, 4, 5, 6, 7, 8, 9, 10), runtime=True)
+    table: int = opt(0, "train and print this table (Table 2: --profile)", runtime=True,
+                     choices=(0, 3, 4, 5, 6, 7, 8, 9, 10))
 
 
 # Optimizer and schedule are mmsegmentation's for each model (Sec. 4.1), batch 16 and crop 512 the paper's.
 ADE20K = dict(dataset="ade20k")                                        # 160K iterations, 150 classes
 COCO = dict(dataset="cocostuff10k", val_split="test", test_split="test", iterations=80000, eval_every=8000)
 FCN = dict(backbone="resnet101", head="fcn", optimizer="sgd", lr=0.01, head_lr=1.0, weight_decay=5e-4,
-           power=0.9, floor=1e-4, warmup=0)                            # [D13]
+           power=0.9, floor=1e-4, warmup=0)                            # [D11]
 CONVNEXT = dict(backbone="convnext_base", head="upernet", lr=1e-4, head_lr=1.0, weight_decay=0.05,
-                stage_decay=0.9)                                       # [D11][D13]; the paper names no size
+                stage_decay=0.9, window=512)                           # [D11]; the paper names no size
 SWIN = dict(backbone="swin_b", head="upernet", head_lr=1.0)
 SEGFORMER = dict(head="segformer", w_category=0.1, length=1.0)         # on both data sets (Sec. 4.2)
 
@@ -145,6 +149,9 @@ def check_config(cfg):
     """UserError for a setting that cannot work, before anything is read or written."""
     run.check_options(cfg)
     run.check_batch_size(cfg.batch_size, least=2)
+    if cfg.floor > cfg.lr:
+        raise UserError(f"--floor {cfg.floor:g} is above --lr {cfg.lr:g}: the rate would rise; lower it.")
+    check_sides(lambda: build_network(cfg.backbone, cfg.head, 2, cfg.head_channels), cfg)
     if cfg.classifier == "learnable" and (cfg.prototypes or cfg.init == "masked") and not cfg.table:
         raise UserError("--classifier learnable draws its own rows: drop --prototypes and --init masked.")
     if cfg.prototypes and cfg.init == "masked" and not cfg.table:
@@ -346,7 +353,7 @@ class PrototypeClassifier(nn.Module):
 
     @torch.no_grad()
     def ema_step(self, category_centroids, valid, momentum=0.999):
-        """Table 4 "EMA" [D14]: w_i <- m w_i + (1 - m) T s_i/|s_i|, then length T, where valid (N,) bool."""
+        """Table 4 "EMA" [D13]: w_i <- m w_i + (1 - m) T s_i/|s_i|, then length T, where valid (N,) bool."""
         target = self.length * F.normalize(category_centroids, dim=1)
         moved = momentum * self.prototypes + (1 - momentum) * target
         moved = self.length * F.normalize(moved, dim=1)
@@ -406,7 +413,7 @@ def pixel_loss(logits, labels):
 
 
 def penalty_loss(rows):
-    """Table 4 "Penalty" [D14]: mean squared cosine between different rows, (N,C) -> scalar."""
+    """Table 4 "Penalty" [D13]: mean squared cosine between different rows, (N,C) -> scalar."""
     cosine = F.normalize(rows, dim=1) @ F.normalize(rows, dim=1).T
     return (cosine.square().sum() - len(rows)) / (len(rows) * (len(rows) - 1))
 
@@ -441,8 +448,8 @@ def train_step(model, net, optimizer, scheduler, x, labels, cfg):
     if cfg.classifier == "penalty":
         losses["penalty"] = 0.01 * penalty_loss(prototypes)            # 0.01: Sec. 4.3
     optimizer.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()                                    # Eq. (7)
-    optimizer.step()
+    run.backward(sum(losses.values()), optimizer, cfg.amp)             # Eq. (7); as loss.backward()
+    run.step(optimizer)                                                # as optimizer.step(); see --amp fp16
     scheduler.step()
     if cfg.classifier == "ema":
         update_by_ema(net.classifier, features.detach(), labels, cfg)
@@ -464,7 +471,7 @@ def build_optimizer(net, cfg, device):
 def train(cfg, machine):
     """Train, evaluate, draw. The first process returns what metrics.json holds, the others None."""
     splits = (cfg.train_split, cfg.val_split, cfg.test_split)
-    train_set, val_set, test_set = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in splits)
+    train_set, val_set, test_set = (datasets.open_split(cfg, split) for split in splits)
     checkpoint = Path(cfg.out) / "last.pt"
     resuming = cfg.resume and checkpoint.exists()                      # if none was saved yet, begin anew
     if resuming:
@@ -473,13 +480,14 @@ def train(cfg, machine):
     rows = None if resuming else initial_rows(cfg, train_set, machine.device)
     torch.manual_seed(cfg.seed)                                        # the random layers that the rows saw
     net = build_model(cfg, train_set.num_classes, "none" if resuming else cfg.weights, rows)
-    run.start_run(cfg, machine)                                        # options that fail leave no folder
+    pixels = None if resuming else survey.survey(train_set, (val_set, test_set), cfg, machine, net=net)
+    run.start_run(cfg, machine)                                        # what fails before leaves no folder
     net = net.to(machine.device, memory_format=torch.channels_last)
     optimizer = build_optimizer(net, cfg, machine.device)
     scheduler = run.poly_schedule(optimizer, cfg.iterations, cfg.power, cfg.floor, cfg.warmup)
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     torch.manual_seed(cfg.seed + 1 + machine.rank)                     # dropout differs between processes
-    progress = dict(iteration=0, seconds=0.0, classes=train_set.classes, log=[], sums={})
+    progress = dict(iteration=0, seconds=0.0, classes=train_set.classes, pixels=pixels, log=[], sums={})
     if resuming:
         progress = run.load_checkpoint(checkpoint, parts, machine.device)
     model = run.distribute(net, machine).train()                       # with one process: net itself
@@ -508,7 +516,7 @@ def train(cfg, machine):
                     text=f"{cfg.val_split} mIoU {rates['miou']:.1f}")
         if run.due(iteration, cfg.save_every, cfg.iterations):
             log.save("last.pt", parts, iteration=iteration)            # and progress["iteration"]
-    return report(net, cfg, train_set, test_set, progress, machine)
+    return report(net, cfg, test_set, progress, machine)
 
 
 # ==== from here on: evaluation, using a trained run, the paper's tables ===================================
@@ -519,12 +527,11 @@ def predict_labels(net, x, size, cfg):
 
     mmsegmentation's order: logits to the size of x, then to `size`, both bilinear, then argmax.
     """
-    with run.autocast(x.device, cfg.amp):
-        logits = net(x)[0]
-    for target in (x.shape[2:], size):
-        if logits.shape[2:] != target:
-            logits = F.interpolate(logits.float(), target, mode="bilinear", align_corners=False)
-    return logits.argmax(1)
+    def logits_of(part):
+        with run.autocast(x.device, cfg.amp):
+            return net(part)[0]
+    windows = segmentation.in_windows(logits_of, x, cfg.window)
+    return segmentation.class_ids(windows, x.shape[2:], size, twice=True)
 
 
 def evaluate(net, data, cfg, machine):
@@ -562,13 +569,14 @@ def analyse(net, cfg, rates, class_pixels, classes):
         rare_and_frequent_iou={classes[c]: iou[c] for c in extremes})
 
 
-def report(net, cfg, train_set, test_set, progress, machine):
+def report(net, cfg, test_set, progress, machine):
     """Final evaluation on the test split: metrics.json and figures/, by the first process. -> metrics."""
     rates = evaluate(net, test_set, cfg, machine)
     if machine.rank:
         return None
+    cfg = run.for_results(cfg)
     metrics = segmentation.named_rates(rates, test_set.classes, cfg.test_split)
-    metrics |= analyse(net, cfg, rates, pixel_counts(train_set, cfg.workers), test_set.classes)
+    metrics |= analyse(net, cfg, rates, progress["pixels"], test_set.classes)
     metrics |= run.facts(cfg, net, progress, machine, "classifier", "w_centroid", "w_category")
     frozen = sum(buffer.numel() for buffer in net.classifier.buffers())
     metrics |= dict(split=cfg.test_split, iterations=progress["iteration"],
@@ -605,7 +613,7 @@ def initial_rows(cfg, train_set, device):
 
 def load_run(cfg, device, classes=None):
     """The trained network of cfg.out in eval mode, and its progress. UserError if it has other classes."""
-    progress = run.read_progress(cfg.out, classes=classes)
+    progress = run.read_progress(cfg.out, ("pixels",), classes)
     net = build_model(cfg, len(progress["classes"])).to(device, memory_format=torch.channels_last)
     run.load_checkpoint(Path(cfg.out) / "last.pt", dict(model=net), device)
     return net.eval(), progress
@@ -629,7 +637,7 @@ def predict(cfg, device):
 
 def profile(cfg, device):
     """--profile, Table 2: what the baseline and CBP + OCCL cost (common/speed.py); no images are needed."""
-    num_classes = datasets.num_classes_of(cfg.dataset, cfg.data, cfg.train_split)
+    num_classes = datasets.num_classes_of(cfg)
     costs = {}
     for name in ("baseline", "CBP + OCCL"):
         row_cfg = replace(cfg, **ROWS[name])
@@ -651,7 +659,7 @@ def profile(cfg, device):
 ROWS = {                                                               # what a row changes in a preset
     "baseline": dict(classifier="learnable", w_centroid=0.0, w_category=0.0),
     "CBP": dict(w_centroid=0.0, w_category=0.0),
-    "OCCL": dict(classifier="learnable"),                              # L_c moves the learned rows too [D14]
+    "OCCL": dict(classifier="learnable"),                              # L_c moves the learned rows too [D13]
     "CBP + OCCL": dict(classifier="cbp"),
     **{name: dict(classifier=name.lower()) for name in ("EMA", "gradient", "penalty")},
     "not equal": dict(equal=False), "not orthogonal": dict(orthogonal=False),
@@ -684,9 +692,10 @@ TABLES = {                                                             # title, 
 def run_table(cfg, machine):
     """--table: every row as a run in OUT/rows/, then OUT/tableN.md and .json. Tables share rows."""
     title, names = TABLES[cfg.table]
+    rows = {name: dict(classifier="cbp", prototypes="") | ROWS[name] for name in names}
+    tables.check_rows(rows, cfg, check_config, free=["prototypes"] * (cfg.table == 5))
     if cfg.table == 10 and cfg.seeds == 1:
         cfg = replace(cfg, seeds=4)                                    # as in the paper
-    rows = {name: dict(classifier="cbp", prototypes="") | ROWS[name] for name in names}
     if cfg.table == 5:
         network = build_network(cfg.backbone, cfg.head, 2, cfg.head_channels)    # 2: no class matters here
         width = network.backbone.dims[3]
@@ -694,6 +703,10 @@ def run_table(cfg, machine):
             rows["masked"] = rows["masked, orthogonal"] = f"needs --head-channels {width}"
         file = dict(prototypes=cfg.prototypes)
         rows["CLIP"] = rows["CLIP"] | file if cfg.prototypes else "needs --prototypes FILE.npy"
+        if cfg.prototypes:                                             # a wrong file is told now
+            num_classes = datasets.num_classes_of(cfg)
+            given = initial_rows(cfg, None, machine.device)
+            build_model(replace(cfg, **rows["CLIP"]), num_classes, rows=given)
     results = tables.train_rows(rows, cfg, train, machine)
     columns = {"mIoU": "miou", "mAcc": "macc"}
     if cfg.table == 8:
@@ -717,10 +730,9 @@ def main(cfg):
     if cfg.table:
         return run_table(cfg, machine)
     if cfg.eval_only:
-        splits = (cfg.train_split, cfg.test_split)
-        train_set, test_set = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in splits)
+        test_set = datasets.open_split(cfg, cfg.test_split)
         net, progress = load_run(cfg, machine.device, test_set.classes)
-        return report(net, cfg, train_set, test_set, progress, machine)
+        return report(net, cfg, test_set, progress, machine)
     for task, asked in ((profile, cfg.profile), (predict, cfg.predict)):
         if asked:                                                      # the first process does it alone
             return None if machine.rank else task(cfg, machine.device)

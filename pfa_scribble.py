@@ -78,14 +78,14 @@ import torch.nn.functional as F
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common import files, heads, pfa_figures, run, segmentation, speed, strokes, tables
-from common.backbones import GOES_WITH, build_network, norm_parameters
-from common.image_classifier import (ClassifierConfig, scorer, scores_of_classifier, scores_of_file,
-                                     scores_quality)
+from common import files, heads, pfa_figures, run, segmentation, speed, strokes, survey, tables
+from common.backbones import GOES_WITH, build_network, check_sides, norm_parameters
+from common.image_classifier import (ClassifierConfig, check_classifier, scorer, scores_of_classifier,
+                                     scores_of_file, scores_quality)
 from common.loaders import (ScribbleView, TestView, eval_loader, of_all_ranks, share_of_ranks, to_device,
                             train_loader)
 from common.run import RunConfig, UserError, opt
-from common.scribble_sets import classes_with_strokes, open_full, open_sets
+from common.scribble_sets import open_full, open_sets
 from common.tables import Table, beside_paper
 from common.weights import weights_in
 
@@ -102,6 +102,8 @@ class MethodConfig(RunConfig):
                        choices=("paper", "official"))
     dataset: str = opt("voc_scribble", "reader of --data; voc and folder need --scribbles",
                        choices=("toy_scenes", "voc_scribble", "voc", "folder"))
+    ignore: int = opt(None, "folder: value of unlabelled pixels in masks, besides 255 (data/README.md)",
+                      at_least=0, at_most=255)
     scribbles: str = opt("", "folder of strokes (data/README.md), if the data set has none of its own")
     scribble_drop: float = opt(0.0, "share of the strokes left out (Fig. 8)", at_least=0, below=1)
     scribble_shrink: float = opt(0.0, "share cut off every stroke; 1 leaves dots", at_least=0, at_most=1)
@@ -121,6 +123,8 @@ class MethodConfig(RunConfig):
     scale_max: float = opt(2.0, "highest random factor by which training images are resized", above=0)
     rotation: float = opt(10.0, "highest angle in degrees by which training images are turned", at_least=0)
     blur: bool = opt(True, "blur training images with probability 1/2")
+    window: int = opt(0, segmentation.WINDOW + ". Local prototypes are of the whole image and augment every "
+                      "window", at_least=0, evaluation=True)
     test_size: int = opt(0, "short side of test images; 0 = the image's own", at_least=0, evaluation=True)
     batch_size: int = opt(None, "images an iteration, over all GPUs; with fewer, lower --lr in proportion "
                           "(default 16; official 12)", above=0)
@@ -223,12 +227,12 @@ def check_config(cfg):
                         f"{', '.join(GOES_WITH[cfg.head])}, or another head.")
     if cfg.draw and len(cfg.draw) != 2:
         raise UserError(f"--draw {' '.join(cfg.draw)}: give two files, an image and the PNG of its strokes.")
-    if cfg.table and cfg.figure:
-        raise UserError("--table and --figure are two commands: give one of them.")
     if cfg.infer != "plain" and not cfg.predict:
         raise UserError(f"--infer {cfg.infer} goes with --predict; other runs report all modes.")
     if cfg.infer == "scores" and not cfg.class_scores:
         raise UserError("--infer scores needs the file: add --class-scores FILE.npz.")
+    check_sides(lambda: build_network(cfg.backbone, cfg.head, 2, cfg.head_channels), cfg)
+    check_classifier(cfg)
     if (cfg.scribble_drop or cfg.scribble_shrink) and cfg.method == "full":
         raise UserError("--scribble-drop and --scribble-shrink change strokes; --method full uses none.")
 
@@ -543,8 +547,8 @@ def train_step(model, net, optimizer, scheduler, x, scribbles, image_classes, ph
     predictions = predictions_of(model, net, x, present, phase, cfg)
     losses = losses_of(predictions, scribbles, phase, cfg)
     optimizer.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    optimizer.step()
+    run.backward(sum(losses.values()), optimizer, cfg.amp)               # as loss.backward()
+    run.step(optimizer)                                                  # as optimizer.step(); see --amp fp16
     scheduler.step()
     return {name: value.detach() for name, value in losses.items()}
 
@@ -579,7 +583,7 @@ def train(cfg, machine):
     sets = open_sets(cfg)
     scores = scores_of_file(cfg, sets["test"])                           # UserError before any training
     baseline = load_other(cfg.baseline, machine.device, sets["test"].classes)
-    parts, progress = prepare(cfg, sets["train"], machine)
+    parts, progress = prepare(cfg, sets, machine)
     net, optimizer, scheduler = parts["model"], parts["optimizer"], parts["scheduler"]
     scale = (cfg.scale_min, cfg.scale_max)
     view = ScribbleView(sets["train"], 0, cfg.crop, scale, cfg.rotation, cfg.blur)       # Sec. 4.2 [D14]
@@ -618,7 +622,7 @@ def split_parameters(net, lr, head_lr):
     return [dict(params=backbone, lr=lr), dict(params=others, lr=head_lr)]
 
 
-def prepare(cfg, data, machine):
+def prepare(cfg, sets, machine):
     """parts {"model": net, "optimizer", "scheduler"}, and the progress, which every checkpoint holds.
 
     The run folder is made once the model stands, so that a mistake in the options leaves nothing behind.
@@ -626,11 +630,15 @@ def prepare(cfg, data, machine):
     last = Path(cfg.out) / "last.pt"
     resumes = cfg.resume and last.exists()                               # else there is no checkpoint yet
     torch.manual_seed(cfg.seed)
+    classes, pixels = sets["train"].classes, None
     if resumes:
-        run.read_progress(cfg.out, ("phases",), data.classes)
-    net = build_model(cfg, data.num_classes, "none" if resumes else cfg.weights)
-    if cfg.method != "full" and not resumes:
-        net.occurs.copy_(classes_with_strokes(data, cfg, machine))
+        run.read_progress(cfg.out, ("phases",), classes)
+    net = build_model(cfg, len(classes), "none" if resumes else cfg.weights)
+    if not resumes:
+        others, strokes = (sets["val"], sets["test"]), cfg.method != "full"
+        pixels = survey.survey(sets["train"], others, cfg, machine, strokes, net)
+        if strokes:
+            net.occurs.copy_(pixels > 0)
     run.start_run(cfg, machine)
     net.to(machine.device, memory_format=torch.channels_last)
     optimizer, scheduler = build_optimizer(net, cfg, machine.device)
@@ -638,7 +646,7 @@ def prepare(cfg, data, machine):
     torch.manual_seed(cfg.seed + 1 + machine.rank)                       # dropout differs between processes
     if resumes:
         return parts, run.load_checkpoint(last, parts, machine.device)
-    return parts, dict(iteration=0, seconds=0.0, classes=data.classes, log=[], sums={}, phases={})
+    return parts, dict(iteration=0, seconds=0.0, classes=classes, pixels=pixels, log=[], sums={}, phases={})
 
 
 def tell_time(parts, view, sets, progress, cfg, machine):
@@ -699,9 +707,22 @@ def class_sets(plain, num_classes, modes, labels=None, scores=None, threshold=0.
 
 class Plain(NamedTuple):
     """The initial prediction of an image in eval mode: "plain" is what training calls "initial"."""
-    features: torch.Tensor                                               # (1,C,h,w)
-    logits: torch.Tensor                                                 # (1,N,h,w)
+    windows: list                                                        # (rows, columns, (F, logits)) each
+    size: tuple                                                          # sides of the network's input
     ids: torch.Tensor                                                    # (H,W) int64: predicted classes
+
+    def cells(self, k):
+        """F (1,C,h,w) with k = 0, logits (1,N,h,w) with k = 1; of several windows (P,1) cells."""
+        maps = [outputs[k] for *_, outputs in self.windows]
+        return maps[0] if len(maps) == 1 else torch.cat([m.flatten(2) for m in maps], 2)[..., None]
+
+    @property
+    def features(self):
+        return self.cells(0)
+
+    @property
+    def logits(self):
+        return self.cells(1)
 
 
 class Predictor(NamedTuple):
@@ -712,9 +733,12 @@ class Predictor(NamedTuple):
     @torch.inference_mode()
     def plain(self, x, size):
         """x (1,3,h,w), size (H,W) of the label -> Plain."""
-        with run.autocast(x.device, self.cfg.amp):
-            features, logits = self.net(x)
-        return Plain(features, logits, enlarge(logits, size).argmax(1)[0])
+        def forward(part):
+            with run.autocast(x.device, self.cfg.amp):
+                return self.net(part)
+        windows = segmentation.in_windows(forward, x, self.cfg.window)
+        ids = segmentation.class_ids(segmentation.part_of(windows, 1), x.shape[2:], size, aligned=True)
+        return Plain(windows, x.shape[2:], ids[0])
 
     def of_image(self, image):
         """uint8 (3,H,W) -> Plain."""
@@ -728,13 +752,16 @@ class Predictor(NamedTuple):
 
     @torch.inference_mode()
     def augmented(self, plain, present, paths):
-        """{path: ids} with the prototypes of the classes present."""
-        with run.autocast(plain.features.device, self.cfg.amp):
+        """{path: ids} with the prototypes of the classes present. Local ones are of all windows together."""
+        with run.autocast(plain.ids.device, self.cfg.amp):
             prototypes = None                                            # the memory has the global ones
             if "local" in paths:
                 prototypes = prototypes_of(plain.features, plain.logits, present[None], self.cfg)
-            logits = self.net.augmented(plain.features, prototypes, present[None], paths)
-        return {path: enlarge(maps, plain.ids.shape).argmax(1)[0] for path, maps in logits.items()}
+            windows = [(rows, columns, self.net.augmented(features, prototypes, present[None], paths))
+                       for rows, columns, (features, _) in plain.windows]
+        sizes = plain.size, plain.ids.shape
+        return {path: segmentation.class_ids(segmentation.part_of(windows, path), *sizes, aligned=True)[0]
+                for path in paths}
 
     @torch.inference_mode()
     def surest(self, plain, present):
@@ -823,8 +850,10 @@ def report(net, cfg, sets, scores, baseline, progress, machine):
         iterations_until_bank_full=done - phases["global"] if "global" in phases else None,
         class_map=None if scores is None else scores_quality(scores, data, net.occurs))
     metrics |= run.facts(cfg, net, progress, machine, "method", "augment", "reading")
+    cfg = run.for_results(cfg)
     run.write_json(Path(cfg.out) / "metrics.json", metrics)
     print(pfa_figures.summary(metrics, cfg), flush=True)
+    predictor = predictor._replace(cfg=cfg)
     pfa_figures.draw_figures(predictor, sets, scores, metrics["headline"], baseline, progress["log"])
     return metrics
 
@@ -907,13 +936,13 @@ def adapt(net, x, scribbles, paths, cfg):
             at_strokes = F.grid_sample(maps, place, align_corners=True)[0, :, 0].T       # (pixels,N)
             loss = loss + F.cross_entropy(at_strokes, scribbles[0, row, column])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        run.backward(loss, optimizer, cfg.amp)
+        run.step(optimizer)
 
 
 def draw(cfg, device):
     """--draw IMAGE STROKES: a copy of the run adapted to this image's strokes; OUT/drawings/NAME*.png."""
-    predictor, progress = load_run(cfg, device)
+    predictor, progress = load_run(replace(cfg, window=0), device)       # the image shrinks to a crop
     classes = progress["classes"]
     paths = predictor.net.paths()[-1:]
     image = files.read_large_enough(cfg.draw[0])
@@ -1000,11 +1029,9 @@ def run_table(cfg, machine):
     number = cfg.figure or cfg.table
     table = FIGURES[number] if cfg.figure else TABLES[number]
     rows = networks_of_table_3(cfg) if cfg.table == 3 else table.rows
+    tables.check_rows(rows, cfg, lambda row: check_config(replace(row, figure=0)), USUAL_ROW)
     usual = replace(cfg, **USUAL_ROW)
-    folders = {}
-    for name, changes in rows.items():
-        check_config(replace(usual, table=0, seeds=1, **changes))
-        folders[name] = tables.folder_of_changes(changes, usual) or "pfa"
+    folders = {name: tables.folder_of_changes(changes, usual) or "pfa" for name, changes in rows.items()}
     results = tables.train_rows(rows, usual, train, machine, folders.get)
     shown = results
     if cfg.table == 3:

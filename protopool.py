@@ -76,14 +76,14 @@ from torch.optim.lr_scheduler import StepLR
 from tqdm import tqdm
 
 from common import images, protopool_figures, run, speed
-from common.backbones import EXTRACTORS, build_extractor
+from common.backbones import EXTRACTORS, build_extractor, check_side
 from common.classification import (clean_loader, evaluate, open_splits, steps_per_epoch, training_batches,
                                    training_view)
 from common.files import list_images
 from common.loaders import BatchesFrom, to_device
 from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401: boxes for callers
 from common.run import RunConfig, UserError, opt
-from common.tables import Table, beside_paper, train_rows, write_table
+from common.tables import Table, beside_paper, check_rows, train_rows, write_table
 from common.transforms import coin, uniform, warp
 
 
@@ -185,11 +185,11 @@ def check_config(cfg):
     """UserError for a setting that cannot work, before anything is read or written."""
     run.check_options(cfg)
     run.check_batch_size(cfg.batch_size)
+    batch = run.batch_of_process(cfg)
+    check_side(lambda: build_extractor(cfg.backbone), cfg.size, "--size", cfg.backbone, batch)
     if cfg.slots > cfg.prototypes:
         raise UserError(f"--slots {cfg.slots} with --prototypes {cfg.prototypes}: a class cannot hold more "
                         "prototypes than the pool has; raise --prototypes or lower --slots.")
-    if cfg.table and cfg.classifier == "linear":
-        raise UserError("--table trains ProtoPool's rows: leave --classifier linear out.")
 
 
 # ---- slots: which class holds which prototype (Sec. 3, Supp. 8) -------------------------------------------
@@ -432,17 +432,17 @@ def finetune_losses(net, model, slots, labels, others, lam, cfg):
                 l1=cfg.w_l1 * off_class.abs().sum())
 
 
-def update(optimizer, losses):
+def update(optimizer, losses, amp="off"):
     """One step down the sum of the losses; returns them detached, on the device."""
     optimizer.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    optimizer.step()
+    run.backward(sum(losses.values()), optimizer, amp)               # as loss.backward()
+    run.step(optimizer)                                              # as optimizer.step(); see --amp fp16
     return {name: value.detach() for name, value in losses.items()}
 
 
 def train_step(model, optimizer, x, labels, tau, cfg):
     """One iteration up to the projection; returns the terms of the loss."""
-    return update(optimizer, losses_of(model, x, labels, tau, cfg))
+    return update(optimizer, losses_of(model, x, labels, tau, cfg), cfg.amp)
 
 
 def build_optimizer(net, phase, cfg, device):
@@ -789,7 +789,7 @@ def load_run(cfg, device):
 
 def show(cfg, device):
     """--explain: OUT/explanations/ (Fig. 6), NAME.png and NAME.json. --compare: OUT/figures/ (Fig. 1)."""
-    paths = list_images(cfg.explain, distinct=True) if cfg.explain else []
+    paths = list_images(cfg.explain) if cfg.explain else []
     net, sets, progress = load_run(cfg, device)
     if cfg.compare:
         protopool_figures.compare(net, sets["train"], progress["sources"], cfg)
@@ -867,6 +867,7 @@ def main(cfg):
     machine = run.setup(cfg.device, cfg.seed)
     if cfg.table:
         table = table_of(cfg)
+        check_rows(table.rows, cfg, check_config, ("classifier",))
         results = train_rows(table.rows, cfg, train, machine)
         write_table(cfg.table, table, results, cfg, machine, f"reading {cfg.reading}, test accuracy in %")
         return results

@@ -45,7 +45,8 @@ Where we do something else, or had to choose ([D*] marks the line):
 [D7] ProtoSeg's pruning leaves void pixels out on all data sets (the code forgets to on three of them).
 [D8] Consistency and stability binarise above quantiles over the pixels of the class; 0.7, 0.8, 0.9 are ours:
      the paper's are not known. The background has no keypoint (in the code it has), and images in which a
-     class has none are left out. All classes of Pascal with parts count; the code drops cow.
+     class has none are left out. All classes of Pascal with parts count; the code drops cow. A part that
+     fewer than 5 images show does not count for consistency (ours).
 [D9] Validation sees whole images; the code crops and scales them at random. The last weights are kept.
 [D10] Where the backbone is frozen batch norm is in eval mode, also where it is trained (U-Net, tiny).
 [D11] The plain network is trained as the others are (Adam, no CRF); Table 6's had SGD, and a CRF at the end.
@@ -58,7 +59,7 @@ Where we do something else, or had to choose ([D*] marks the line):
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,15 +70,15 @@ import torch.nn.functional as F
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from common import datasets, figures, files, loaders, run, segmentation, speed
+from common import datasets, figures, files, loaders, run, segmentation, speed, survey
 from common import scaleprotoseg_figures as gallery, scaleprotoseg_measures as measures
-from common.backbones import DENSE, build_dense, norm_parameters
+from common.backbones import DENSE, build_dense, check_sides, norm_parameters
 from common.loaders import to_device
 from common.metrics import row_quantile
 from common.parts import check_parts
 from common.run import RunConfig, UserError, opt
 from common.scaleprotoseg_measures import part_presence     # noqa: F401 (others import it from this file)
-from common.tables import Table, beside_paper, row_configs, train_rows, write_table
+from common.tables import Table, beside_paper, check_rows, row_configs, train_rows, write_table
 
 
 # ---- options and recipes ---------------------------------------------------------------------------------
@@ -87,6 +88,8 @@ class Config(RunConfig):
     method: str = opt("scaleprotoseg", "protoseg = one summed scale, no groups; deeplab = plain network",
                       choices=("scaleprotoseg", "protoseg", "deeplab"))
     dataset: str = opt("cityscapes", "reader of --data", choices=datasets.DATASETS)
+    ignore: int = opt(None, "folder: value of unlabelled pixels in masks, besides 255 (data/README.md)",
+                      at_least=0, at_most=255)
     train_split: str = opt("train", "split that is trained on")
     project_split: str = opt("", "split that prototypes are projected to (default: --train-split)")
     val_split: str = opt("val", "split that is evaluated while training")
@@ -105,6 +108,8 @@ class Config(RunConfig):
     scale_max: float = opt(1.5, "largest factor by which training images are resized at random", above=0)
     test_size: int = opt(0, "short side of test images; 0 = the image's own", at_least=0)
     test_square: bool = opt(False, "test images are resized to test-size x test-size (Pascal)")
+    window: int = opt(0, segmentation.WINDOW + ". Explanations and measures of prototypes see whole images",
+                      at_least=0, evaluation=True)
     batch_size: int = opt(10, "images an iteration, over all GPUs", above=0)
     micro_batch: int = opt(0, "images at once on a GPU, to save memory; 0 = the whole batch", at_least=0)
     prototypes: int = opt(3, "K, prototypes of a class and scale", above=0)
@@ -189,6 +194,8 @@ def check_config(cfg):
         raise UserError(f"--pixel {' '.join(map(str, cfg.pixel))}: give x and y, two whole numbers.")
     if (cfg.class_ or cfg.pixel) and not cfg.explain:
         raise UserError("--class and --pixel go with --explain IMAGE.")
+    plain = replace(cfg, method="deeplab", input_scales=[])
+    check_sides(lambda: build_model(plain, dict(classes=["any"])), cfg)
     if cfg.stage1 and cfg.method != "scaleprotoseg":
         raise UserError(f"--stage1 with --method {cfg.method}: only scaleprotoseg has a stage 2.")
 
@@ -585,10 +592,10 @@ def train_step(model, net, optimizer, scheduler, x, labels, phase, cfg):
         model.require_backward_grad_sync = k == len(parts)           # DDP: processes exchange gradients once
         share = len(part) / len(x)
         losses = losses_of(model, net, part, target, phase, cfg)
-        (sum(losses.values()) * share).backward()
+        run.backward(sum(losses.values()) * share, optimizer, cfg.amp)          # as loss.backward()
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach() * share
-    optimizer.step()
+    run.step(optimizer)                                              # as optimizer.step(); see --amp fp16
     scheduler.step()
     if phase.startswith("group"):
         net.groups.to_simplex()
@@ -678,6 +685,8 @@ def remove_duplicates(prototypes, prototype_class, prototype_scale):
 
 def train(cfg, machine):
     """All phases of the method, then the report. Returns what metrics.json holds (None where rank > 0)."""
+    if cfg.stage1 and not cfg.resume:
+        cfg = settings_with_stage1(cfg)
     sets = open_sets(cfg)
     net, progress = prepare(cfg, sets, machine)
     view = loaders.TrainView(sets["train"], 0, cfg.crop, (cfg.scale_min, cfg.scale_max), photometric=False,
@@ -734,8 +743,8 @@ def open_sets(cfg):
     splits = dict(train=cfg.train_split, project=cfg.project_split or cfg.train_split, val=cfg.val_split,
                   test=cfg.test_split)
     names = dict.fromkeys(splits.values())                           # every split is opened once
-    opened = {name: datasets.open_dataset(cfg.dataset, cfg.data, name) for name in names}
-    check_parts(opened[cfg.test_split], cfg.parts)
+    opened = {name: datasets.open_split(cfg, name) for name in names}
+    check_parts(opened[cfg.test_split], cfg)
     return {use: opened[name] for use, name in splits.items()}
 
 
@@ -755,6 +764,8 @@ def prepare(cfg, sets, machine):
         progress = dict(phase="warmup", iteration=0, offset=0, seconds=0.0, log=[], sums={}, classes=classes,
                         prototype_class=prototype_class, prototype_scale=prototype_scale)
         net = build_model(cfg, progress, cfg.weights)
+    if not resumes:
+        progress["pixels"] = survey.survey(sets["train"], sets.values(), cfg, machine, net=net)
     run.start_run(cfg, machine)
     torch.manual_seed(cfg.seed + 1 + machine.rank)
     if resumes:
@@ -762,15 +773,28 @@ def prepare(cfg, sets, machine):
     return net.to(machine.device, memory_format=torch.channels_last), progress
 
 
+STAGE2 = ("preset", "method", "schedule", "groups", "group_warmup", "group_joint", "group_lr", "w_l1_group",
+          "w_entropy", "micro_batch", "eval_every")                  # options that are stage 2's own
+
+
+def settings_with_stage1(cfg):
+    """--stage1: cfg with the settings of the run whose stage 1 is taken over, but its own for stage 2.
+    UserError for a flag that contradicts them."""
+    other = run.read_config(Config, cfg.stage1)
+    if other.method != cfg.method:
+        raise UserError(f"--stage1 {cfg.stage1} was trained with --method {other.method}: no stage 2 goes "
+                        "with it; name a run of scaleprotoseg.")
+    theirs = {f.name: getattr(other, f.name) for f in fields(cfg)
+              if not f.metadata["runtime"] and f.name not in STAGE2}
+    for name, value in theirs.items():
+        if name in getattr(cfg, "given", ()) and getattr(cfg, name) != value:
+            raise UserError(f"--stage1 {cfg.stage1} was trained with {run.flag_of(name)} {value}, not "
+                            f"{getattr(cfg, name)}: leave the flag out.")
+    return replace(cfg, **theirs)
+
+
 def stage1_of(cfg, classes):
     """--stage1: (net, progress) as another run's stage 1 left them. UserError if it does not fit."""
-    other = run.read_config(Config, cfg.stage1)
-    for name in ("method", "dataset", "train_split", "project_split", "backbone", "output_stride",
-                 "unet_width", "rates", "depth", "input_scales", "frozen_bn"):
-        theirs, ours = getattr(other, name), getattr(cfg, name)
-        if theirs != ours:
-            raise UserError(f"--stage1 {cfg.stage1} was trained with {run.flag_of(name)} {theirs}, not "
-                            f"{ours}: use that run's settings.")
     saved = run.read_checkpoint(Path(cfg.stage1) / "stage1.pt")
     run.check_classes(saved["progress"]["classes"], classes, cfg.stage1)
     net = build_model(cfg, saved["progress"])
@@ -878,9 +902,13 @@ def evaluate(net, data, stages, cfg, machine):
     or one name for the network as it predicts. Logits are resized to the label; void never counts."""
     def predict(batch):
         x, = to_device(batch, machine.device, "image")
-        logits = [net.final_logits(x, cfg)] if len(stages) == 1 else net.logits_of_stages(x, cfg)
-        size = batch["mask"].shape[1:]
-        return {stage: segmentation.resized(maps, size).argmax(1) for stage, maps in zip(stages, logits)}
+        windows = segmentation.in_windows(logits_of, x, cfg.window)
+        sizes = x.shape[2:], batch["mask"].shape[1:]
+        return {stage: segmentation.class_ids(segmentation.part_of(windows, k), *sizes)
+                for k, stage in enumerate(stages)}
+
+    def logits_of(x):
+        return [net.final_logits(x, cfg)] if len(stages) == 1 else net.logits_of_stages(x, cfg)
 
     loader = loaders.eval_loader(measures.test_view(data, cfg), cfg.workers, *machine)
     return segmentation.evaluate(net, loader, data.num_classes, stages, predict, machine)
@@ -892,6 +920,7 @@ def report(net, cfg, sets, progress, machine):
     scores = evaluate(net, data, net.stages, cfg, machine)
     if machine.rank:
         return None
+    cfg = run.for_results(cfg)
     final = segmentation.named_rates(scores[net.stages[-1]], data.classes, cfg.test_split)
     entries = {key: final[key] for key in ("miou", "macc", "pixel_acc", "iou", "absent")}
     for stage, score in scores.items():
@@ -978,7 +1007,7 @@ def load_run(cfg, device):
         raise UserError(f"the run in {cfg.out} is a plain network, which has no prototypes to explain it: "
                         "pass a run of scaleprotoseg or protoseg.")
     splits = (cfg.test_split, cfg.project_split or cfg.train_split)
-    test, source_images = (datasets.open_dataset(cfg.dataset, cfg.data, split) for split in splits)
+    test, source_images = (datasets.open_split(cfg, split) for split in splits)
     net, progress = load_network(cfg, device, test.classes)
     return gallery.Drawing(net, cfg, progress, device, test, source_images)
 
@@ -1088,6 +1117,7 @@ def run_table(cfg, machine):
     table = TABLES[cfg.table]._replace(digits=DIGITS)
     if cfg.table == 5 and cfg.dataset == "em":
         table = table._replace(rows=EM_CUTS)
+    check_rows(table.rows, cfg, check_config, ["threshold"] * (cfg.table == 7))
     special = {7: thresholds, 8: entropy_rows, 9: entropy_rows}
     results = special.get(cfg.table, train_rows)(table.rows, cfg, train, machine)
     write_table(cfg.table, table, results, cfg, machine,
@@ -1098,7 +1128,7 @@ def run_table(cfg, machine):
 def thresholds(rows, cfg, train, machine):
     """Table 7: the run of our method with other thresholds; nothing is trained again."""
     train_rows({"scaleprotoseg": OURS}, cfg, train, machine)
-    data = datasets.open_dataset(cfg.dataset, cfg.data, cfg.test_split)
+    data = datasets.open_split(cfg, cfg.test_split)
     results = {name: [] for name in rows}
     for row_cfg in row_configs("scaleprotoseg", OURS, cfg):
         net, _ = load_network(row_cfg, machine.device)

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import inspect
 import itertools
 import json
 import math
@@ -15,7 +16,9 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+import traceback
+import warnings
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +26,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class UserError(Exception):
@@ -65,11 +71,12 @@ class RunConfig:
                     source=True)
     out: str = opt("", "run folder: config.json, log.csv, metrics.json, last.pt, figures/ "
                    "(default runs/SCRIPT-PRESET)", runtime=True)
-    seed: int = opt(0, "same seed, same machine, same numbers")
+    seed: int = opt(0, "same seed, same machine, same numbers", at_least=0, at_most=2 ** 32 - 1)
     device: str = opt("auto", "auto takes cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"),
                       runtime=True)
-    amp: str = opt("auto", "bfloat16 autocast; auto = on CUDA only", choices=("auto", "bf16", "off"))
-    workers: int = opt(4, "data loader processes; 0 loads in the main process "
+    amp: str = opt("auto", "autocast: auto = bf16 on GPUs that have it, else off; fp16 = float16 with "
+                   "scaled losses, for older GPUs", choices=("auto", "bf16", "fp16", "off"))
+    workers: int = opt(min(4, CORES), "data loader processes; 0 loads in the main process "
                        "(Windows: try 0 if loading hangs)", at_least=0, runtime=True)
     schedule: float = opt(1.0, "shortens every stage of the recipe in proportion: "
                           "0.1 = a tenth of the iterations", above=0)
@@ -111,16 +118,29 @@ def check_batch_size(batch_size, least=1):
     if batch_size % world or batch_size // world < least:
         more = f" and {least} at least for batch norm" if least > 1 else ""
         raise UserError(f"--batch-size {batch_size} for {world} process(es): each needs the same number of "
-                        f"images{more}; choose a multiple of {world}.")
+                        f"images{more}; choose {least * world} or more, a multiple of {world}.")
+
+
+def batch_of_process(cfg):
+    """Images that go through the network at once in training."""
+    images = cfg.batch_size // int(os.environ.get("WORLD_SIZE", 1))
+    return min(images, getattr(cfg, "micro_batch", 0) or images)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         """One sentence instead of argparse's usage dump; exit code 2 as usual."""
         word = message.split(": ")[-1].split("=")[0].split(" ")[0]
-        close = difflib.get_close_matches(word, self._option_string_actions, n=1)
-        hint = f"did you mean {close[0]}? " if message.startswith("unrecognized") and close else ""
-        self.exit(2, f"{self.prog}: {message}; {hint}--help lists the options.\n")
+        unknown = message.startswith("unrecognized") and word.startswith("-")
+        hint = did_you_mean(word, self._option_string_actions) if unknown else ""
+        fail(f"{message}; {hint}--help lists the options.", 2)
+
+
+def did_you_mean(word, names):
+    """A question for a message: names that begin with the word, or the one most like it; "" without any."""
+    close = [name for name in names if name.startswith(word)][:3] if len(word) > 3 else []
+    close = close or difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {' or '.join(close)}? " if close else ""
 
 
 def _parser(Config, presets, description):
@@ -151,37 +171,67 @@ def parse_config(Config, presets, argv=None, description=""):
     With an option that works on a trained run the settings are those in OUT/config.json; a flag that
     contradicts them is a UserError, unless it only says where to compute.
     """
-    given = vars(_parser(Config, presets, description).parse_args(argv))
-    cfg = make_config(Config, presets, **given)
-    uses_run = any(getattr(cfg, f.name) for f in fields(Config) if f.metadata["uses_run"])
-    return _config_of_run(cfg, given) if uses_run else cfg
+    return make_config(Config, presets, **vars(_parser(Config, presets, description).parse_args(argv)))
 
 
-def make_config(Config, presets, preset="toy", **flags):
-    """The same from Python: make_config(Config, PRESETS, "toy", seed=1). UserError as check_options."""
+def make_config(Config, presets, preset=None, **flags):
+    """The same from Python: make_config(Config, PRESETS, "toy", seed=1). UserError: an unknown option, a
+    value of another type, what check_options refuses, or two commands at once."""
+    flags |= dict(preset=preset) if preset else {}
+    preset = preset or "toy"
     if preset not in presets:
         raise UserError(f"preset {preset!r} does not exist: choose one of {', '.join(presets)}.")
+    names = [f.name for f in fields(Config)]
+    for name in flags:
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise UserError(f"there is no option {name}{': ' + hint.strip() if hint else '.'}")
     cfg = Config(**{**presets[preset], **flags, "preset": preset})
     if not cfg.out:
-        cfg.out = f"runs/{Path(sys.argv[0]).stem or 'run'}-{preset}"
-    _read_lists(cfg)
+        cfg.out = f"runs/{script_of(Config)}-{preset}"
+    _read_types(cfg)
     check_options(cfg)
     for f in fields(Config):                               # the only place that multiplies by --schedule
         value = getattr(cfg, f.name)
         if f.metadata["schedule"] and value is not None and value > 0:
             setattr(cfg, f.name, max(1, round(value * cfg.schedule)))
+    tasks = [f for f in fields(Config) if getattr(cfg, f.name)
+             and (f.metadata["uses_run"] or f.name in ("table", "figure", "profile", "ensemble"))]
+    names = [f.name for f in tasks]
+    if len(tasks) > 1 and names != ["explain", "compare"]:              # which one command draws
+        raise UserError(f"{' and '.join(map(flag_of, names))} are separate commands: give one of them (a "
+                        "--table trains what is missing, and goes on by itself).")
+    if any(f.metadata["uses_run"] for f in tasks):
+        cfg = _config_of_run(cfg, flags)
+    cfg.given = tuple(flags)                               # no field: see tables.check_rows
     return cfg
 
 
-def _read_lists(cfg):
-    """Values of list options become what their option says: from Python, numbers may come as text."""
+def script_of(Config):
+    """The name of the script that a Config belongs to, whether it was started or imported."""
+    return Path(sys.argv[0]).stem if Config.__module__ == "__main__" else Config.__module__
+
+
+def _read_types(cfg):
+    """Values get the type that their option says: from Python, paths may be Path and numbers text. UserError
+    where that cannot be."""
     for f in fields(cfg):
-        if f.type is list:
-            each, values = f.metadata["each"], getattr(cfg, f.name)
-            try:
-                setattr(cfg, f.name, [each(value) for value in values])
-            except (TypeError, ValueError):
-                raise UserError(f"{flag_of(f.name)} {values}: must be a list of {each.__name__}.") from None
+        value, one = getattr(cfg, f.name), f.metadata["each"] if f.type is list else f.type
+        values = value if f.type is list else [value]
+        if value is None and f.metadata["default"] is None:
+            continue
+        try:
+            if one is bool and value not in (True, False) or f.type is list and isinstance(value, str):
+                raise ValueError
+            if one is str and not all(isinstance(v, (str, os.PathLike, int, float)) for v in values):
+                raise ValueError
+            read = [one(v) for v in values]
+            if one is int and any(isinstance(v, float) and v != int(v) for v in values):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            kind = f"a list of {one.__name__}" if f.type is list else one.__name__
+            raise UserError(f"{flag_of(f.name)} {value}: must be {kind}.") from None
+        setattr(cfg, f.name, read if f.type is list else read[0])
 
 
 def read_config(Config, out):
@@ -191,7 +241,7 @@ def read_config(Config, out):
     if not isinstance(saved, dict) or set(saved) - {f.name for f in fields(Config)}:
         raise UserError(f"{path} is not a config of this script: pass the folder of a run of this script.")
     cfg = Config(**saved)
-    _read_lists(cfg)                                   # a run of an earlier version has numbers as text
+    _read_types(cfg)                                   # a run of an earlier version has numbers as text
     return cfg
 
 
@@ -210,22 +260,59 @@ def _config_of_run(cfg, given):
 
 def run_script(main, Config, presets, description=""):
     """Parse, run main(cfg); user mistakes become one sentence and exit code 2, Ctrl-C exit code 130."""
+    code = 2
+    print_any_name()
     try:
         main(parse_config(Config, presets, description=description))
         return
     except UserError as error:
-        problem, code = str(error), 2
-    except torch.OutOfMemoryError:
-        problem, code = ("the GPU ran out of memory: lower --batch-size or the image size (a lower batch "
-                         "size wants a lower --lr in proportion)."), 2
+        undo_start()
+        problem = str(error)
     except KeyboardInterrupt:
         problem, code = ("interrupted; the same command with --resume (a --table: the same command) goes on "
                          "from the last checkpoint."), 130
+    except (RuntimeError, MemoryError) as error:
+        problem = lack_of_memory(error)
+        if not problem:
+            raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    fail(problem, code)
+
+
+def print_any_name():
+    """Characters that this terminal cannot show are printed as codes, such as \\u5929; no run ends there."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def fail(problem, code):
+    """Print one sentence and exit. Under torchrun the first process tells what all of them met."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(5)                                  # torchrun ends this process once the first has gone
     print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
     sys.exit(code)
+
+
+def lack_of_memory(error):
+    """What to do about an exception that means too little memory, else None."""
+    text = str(error)
+    if re.search("DataLoader worker|shared memory|/dev/shm", text):
+        return ("a loader process was killed, mostly for lack of memory or of room in /dev/shm: lower "
+                "--workers (0 needs no processes), and --resume goes on from the last checkpoint.")
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search(
+            "out of memory|can't allocate memory|not enough memory", text):
+        return None
+    place = re.search("cuda|mps", text.lower())
+    device = dict(cuda="the GPU", mps="the GPU")[place[0]] if place else "the machine"
+    called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if called & {"evaluate", "predict"}:
+        return (f"{device} ran out of memory at a whole image, which is scored or labelled alone: make such "
+                "images smaller, or cut them with --window.")
+    return (f"{device} ran out of memory: lower --batch-size or the image size (a lower batch size wants a "
+            "lower --lr in proportion).")
 
 
 # ---- device, seed, ranks ---------------------------------------------------------------------------------
@@ -266,10 +353,43 @@ def setup(device="auto", seed=0):
     return Machine(torch.device(device), rank, world)
 
 
+def precision(device, amp="auto"):
+    """What --amp means on a device: "bf16", "fp16" or "off"; auto is bf16 on a GPU that computes in it."""
+    if amp == "fp16" and device.type == "mps":
+        raise UserError("--amp fp16 is for CUDA GPUs: use --amp off here.")
+    if amp != "auto":
+        return amp
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if native else "off"
+
+
 def autocast(device, amp="auto"):
-    """bfloat16 autocast on `device`: "bf16" always, "auto" on CUDA only, "off" never."""
-    return torch.autocast(device.type, dtype=torch.bfloat16,
-                          enabled=amp == "bf16" or amp == "auto" and device.type == "cuda")
+    """Autocast on `device`, see precision()."""
+    kind = precision(device, amp)
+    return torch.autocast(device.type, dtype=torch.float16 if kind == "fp16" else torch.bfloat16,
+                          enabled=kind != "off")
+
+
+def backward(loss, optimizer, amp="off"):
+    """loss.backward(). With --amp fp16 the loss is scaled first, as small gradients are 0 in float16; the
+    scaler is kept as optimizer.scaler, and in checkpoints."""
+    if amp == "fp16" and not hasattr(optimizer, "scaler"):
+        optimizer.scaler = torch.amp.GradScaler(loss.device.type)
+    scaler = getattr(optimizer, "scaler", None)
+    (scaler.scale(loss) if scaler else loss).backward()
+
+
+def step(optimizer):
+    """optimizer.step(). After a scaled loss: of unscaled gradients, and none if one is not finite."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+
+
+warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")    # step() may leave out the first
 
 
 def distribute(model, machine):
@@ -278,7 +398,10 @@ def distribute(model, machine):
         return model
     if machine.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)   # see share_buffers
+    DDP = torch.nn.parallel.DistributedDataParallel
+    renamed = "forward_sync_buffers" in inspect.signature(DDP).parameters                # by torch 2.14
+    option = "forward_sync_buffers" if renamed else "broadcast_buffers"
+    return DDP(model, **{option: False})               # see share_buffers
 
 
 def share_buffers(model):
@@ -292,34 +415,53 @@ def share_buffers(model):
 
 @contextlib.contextmanager
 def replacing(path, mode="w"):
-    """Open a file beside `path` and rename it at the end: a killed program leaves no half-written file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.tmp", mode, **({} if "b" in mode else dict(encoding="utf-8", newline=""))) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    """Open a file beside `path` and rename it at the end: a killed program leaves no half-written file.
+    UserError if it cannot be written, such as on a full disk; what was at `path` stays."""
+    path, draft = Path(path), Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = {} if "b" in mode else dict(encoding="utf-8", errors="backslashreplace", newline="")
+        with open(draft, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:            # RuntimeError: torch.save after a failed write
+        failed = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(failed, OSError):
+            raise
+        raise UserError(f"{path} cannot be written ({failed.strerror or failed}): make room or choose "
+                        "another --out; what is there is whole, and --resume goes on from it.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 KEPT = re.compile(r"rows|previous-\d+")                                 # what a new run does not move aside
+START = {}                                              # until the first checkpoint: how to undo start_run
 
 
 def start_run(cfg, machine):
     """Make the run folder and write config.json.
 
     What an earlier run left there is moved to OUT/previous-1, -2, ..., all but rows/ and earlier previous-N.
-    UserError: the folder cannot be made, or it is the one that is worked in.
+    UserError: the folder cannot be made, is the one that is worked in, or has to do with the data.
     """
     out = Path(cfg.out)
-    if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+    here, data = out.resolve(), Path(cfg.data).expanduser().resolve()
+    if cfg.data and (here in (data, *data.parents) or data in here.parents and is_foreign(out)):
+        raise UserError(f"--out {out} holds the data or belongs to them: give the run a folder of its own.")
+    if here in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"--out {out} is the folder that you work in, and a later run would move all of it "
                         "aside: give the run a folder of its own.")
     if machine.rank == 0 and not cfg.resume:
+        is_new = not out.exists()
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {out} cannot be made ({error.strerror}): name another folder.") from None
+        START.clear()
+        START.update(out=out, is_new=is_new)
         if (out / "config.json").exists():
             places = (out / f"previous-{number}" for number in itertools.count(1))
             aside = next(place for place in places if not place.exists())
@@ -328,9 +470,39 @@ def start_run(cfg, machine):
             for path in earlier:
                 path.rename(aside / path.name)
             print(f"the earlier run in {out} was moved to {aside}")
+            START.update(aside=aside)
         write_json(out / "config.json", asdict(cfg))
     if dist.is_initialized():
         dist.barrier()
+
+
+def is_foreign(out):
+    """Is it a folder with files, but none of a run?"""
+    return out.is_dir() and any(out.iterdir()) and not (out / "config.json").exists()
+
+
+def undo_start():
+    """After a mistake before the first checkpoint: the run folder is as it was before start_run."""
+    if not START:
+        return
+    out, aside = START["out"], START.get("aside")
+    for name in ("config.json", "log.csv"):             # all that a run has written by then
+        (out / name).unlink(missing_ok=True)
+    for path in aside.iterdir() if aside else ():
+        path.rename(out / path.name)
+    with contextlib.suppress(OSError):                  # folders that are not empty stay
+        for folder in filter(None, (aside, START["is_new"] and out)):
+            folder.rmdir()
+    START.clear()
+
+
+def for_results(cfg):
+    """cfg, with the folder OUT/eval-SPLIT if --eval-only evaluates another split than the run's own: the
+    metrics and figures of the finished run stay."""
+    own = read_json(Path(cfg.out) / "config.json", "")["test_split"]
+    if own == cfg.test_split or not cfg.eval_only:
+        return cfg
+    return replace(cfg, out=f"{cfg.out}/eval-{cfg.test_split}")
 
 
 def write_json(path, value):
@@ -389,8 +561,10 @@ def save_checkpoint(path, parts, progress):
         dist.all_gather_object(rng, rng_state())
     if not dist.is_initialized() or dist.get_rank() == 0:
         state = {name: part.state_dict() for name, part in parts.items()}
+        scalers = {name: part.scaler.state_dict() for name, part in parts.items() if hasattr(part, "scaler")}
         with replacing(path, "wb") as file:
-            torch.save(state | dict(rng=rng, progress=progress), file)
+            torch.save(state | dict(rng=rng, progress=progress, scalers=scalers), file)
+    START.clear()                                       # now there is something to go on from
     if dist.is_initialized():
         dist.barrier()
 
@@ -418,6 +592,9 @@ def load_checkpoint(path, parts, device):
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"{path} does not fit this {name} ({' '.join(str(error).split())[:200]}): "
                             "it comes from a run with other options; use that run's config.json.") from None
+        if name in saved.get("scalers", {}):
+            part.scaler = torch.amp.GradScaler(device.type)
+            part.scaler.load_state_dict(saved["scalers"][name])
     rank = dist.get_rank() if dist.is_initialized() else 0
     set_rng_state(saved["rng"][min(rank, len(saved["rng"]) - 1)])
     return saved["progress"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from common.run import UserError, read_json, replacing, write_json
+from common.run import UserError, flag_of, read_json, replacing, write_json
 
 
 class Table(NamedTuple):
@@ -57,6 +57,20 @@ def row_configs(name, changes, cfg, folder=folder_of):
         out = row_out(cfg, folder(name), 0 if "seed" in changes else seed)
         base = dict(table=type(cfg.table)(), seeds=1, seed=seed, out=str(out))
         yield replace(cfg, **base | changes)
+
+
+def check_rows(rows, cfg, check, also=(), free=()):
+    """Before the first row is trained: UserError for a flag beside --table that its rows set, or for a row
+    that cannot work. check(cfg): check_config of the script. also: further options that are the rows' own;
+    free: options that may be given, as may all that say where data and weights are."""
+    own = set(also).union(*(changes for changes in rows.values() if isinstance(changes, dict)))
+    own -= {"table", "figure", *free, *(f.name for f in fields(cfg) if f.metadata["source"])}
+    for name in sorted(own & set(getattr(cfg, "given", ()))):
+        value = getattr(cfg, name)
+        raise UserError(f"{flag_of(name)} {value}: the rows of a --table set that themselves: leave it out.")
+    for changes in rows.values():
+        if isinstance(changes, dict):
+            check(replace(cfg, table=type(cfg.table)(), seeds=1, **changes))
 
 
 def train_rows(rows, cfg, train, machine, folder=folder_of):
@@ -124,10 +138,10 @@ def cell_text(values, digits=1):
 
 
 def markdown(headings, rows):
-    """A Markdown table of texts; None becomes "-"."""
+    """A Markdown table of texts; None becomes "-", and a | in a text stays one."""
     lines = []
     for row in [headings, ["---"] * len(headings), *rows]:
-        cells = ["-" if cell is None else str(cell) for cell in row]
+        cells = ["-" if cell is None else str(cell).replace("|", "\\|") for cell in row]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
