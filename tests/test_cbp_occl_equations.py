@@ -7,7 +7,7 @@ views (Eq. 3) are drawn to each other, away from the other classes (Eq. 4), and 
 (Eq. 5). Eq. (6) adds these up, and Eq. (7) adds the cross-entropy of the pixels.
 
 The references are loops in float64 written from the paper, and share no line with the script. Where the print
-is garbled they follow the readings [D1] to [D14] of the script's header.
+is garbled they follow the readings [D1] to [D13] of the script's header.
 """
 import copy
 import math
@@ -273,6 +273,17 @@ def test_centroid_loss_is_the_loop(seed, tau):
     assert_near(centroid_loss(centroids, torch.ones(2, 2), 0.5), torch.tensor([expected, expected]), 1e-6)
 
 
+def test_minimising_the_printed_ratio_would_part_the_views():
+    """[D2]: a small step down the ratio itself lowers cos(v_1, v_2), one down its -log raises it."""
+    v = F.normalize(normal(1, 5, 8) + normal(2, 5, 8, seed=9), dim=2).double().requires_grad_()
+    counts, keys = torch.full((2, 5), 4), v.mean(0).detach()
+    ratios = sum(slow_ratio(v, counts, x, i, 0.07, keys) for x in (0, 1) for i in range(5))
+    for loss, sign in ((ratios, -1), (centroid_loss(v, counts).sum(), 1)):
+        slope, = torch.autograd.grad(loss, v)
+        before, after = (F.cosine_similarity(*views, dim=1).mean() for views in (v, v - 1e-3 * slope))
+        assert sign * (after - before) > 1e-9
+
+
 def slow_category_loss(centroids, counts, prototypes, tau=0.07):
     """Eq. (5) with -log: v_xi against all N prototypes, mean over the classes with both views."""
     classes, losses = valid_classes(counts), [0 * centroids.sum(), 0 * centroids.sum()]
@@ -399,6 +410,7 @@ def test_a_step_goes_down_eq_7(classifier, auxiliary, weights):
     classes with both views become m w + (1-m) T s/|s|, m = 0.999, then of length T. Others are weights."""
     cfg = config(classifier=classifier, w_centroid=weights[0], w_category=weights[1], tau=0.2, length=3.0,
                  seed=2, head_channels=C)
+    torch.manual_seed(0)
     net = cbp_occl.build_model(cfg, N).eval()                           # without dropout
     net.network, head, rows = Network(auxiliary), net.classifier, random_rows()
     if classifier == "learnable":

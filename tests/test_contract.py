@@ -48,7 +48,7 @@ def test_a_run_leaves_its_files_its_numbers_and_one_line_about_time_and_memory(t
     for row in rows:
         assert all(np.isfinite(float(row[loss])) for loss in LOSSES[name] if row[loss])
     first = next(line for line in (out / "printed.txt").read_text().splitlines() if " steps of " in line)
-    assert "s a step" in first and "GiB" in first
+    assert "s a step" in first and "GiB" in first and "amp off" in first
 
 
 @every_script

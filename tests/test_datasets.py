@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import datasets as ds
-from common import files, loaders, toy_scenes, transforms
+from common import files, loaders, run, survey, toy_scenes, transforms
 from data import prepare_cocostuff10k as prepare
 from trees import draw, message, write
 
@@ -137,7 +137,8 @@ def test_workers_change_neither_samples_nor_counts_nor_the_shared_generator(fold
     for a, b in zip(alone, helped, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in ("image", "mask", "index"))
     counts = [sum((data.read(i)[1] == c).sum().item() for i in range(5)) for c in range(4)]
-    assert loaders.pixel_counts(data, workers=2).tolist() == counts
+    found = survey.read_all(data, SimpleNamespace(workers=2), run.Machine(torch.device("cpu")))
+    assert found[0][:4].tolist() == counts
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -320,8 +321,6 @@ def gone(tree, path):
     ("folder", "train", gone(PAIRED, "masks/train/p1"), "1 of 2 images .*/p1.png, .*masks/train/p1.png"),
     ("folder", "train", PAIRED | {"images/train/p1.jpg": NOISE}, "both p1.jpg and p1.png"),
     ("folder", "train", PAIRED | {"classes.txt": "1 sky\n2 road\n"}, "classes.txt: the ids .* are 1, 2"),
-    ("folder", "train", PAIRED | {P0: np.zeros((40, 55))}, "p0.png is 56 x 40 .*p0.png is 55 x 40"),
-    ("folder", "train", PAIRED | {"images/train/p0.png": RAMP.astype(np.uint16)}, "more than 8 bits"),
     ("folder", "train", PAIRED | {P0: RAMP % 40}, r"\[4, 5, 6, 7, 8\] and 31 more, but .* 0..3 .*convert"),
     ("folder", "train", PAIRED | {P0: NOISE}, "p0.png is a colour picture .mode RGB")])
 def test_what_is_missing_or_broken_is_named(tmp_path, name, split, tree, words):

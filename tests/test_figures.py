@@ -178,13 +178,3 @@ def test_an_edge_belongs_to_the_right_and_values_outside_are_told_and_count_in_t
     assert where(outside[35:53], INK).sum() > where(inside[35:53], INK).sum() + 100     # "3 of them outside"
     numbers = words_in(drawn(save_histogram, {"a": [2e5]}, bins=40, low=1e5, high=9e5)[-26:-8])
     assert len(numbers) > 3 and max(columns[-1] - columns[0] for columns in numbers) < 60       # apart
-
-
-@pytest.mark.parametrize("first, second, low, high", [
-    ([0.31, 0.5], [3.9], 0, 4), ([7.0], [], 7, 8), ([0.3, 0.3, 0.7], [], 0.3, 0.7),
-    ([float("nan")], [float("inf"), 2.0, 4.0], 2, 4)])
-def test_limits_are_round_numbers_around_the_values_of_all_series(drawn, first, second, low, high):
-    found = heights_of(drawn(save_histogram, {"a": first, "b": second}, bins=10))
-    for heights, values in zip(found, (first, second)):
-        counts = np.histogram(np.array(values)[np.isfinite(values)], np.linspace(low, high, 11))[0]
-        assert [height > 0 for height in heights] == (counts > 0).tolist()

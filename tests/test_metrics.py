@@ -148,13 +148,3 @@ def test_a_box_surrounds_all_pixels_at_or_above_the_percentile(shape, size, perc
         y, x = np.nonzero(up >= np.percentile(up, percentile))
         assert box == [y.min(), y.max() + 1, x.min(), x.max() + 1]
         assert activation_box(values, size, percentile) == tuple(box)
-
-
-def test_a_box_by_hand_is_the_whole_picture_where_no_pixel_stands_out():
-    count = torch.arange(100.0).reshape(10, 10)                           # not interpolated at its own size
-    assert activation_box(count, 10) == (9, 10, 5, 10)               # the 95th percentile of 0..99 is 94.05
-    peaks = torch.zeros(6, 20)
-    peaks[2, 3] = peaks[4, 15] = 1
-    assert activation_box(peaks, (6, 20), percentile=99) == (2, 5, 3, 16)               # one box around both
-    assert activation_box(peaks, (6, 20)) == (0, 6, 0, 20)                # the percentile is 0
-    assert activation_box(torch.full((5, 8), 9.2103), (40, 96)) == (0, 40, 0, 96)      # in spite of rounding

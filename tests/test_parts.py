@@ -44,15 +44,6 @@ def test_components_are_what_touches_at_sides_or_corners():
             assert (connected_components(turned) == slow_components(turned)).all()
 
 
-def test_a_centroid_is_the_rounded_mean_of_a_piece():
-    part_map = [[1, 1, 0, 0, 0, 2], [0, 0, 1, 0, 0, 2], [0, 0, 0, 0, 1, 2], [2, 2, 2, 0, 1, 2]]
-    class_map = [[3] * 5 + [255], [3] * 5 + [255], [3] * 6, [1] * 6]      # they cut the sixth column
-    rows = part_centroids(np.array(part_map, np.uint8), np.array(class_map, np.uint8))
-    assert rows.tolist() == [
-        [1, 1, 4, 3], [1, 2, 1, 3], [1, 2, 5, 3], [3, 1, 1, 0], [3, 1, 4, 2], [3, 2, 5, 2]]
-    assert part_centroids(np.zeros((4, 6), np.uint8), np.zeros((4, 6), np.uint8)).shape == (0, 4)
-
-
 # ---- three kinds of parts ----
 
 def test_toy_scenes_have_the_parts_of_their_generator():

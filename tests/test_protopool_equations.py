@@ -276,6 +276,7 @@ def test_initial_values():
     """Fig. 5: "all prototypes are assigned with a probability of 0.005" (1 / 202). Xavier normal: variance
     2 / (fan_in + fan_out); official: Kaiming, 2 / fan_out [D8]. A class sees its own slots, with weight 1."""
     for reading, add_on, pool in (("paper", 2 / (5 + 256), 2 / (202 + 256)), ("official", 2 / 256, 1 / 12)):
+        torch.manual_seed(0)
         net = ProtoPool(Backbone(), 200, 202, 10, 256, reading)
         for values, variance in ((net.q, 2 / (202 * 10 + 200 * 10)), (net.prototypes, pool),
                                  (net.add_on_layers[0].weight, add_on)):

@@ -119,6 +119,10 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, monkeypatch):
         (out / "notes.txt").write_text(notes)
     assert [(out / f"previous-{k}" / "notes.txt").read_text() for k in (1, 2)] == ["mine", "later"]
     assert (out / "previous-1" / "config.json").exists() and not (out / "previous-2" / "rows").exists()
+    for folder in (out, out / "rows"):                                    # a later run would move the data
+        (out / "rows" / "image.png").write_text("")
+        with pytest.raises(UserError, match="holds the data or belongs to them"):
+            run.start_run(parse("--out", folder, "--data", out), CPU)
     monkeypatch.chdir(out / "rows")
     with pytest.raises(UserError, match="the folder that you work in"):
         run.start_run(parse("--out", out), CPU)

@@ -5,6 +5,7 @@ command writes what the functions return, or nothing; a sample equals Sec. 4.2 d
 """
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import datasets as ds
-from common import loaders, transforms
+from common import loaders, run, survey, transforms
 from common import strokes as st
 from data import prepare_scribbles as prepare
 from trees import draw, message, write
@@ -214,13 +215,15 @@ def folder_of(root, masks):
 def test_survey_by_hand_and_scribbles_that_teach_nothing_are_refused(tmp_path):
     masks = [canvas(4, 5, (0, 0, 1, 0, 5), (2, 2, 3, 0, 4)), canvas(4, 5), canvas(4, 5, (0, 1, 3, 1, 2)),
              canvas(4, 5, (2, 0, 1, 0, 1), (3, 1, 2, 0, 1))]
-    found = loaders.survey_scribbles(folder_of(tmp_path / "a", masks), workers=1)
-    assert found.pop("images").tolist() == [2, 0, 2, 1]
-    assert found == {"empty": ["p1"], "background_only": ["p2"], "labelled": pytest.approx(100 * 13 / 80)}
-    for mask, words in ((canvas(4, 5), "p0.png, hold nothing but 255 .*class ids along the strokes"),
-                        (0 * canvas(4, 5), "p0.png, hold only class 0, class0.* write 255")):
-        data = folder_of(tmp_path / "b", [mask, canvas(4, 5)])
-        assert re.search(words, message(loaders.survey_scribbles, data))
+    argv = SimpleNamespace(workers=1), run.Machine(torch.device("cpu"))
+    data = folder_of(tmp_path / "a", masks)
+    pixels, labels, sizes = survey.read_all(data, *argv)
+    assert labels.sum(0).tolist() == [2, 0, 2, 1] and labels.any(1).tolist() == [True, False, True, True]
+    assert pixels.tolist() == np.bincount(np.stack(masks).flatten(), minlength=256).tolist()
+    assert sizes.tolist() == [[4, 5]] * 4
+    data = folder_of(tmp_path / "b", [0 * canvas(4, 5), canvas(4, 5)])
+    words = "p0.png.: .*class0 alone .* 255 elsewhere"
+    assert re.search(words, message(survey.survey, data, [], *argv, True))
 
 
 def bilinear_at(image, y, x):
