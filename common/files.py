@@ -196,6 +196,8 @@ def list_images(path):
     path = Path(path)
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: name an image or a folder of images.")
     images, stems = images_in(path), {}
     for image in images:
         other = stems.setdefault(os.path.normcase(composed(image.stem)), image)

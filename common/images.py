@@ -201,7 +201,7 @@ def folder_items(name, root, parts):
         if not (root / part).is_dir():
             raise layout_error(name, root, f"the folder {part}/ is missing", TREES)
         folders = sorted((composed(folder.name), folder) for folder in (root / part).glob("[!.]*")
-                         if folder.is_dir())
+                         if folder.is_dir() and folder.name != "__MACOSX")
         classes[part] = [label for label, _ in folders]
         if not folders:
             raise layout_error(name, root, f"{part}/ must hold a folder for each class, but has none", TREES)

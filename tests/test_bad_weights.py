@@ -114,7 +114,6 @@ def test_a_window_as_large_as_the_image_changes_nothing(trained, few_toys, no_fi
     ("cbp_occl", "--floor 1", "above --lr"), ("scaleprotoseg", "--input-scales 0.001", "a crop of 48 to 0"),
     ("scaleprotoseg", "--batch-size 1 --crop 4 --output-stride 8", "one image at a time"),
     ("protopool", "--backbone resnet34 --weights none --batch-size 1", "--size 32: resnet34 needs 33"),
-    ("pfa_scribble", "--backbone mobilenet_v2 --crop 32 --batch-size 1", "--crop 32: mobilenet_v2 needs 33"),
     ("pfa_scribble", "--classifier-backbone densenet121 --classifier-size 20", "densenet121 needs")])
 def test_a_size_that_a_network_cannot_take_is_told_before_training(few_toys, tmp_path, name, argv, words):
     said = mistake(name, "--out", tmp_path / "out", *SHORT[name], *argv.split())

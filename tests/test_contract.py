@@ -301,10 +301,3 @@ def test_a_run_of_other_classes_is_refused_and_left_as_it_was(trained, no_figure
         sentence = mistake(name, "--out", out, option)
         assert str(out) in sentence and "thing 0" in sentence, sentence
         assert {path: (out / path).read_bytes() for path in files(out)} == before
-
-
-@every_script
-def test_a_broken_image_is_named(trained, no_figures, tmp_path, name):
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
-    option = "--explain" if name == "protopool" else "--predict"
-    assert "broken.jpg" in mistake(name, "--out", trained(name), option, tmp_path / "broken.jpg")

@@ -4,8 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.figures import (draw_box, heatmap, overlay, palette, save_bars, save_grid, save_histogram,
-                            save_matrix)
+from common.figures import heatmap, overlay, palette, save_bars, save_grid, save_histogram, save_matrix
 
 LOW, HIGH = [0, 0, 4], [252, 255, 164]                                    # ends of the heat map
 BLUE, WHITE, RED, INK = [33, 102, 172], [255, 255, 255], [178, 24, 43], [30, 30, 30]
@@ -36,7 +35,7 @@ def extent(found):
     return ys.min(), ys.max(), xs.min(), xs.max()
 
 
-# ---- colours, overlay, heat map, box ----
+# ---- colours, overlay, heat map ----
 
 def test_a_class_has_a_colour_of_its_own_which_an_overlay_mixes_with_the_image():
     colours = palette(256)
@@ -56,16 +55,6 @@ def test_a_heat_map_runs_from_dark_to_bright_and_blends_with_the_image():
         assert heatmap(image, flat, 1.0).permute(1, 2, 0).tolist() == [[LOW] * 2] * 2
     solid, half = (heatmap(image.repeat(1, 4, 4), values, opacity).float() for opacity in (1.0, 0.5))
     assert (half - (100 + solid / 2)).abs().max() <= 0.75                 # enlarged; both were rounded once
-
-
-@pytest.mark.parametrize("box, width", [((2, 9, 3, 12), 1), ((0, 10, 0, 14), 3), ((-4, 6, 8, 30), 2)])
-def test_a_frame_runs_along_the_inside_of_the_box_and_of_the_image(box, width):
-    image = random_image(10, 14)
-    found = draw_box(image, box, colour=(1, 2, 3), width=width)
-    y0, y1, x0, x1 = max(box[0], 0), min(box[1], 10), max(box[2], 0), min(box[3], 14)
-    for y, x in np.ndindex(10, 14):
-        framed = min(y - y0, y1 - 1 - y, x - x0, x1 - 1 - x) in range(width)
-        assert found[:, y, x].tolist() == ([1, 2, 3] if framed else image[:, y, x].tolist())
 
 
 # ---- grid, matrix ----

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from common.metrics import (ConfusionMatrix, activation_box, activation_boxes, part_consistency, part_shares,
-                            part_stability, points_in_boxes, row_quantile)
+                            part_stability, row_quantile)
 
 
 def random_maps(seed, num_classes, shape=(2, 6, 7)):
@@ -101,14 +101,6 @@ def test_row_quantile_is_torchs_and_takes_more_than_16_million_values():
 # ---- parts: N images, M prototypes, P parts ----
 
 N, M, P = 14, 5, 4
-
-
-def test_a_point_is_in_a_box_whose_ends_are_exclusive_if_it_is_visible():
-    """Rows come first in a box, columns first in a point."""
-    xy = torch.tensor([[10, 2, 1], [19, 3.9, 1], [20, 3, 1], [12, 4, 1], [3, 12, 1], [12, 3, 0], [9, 1, 1]])
-    boxes = torch.tensor([[2, 4, 10, 20], [0, 2, 9, 11]])
-    inside = [[True, True] + [False] * 5, [False] * 6 + [True]]
-    assert points_in_boxes(boxes[None], xy[None]).tolist() == [inside]
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -99,16 +99,6 @@ def test_whole_strokes_are_dropped_with_the_given_probability(drop):
         *[[1, 1, 1, 2, 2, 0, 0, 0]] * 2, *[[0, 0, 0, 0, 0, 2, 2, 0]] * 2, *[[3] * 8] * 2]
 
 
-@pytest.mark.parametrize("mask, seed", [(DRAWN, 0), (ring(110, 40, 2, 6), 2)])
-def test_larger_ratios_leave_part_of_what_smaller_ones_leave_from_all_to_nothing(mask, seed):
-    before, ratios = mask.copy(), (0, 0.1, 0.3, 0.5, 0.8, 1)
-    left = {(d, s): st.weaken(mask, d, s, seed) != 255 for d in ratios for s in ratios}
-    for (d, s), few in left.items():
-        assert all(many[few].all() for (e, t), many in left.items() if e <= d and t <= s)
-    assert (left[0, 0] == (mask != 255)).all() and not left[1, 0].any()
-    assert len({k.sum() for k in left.values()}) > 5 and (mask == before).all()     # never the argument
-
-
 def test_shrinking_by_hand():
     mask = canvas(9, 111, (5, 3, 6, 5, 106))                            # 101 x 3, its middle at x = 55
     for shrink, half in ((0.2, 40), (0.5, 25), (0.9, 5)):

@@ -85,12 +85,6 @@ def test_centres_are_means_of_visible_pixels_if_there_are_enough():
     assert toy_scenes.part_centres(shapes, seen).tolist() == [[9, 8, 0.5, 0.5], [9, 8, 5.5, 2.5]]
 
 
-def test_later_shapes_hide_earlier_ones():
-    shapes = [(toy_scenes.box(0, 0, 80, 80),), (toy_scenes.box(40, 40, 128, 128),)]
-    painted = np.asarray(toy_scenes.paint(shapes, 128, first=1))[::2, ::2]
-    assert (painted[20, 20], painted[60, 60], painted[100, 100], painted[20, 100]) == (1, 2, 2, 0)
-
-
 def test_image_and_labels_are_aligned(scenes):
     """Colours jump at the borders of parts, far less one pixel beside them."""
     reds = np.stack([scene["image"][..., 0] for scene in scenes]).astype(int)      # (N,H,W)
@@ -162,13 +156,6 @@ def test_the_command_writes_scenes_with_masks_parts_and_scribbles(tmp_path, caps
     assert table == expected and "9 scenes" in printed
     for file, names in (("classes.txt", CLASSES), ("parts.txt", toy_scenes.PARTS)):
         assert (out / file).read_text() == "".join(f"{i} {name}\n" for i, name in enumerate(names))
-
-
-def test_the_command_refuses_bad_numbers_and_writes_nothing(tmp_path, capsys):
-    for flag, value in (("--count", "0"), ("--seed", "-1")):
-        assert bird_files.main(["--out", str(tmp_path / "new"), f"{flag}={value}"]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and flag in error and not (tmp_path / "new").exists()
 
 
 def test_an_interrupted_command_leaves_nothing_that_looks_complete(tmp_path):
