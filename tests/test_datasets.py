@@ -235,7 +235,7 @@ def test_images_become_upright_rgb_and_palette_masks_are_their_indices(tmp_path)
     assert alpha.flatten().tolist() == [9, 8, 7] and grey.tolist() == [[[0, 9, 200]]] * 3
     assert palette[:, 0, 1].tolist() == [21, 28, 35] and phone.shape == (3, 20, 10)
     assert files.read_index_map(paths[2], 21).tolist() == [[0, 1, 20]]
-    assert "no such folder" in message(files.list_images, tmp_path / "gone")
+    assert "gone does not exist" in message(files.list_images, tmp_path / "gone")
 
 
 @pytest.mark.parametrize("below, stacks", [("", True), ("train", False)])
