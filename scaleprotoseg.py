@@ -782,8 +782,8 @@ def settings_with_stage1(cfg):
     UserError for a flag that contradicts them."""
     other = run.read_config(Config, cfg.stage1)
     if Path(cfg.stage1).resolve() == Path(cfg.out).resolve():
-        raise UserError(f"--stage1 {cfg.stage1} is --out too, from where its stage 1 would be moved aside: name "
-                        "another --out.")
+        raise UserError(f"--stage1 {cfg.stage1} is --out too, from where its stage 1 would be moved aside: "
+                        "name another --out.")
     if other.method != cfg.method:
         raise UserError(f"--stage1 {cfg.stage1} was trained with --method {other.method}: no stage 2 goes "
                         "with it; name a run of scaleprotoseg.")

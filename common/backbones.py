@@ -408,6 +408,8 @@ def check_sides(build, cfg):
         for name, side, images in (("crop", cfg.crop, batch), ("window", cfg.window or ENOUGH / scale, 0)):
             shrunk = f"--input-scales {scale:g} shrinks a {name} of {side} to" if scale != 1 else f"--{name}"
             check_side(build, int(side * scale), shrunk, cfg.backbone, images)
+    if 0 < cfg.window < 32:
+        raise UserError(f"--window {cfg.window}: too small to tell anything from: take that of the crops.")
 
 
 # ---- what optimizers have to know of a backbone's parts ---------------------------------------------------

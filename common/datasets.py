@@ -155,6 +155,11 @@ def pair_files(name, root, images, masks, names=None, tail="", image_tail="", en
     for line in names or ():
         readings = (line, Path(line).stem, Path(line.split()[0]).stem)
         stems.append(next((stem for stem in readings if stem in image_of), readings[-1]))
+        image, *mask = map(Path, line.split())
+        is_pair = image.suffix and image.stem in image_of and len(mask) == 1
+        if is_pair and mask[0].stem not in (image.stem, image.stem + tail):
+            raise UserError(f"{name}: a list in {root} pairs {line!r}, but a mask must have the name of its "
+                            f"image: it would be {image.stem}{tail}{ending}.")
     if not stems:
         raise layout_error(name, root, f"no image of the split in {images}/ (has {listing(root / images)})")
     missing = [stem for stem in stems if stem not in image_of]

@@ -94,7 +94,9 @@ def read_large_enough(path, least=32):
 def read_values(path, id_of, problem, page=None):
     """Mask file -> uint8 (H,W): id_of {value in the file: id} of its values, of a palette PNG the indices.
     UserError for a colour picture, and for a value without an id; problem: what to say of such values."""
-    picture = load_picture(path, page)
+    with opened(path, page) as picture:
+        few_bits = re.search(r"'L;([24])'", str(picture.tile[:1]))       # of a grey PNG
+        picture.load()
     if len(picture.getbands()) > 1:
         raise UserError(f"{path} is a colour picture (mode {picture.mode}), not a map of class ids: use the "
                         "original index masks (palette or grey PNG), or convert the colours to ids first.")
@@ -102,6 +104,8 @@ def read_values(path, id_of, problem, page=None):
         raise UserError(f"{path} is a JPEG file, whatever its name says: its compression has changed the "
                         "ids, so take the masks from where they were still PNG.")
     raw = np.array(picture)
+    if few_bits:                                         # Pillow stretches such values to 0..255
+        raw = raw // {"2": 85, "4": 17}[few_bits[1]]
     table = np.full(256, -1, np.int16)
     table[list(id_of)] = list(id_of.values())
     values = raw.astype(np.uint8)                        # 16-bit values wrap around: they are no ids

@@ -109,6 +109,17 @@ def test_a_run_with_an_ignored_value_and_names_that_terminal_and_font_lack(tmp_p
     assert b".png: 0 wet \\u5929, 1 b" in terminal.buffer.getvalue() and len(files(out / "predictions")) == 6
 
 
+def test_masks_of_few_bits_hold_their_ids_and_a_list_may_not_pair_two_names(tmp_path):
+    tree = {f"images/{k}.png": GREY for k in "ab"} | {f"masks/{k}.png": HALVES for k in "ab"}
+    write(tmp_path, tree | {"classes.txt": "a\nb\nc\nd", "train.txt": "images/a.png masks/a.png"})
+    for bits in (2, 4):
+        Image.fromarray((HALVES * 3).astype(np.uint8)).save(tmp_path / "masks" / "a.png", bits=bits)
+        _, mask = datasets.open_dataset("folder", tmp_path, "train").read(0)
+        assert mask.tolist() == (HALVES * 3).tolist()
+    (tmp_path / "train.txt").write_text("images/a.png masks/b.png")
+    assert "'images/a.png masks/b.png'" in message(datasets.open_dataset, "folder", tmp_path, "train")
+
+
 def test_names_pair_up_however_their_accents_are_written(tmp_path):
     write(tmp_path, {f"images/{NFC}.png": GREY, f"masks/{NFD}.png": HALVES, "classes.txt": "a\nb"}
           | {f"{part}/{c}/{k}.png": GREY for part, c in (("train", NFC), ("test", NFD)) for k in "12"})
