@@ -166,6 +166,9 @@ def painted_strokes(path, image, num_classes):
     size, nothing labelled.
     """
     picture = load_picture(path)
+    if picture.format == "JPEG":
+        raise UserError(f"--draw: {path} is a JPEG file, whose compression changes the colours of strokes: "
+                        "save them as PNG.")
     if (picture.width, picture.height) != (image.shape[2], image.shape[1]):
         raise UserError(f"--draw: the image is {image.shape[2]} x {image.shape[1]} pixels, but its strokes "
                         f"{path} are {picture.width} x {picture.height}: both must have the same size.")

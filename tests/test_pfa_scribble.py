@@ -327,6 +327,8 @@ def test_predict_and_draw_say_what_is_missing(base, runs, folder, tmp_path):
     for words, strokes in (("128 x 127", ids[1:]), ("figures/colours.png", ids), ("25", ids // 10)):
         assert words in mistake(NAME, "--out", base, "--draw", image, change(tmp_path / "d.png", strokes))
     assert "give two files" in mistake(NAME, "--out", base, "--draw", image)
+    change(tmp_path / "d.jpg", np.zeros((128, 128, 3)))
+    assert "d.jpg is a JPEG file" in mistake(NAME, "--out", base, "--draw", image, tmp_path / "d.jpg")
     small = change(tmp_path / "small.png", np.zeros((31, 51, 3)))
     assert "51 x 31" in mistake(NAME, "--out", base, "--predict", small)
 
