@@ -79,12 +79,6 @@ def test_cub_is_read_by_its_ids_and_cut_to_its_boxes(tmp_path, below):
     assert whole.part_locations(0).tolist() == [[10, 8, 1], [4, 14.5, 1], [0, 0, 0]]
 
 
-def test_boxes_are_clipped_to_the_image(tmp_path):
-    write(tmp_path, edited("bounding_boxes.txt", "101 4.9 3.2 20.6 10.9", "101 -3.5 15 10 90"))
-    image, _ = im.open_images("cub", tmp_path, "train", val_fraction=0).read(0)
-    assert [image[i].unique().tolist() for i in (0, 1)] == [[*range(6)], [*range(15, 20)]]
-
-
 def test_a_part_is_visible_inside_the_box_alone(tmp_path):
     places = {(4, 3): 1, (24.9, 13.9): 1, (3.9, 8): 0, (10, 2.9): 0, (25, 8): 0, (10, 14): 0}
     trained = [i for i, _, k, _ in FILES if k < 4]
