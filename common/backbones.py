@@ -403,9 +403,11 @@ def check_side(build, side, option, name, batch=0):
 
 def check_sides(build, cfg):
     """check_side for --crop, --window and --input-scales."""
-    batch = run.batch_of_process(cfg)
+    sides = [("crop", cfg.crop, run.batch_of_process(cfg))]             # 0 images: not trained on
+    if cfg.window:
+        sides.append(("window", cfg.window, 0))
     for scale in (1, *getattr(cfg, "input_scales", ())):
-        for name, side, images in (("crop", cfg.crop, batch), ("window", cfg.window or ENOUGH / scale, 0)):
+        for name, side, images in sides:
             shrunk = f"--input-scales {scale:g} shrinks a {name} of {side} to" if scale != 1 else f"--{name}"
             check_side(build, int(side * scale), shrunk, cfg.backbone, images)
     if 0 < cfg.window < 32:

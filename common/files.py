@@ -212,13 +212,18 @@ def list_images(path):
     return images
 
 
-def listing(folder, limit=8):
+def some_of(names, most=5):
+    """A list of names for a message: "a, b, c, d, e and 106 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def listing(folder):
     """The first names in a folder, for messages."""
     if not folder.is_dir():
         return "no such folder"
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more or "nothing"
+    return some_of(names, 8) or "nothing"
 
 
 def files_in(folder, endings, tail=""):

@@ -305,8 +305,7 @@ def lack_of_memory(error):
     if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search(
             "out of memory|can't allocate memory|not enough memory", text):
         return None
-    place = re.search("cuda|mps", text.lower())
-    device = dict(cuda="the GPU", mps="the GPU")[place[0]] if place else "the machine"
+    device = "the GPU" if re.search("cuda|mps", text.lower()) else "the machine"
     called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if called & {"evaluate", "predict"}:
         return (f"{device} ran out of memory at a whole image, which is scored or labelled alone: make such "

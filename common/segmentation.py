@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import figures, run
+from common.files import some_of
 from common.metrics import ConfusionMatrix
 from common.run import UserError
-from common.survey import some_of
 from common.transforms import ENOUGH, normalise, resize_whole
 
 WINDOW = ("side of the windows in which an image is scored or labelled, two thirds of it apart, logits "

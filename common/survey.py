@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.backbones import fits, least_side
-from common.files import IGNORE
+from common.files import IGNORE, some_of
 from common.run import UserError
 from common.transforms import ENOUGH, fitted_size
 
@@ -102,12 +102,6 @@ def named(data):
     """A split in a message."""
     example = f" ({len(data)} masks, such as {data.paths[0][1]})" if data.paths else ""
     return f"{data.name} {data.split}{example}"
-
-
-def some_of(names, most=5):
-    """["a", "b", ...] -> "a, b, c, d, e and 106 more"."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def missing_classes(data, pixels):

@@ -36,8 +36,9 @@ def folder(root, train=HALVES, val=HALVES, classes=b"sky\nroad\n", more=()):
 
 
 def picture(kind, mode="RGB", turn=1, **pages):
-    (exif := Image.Exif())[0x0112] = turn
-    Image.new(mode, (64, 64)).save(file := io.BytesIO(), kind, exif=exif, **pages)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = turn
+    Image.new(mode, (64, 64)).save(file, kind, exif=exif, **pages)
     return file.getvalue()
 
 

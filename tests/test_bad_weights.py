@@ -9,7 +9,7 @@ from commands import SCRIPTS, SHORT, copy_of, done, mistake, numbers, read, same
 
 from common import segmentation, speed
 from common.backbones import build_dense, build_extractor, build_network
-from common.run import UserError
+from common.run import UserError, read_checkpoint
 
 whole, backbone_of = (lambda net: net), (lambda net: net.backbone)
 tiny, mobile = partial(build_network, "tiny", "mlp", 3), partial(build_network, "mobilenet_v2", "fcn", 3)
@@ -30,13 +30,15 @@ def test_a_first_part_of_the_names_is_taken_off_and_said_so(tmp_path, capsys, ma
     names = {prefix + name: value for name, value in net.state_dict().items()}
     path = saved(tmp_path, {"model": names | {"decode_head.bias": torch.ones(1)}, "progress": {"phase": ""}})
     assert same(part(make(weights=path)).state_dict(), net.state_dict())
-    assert f"called {prefix}*" in (told := capsys.readouterr().out) and "decode_head" in told
+    told = capsys.readouterr().out
+    assert f"called {prefix}*" in told and "decode_head" in told
     with pytest.raises(UserError, match="another network"):
         build_network("mit_b0", "mlp", 3, weights=path)
 
 
 def test_the_checkpoint_of_one_script_starts_another(trained, capsys):
-    state = torch.load(path := trained("cbp_occl") / "last.pt")["model"]
+    path = trained("cbp_occl") / "last.pt"
+    state = read_checkpoint(path)["model"]
     for build in (build_dense, build_extractor):
         for name, value in build("tiny", str(path)).state_dict().items():
             assert torch.equal(value, state["network.backbone.stages." + name.removeprefix("stages.")])
@@ -52,7 +54,8 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, content, words):
     path = saved(tmp_path, content)
     with pytest.raises(UserError, match=words) as caught:
         tiny(weights=path)
-    assert path in (said := str(caught.value)) and said.isprintable() and "weights_only" not in said
+    said = str(caught.value)
+    assert path in said and said.isprintable() and "weights_only" not in said
     assert isinstance(content, bytes) or "infinity" in words or "save(model.state_dict(), path)" in said
 
 

@@ -65,7 +65,8 @@ def test_the_piece_that_the_readme_names_needs_torch_alone(name, monkeypatch):
     for module in (importlib.import_module(name), pasted):
         monkeypatch.setitem(sys.modules, name, module)
         torch.manual_seed(0)
-        exec(found[3], example := {})
+        example = {}
+        exec(found[3], example)
         losses.append(example["loss"].detach())
         assert torch.isfinite(losses[0]) and example["features"].grad.any()
     assert torch.equal(*losses)
