@@ -475,7 +475,7 @@ def train(cfg, machine):
     checkpoint = Path(cfg.out) / "last.pt"
     resuming = cfg.resume and checkpoint.exists()                      # if none was saved yet, begin anew
     if resuming:
-        run.read_progress(cfg.out, classes=train_set.classes)          # the data must still have its classes
+        run.read_progress(cfg.out, (), train_set.classes, train_set)   # the data must still be the same
     torch.manual_seed(cfg.seed)
     rows = None if resuming else initial_rows(cfg, train_set, machine.device)
     torch.manual_seed(cfg.seed)                                        # the random layers that the rows saw
@@ -487,7 +487,8 @@ def train(cfg, machine):
     scheduler = run.poly_schedule(optimizer, cfg.iterations, cfg.power, cfg.floor, cfg.warmup)
     parts = dict(model=net, optimizer=optimizer, scheduler=scheduler)
     torch.manual_seed(cfg.seed + 1 + machine.rank)                     # dropout differs between processes
-    progress = dict(iteration=0, seconds=0.0, classes=train_set.classes, pixels=pixels, log=[], sums={})
+    progress = dict(iteration=0, seconds=0.0, classes=train_set.classes, pixels=pixels, log=[], sums={},
+                    images=run.code_of_names(train_set))
     if resuming:
         progress = run.load_checkpoint(checkpoint, parts, machine.device)
     model = run.distribute(net, machine).train()                       # with one process: net itself
@@ -587,16 +588,22 @@ def report(net, cfg, test_set, progress, machine):
     cbp_occl_figures.draw_figures(
         cfg.out, test_set, lambda image: predict_image(net, image, cfg, machine.device),
         net.classifier.class_vectors(), metrics["f1_rarest_first"])
-    absent = f"; classes without a pixel there: {', '.join(metrics['absent'])}" if metrics["absent"] else ""
     print(f"{cfg.test_split} mIoU {rates['miou']:.1f}, mAcc {rates['macc']:.1f}, pixel accuracy "
-          f"{rates['pixel_acc']:.1f}{absent}; see {cfg.out}/metrics.json and {cfg.out}/figures")
+          f"{rates['pixel_acc']:.1f}{segmentation.absent_classes(metrics)}; see {cfg.out}/metrics.json and "
+          f"{cfg.out}/figures")
     return metrics
 
 
 def initial_rows(cfg, train_set, device):
     """Rows (N,C) from --prototypes or --init masked (Table 5), or None: a random draw. Raises UserError."""
     if cfg.prototypes:
-        return files.read_numbers(cfg.prototypes, "--prototypes")
+        rows = files.read_numbers(cfg.prototypes, "--prototypes")
+        unit = F.normalize(rows.double().flatten(1), dim=1)
+        alike = (unit @ unit.T).fill_diagonal_(0) > 1 - 1e-9
+        if alike.any() or not unit.any(1).all():
+            raise UserError(f"--prototypes {cfg.prototypes} has rows that are zero or point the same way and "
+                            "cannot tell classes apart: give every class a row of its own.")
+        return rows
     if cfg.init == "random":
         return None
     network = build_network(cfg.backbone, cfg.head, train_set.num_classes, cfg.head_channels, cfg.weights)

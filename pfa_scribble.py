@@ -632,7 +632,7 @@ def prepare(cfg, sets, machine):
     torch.manual_seed(cfg.seed)
     classes, pixels = sets["train"].classes, None
     if resumes:
-        run.read_progress(cfg.out, ("phases",), classes)
+        run.read_progress(cfg.out, ("phases",), classes, sets["train"])
     net = build_model(cfg, len(classes), "none" if resumes else cfg.weights)
     if not resumes:
         others, strokes = (sets["val"], sets["test"]), cfg.method != "full"
@@ -646,7 +646,8 @@ def prepare(cfg, sets, machine):
     torch.manual_seed(cfg.seed + 1 + machine.rank)                       # dropout differs between processes
     if resumes:
         return parts, run.load_checkpoint(last, parts, machine.device)
-    return parts, dict(iteration=0, seconds=0.0, classes=classes, pixels=pixels, log=[], sums={}, phases={})
+    return parts, dict(iteration=0, seconds=0.0, classes=classes, pixels=pixels, log=[], sums={}, phases={},
+                       images=run.code_of_names(sets["train"]))
 
 
 def tell_time(parts, view, sets, progress, cfg, machine):

@@ -630,9 +630,11 @@ def train(cfg, machine):
     sets = open_splits(cfg)
     resumes = cfg.resume and (Path(cfg.out) / "last.pt").exists()    # killed before the first: start again
     progress = dict(phase="start", epoch=0, iteration=0, stale=0, best=math.inf, seconds=0.0, log=[],
-                    sums={}, slot=[], classes=sets["train"].classes, num_prototypes=cfg.prototypes)
+                    sums={}, slot=[], classes=sets["train"].classes, num_prototypes=cfg.prototypes,
+                    images=run.code_of_names(sets["train"]))
     if resumes:
-        progress |= run.read_progress(cfg.out, ("phase", "num_prototypes"), progress["classes"])
+        progress |= run.read_progress(cfg.out, ("phase", "num_prototypes"), progress["classes"],
+                                      sets["train"])
     torch.manual_seed(cfg.seed)
     plain, net = build_models(progress, cfg, machine.device, "none" if resumes else cfg.weights)
     run.start_run(cfg, machine)
@@ -806,6 +808,8 @@ def evaluate_ensemble(cfg, device):
     test_sets = []
     probabilities = []                                               # (N,C) of each run
     held_by = {}                                                     # {run: (C,M)}
+    if len({Path(out).resolve() for out in cfg.ensemble}) < len(cfg.ensemble):
+        raise UserError(f"--ensemble {' '.join(cfg.ensemble)}: a run counts once: name each folder once.")
     for out in cfg.ensemble:
         member = replace(run.read_config(Config, out), out=out, workers=cfg.workers, eval_only=False)
         net, sets, _ = load_run(replace(member, data=cfg.data or member.data), device)

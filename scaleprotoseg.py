@@ -755,7 +755,7 @@ def prepare(cfg, sets, machine):
     resumes = cfg.resume and last.exists()                           # killed before the first: start again
     torch.manual_seed(cfg.seed)
     if resumes:
-        progress = run.read_progress(cfg.out, ("phase", "offset"), classes)
+        progress = run.read_progress(cfg.out, ("phase", "offset"), classes, sets["train"])
         net = build_model(cfg, progress)
     elif cfg.stage1:
         net, progress = stage1_of(cfg, classes)
@@ -765,7 +765,8 @@ def prepare(cfg, sets, machine):
                         prototype_class=prototype_class, prototype_scale=prototype_scale)
         net = build_model(cfg, progress, cfg.weights)
     if not resumes:
-        progress["pixels"] = survey.survey(sets["train"], sets.values(), cfg, machine, net=net)
+        progress |= dict(pixels=survey.survey(sets["train"], sets.values(), cfg, machine, net=net),
+                         images=run.code_of_names(sets["train"]))
     run.start_run(cfg, machine)
     torch.manual_seed(cfg.seed + 1 + machine.rank)
     if resumes:
@@ -942,7 +943,8 @@ def report(net, cfg, sets, progress, machine):
     text = ", ".join(f"{stage} {score['miou']:.1f}" for stage, score in scores.items())
     text += f"; {entries['prototypes']} prototypes" if "prototypes" in entries else ""
     text += f", {entries['group_average']:.1f} a group" if "group_average" in entries else ""
-    print(f"{cfg.test_split} mIoU: {text}; see {cfg.out}/metrics.json and {cfg.out}/figures")
+    print(f"{cfg.test_split} mIoU: {text}{segmentation.absent_classes(entries)}; see {cfg.out}/metrics.json "
+          f"and {cfg.out}/figures")
     return entries
 
 

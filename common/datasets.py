@@ -4,6 +4,7 @@ all ten, see open_dataset. What a network sees of them is in common/loaders.py.
 import os
 import re
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from torchvision.datasets import Cityscapes
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from common import figures, strokes, toy_scenes
-from common.files import (IGNORE, IMAGE_ENDINGS, check_names, composed, files_in, listing, opened, others_in,
-                          read_image, read_index_map, read_list, read_values, size_and_turn, tell_unread)
+from common.files import (IGNORE, IMAGE_ENDINGS, check_names, composed, files_in, listing, note, opened,
+                          others_in, read_image, read_index_map, read_list, read_values, size_and_turn,
+                          tell_unread)
 from common.loaders import mixed_seed
 from common.run import UserError
 
@@ -162,6 +164,9 @@ def pair_files(name, root, images, masks, names=None, tail="", image_tail="", en
                             f"image: it would be {image.stem}{tail}{ending}.")
     if not stems:
         raise layout_error(name, root, f"no image of the split in {images}/ (has {listing(root / images)})")
+    twice = [stem for stem, times in Counter(stems).items() if times > 1]
+    if twice:
+        note(f"a list in {root} names {len(twice)} images of {images}/ twice or more, such as {twice[0]}")
     missing = [stem for stem in stems if stem not in image_of]
     if missing:
         raise layout_error(name, root, f"{images}/ lacks {len(missing)} of {len(stems)} listed images, such "
@@ -308,6 +313,8 @@ def folder_files(root, split, mask_dir):
     usual = "masks" if (root / "masks").is_dir() or not (root / "labels").is_dir() else "labels"
     masks = mask_folder(root, mask_dir) if mask_dir else usual
     if (root / "images" / split).is_dir():
+        if (root / f"{split}.txt").is_file():
+            note(f"the list {root / split}.txt is not read, as there is a folder images/{split}/")
         tell_unread(root / "images", [name for name in others_in(root / "images", ()) if name[-1] != "/"])
         flat = mask_dir and (root / masks).is_dir() and not (root / masks / split).is_dir()
         return pair_files("folder", root, f"images/{split}", masks if flat else f"{masks}/{split}")

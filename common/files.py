@@ -29,7 +29,7 @@ def opened(path, page=None):
     `page` does not say which one."""
     try:
         with Image.open(path) as picture:
-            if page is None and picture.format == "TIFF" and picture.n_frames > 1:
+            if page is None and picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
                 raise UserError(f"{path} has {picture.n_frames} pages: save each page as a file of its own.")
             picture.seek(page or 0)
             yield picture
@@ -96,6 +96,7 @@ def read_values(path, id_of, problem, page=None):
     UserError for a colour picture, and for a value without an id; problem: what to say of such values."""
     with opened(path, page) as picture:
         few_bits = re.search(r"'L;([24])'", str(picture.tile[:1]))       # of a grey PNG
+        turn = picture.getexif().get(EXIF_ORIENTATION, 1)
         picture.load()
     if len(picture.getbands()) > 1:
         raise UserError(f"{path} is a colour picture (mode {picture.mode}), not a map of class ids: use the "
@@ -103,6 +104,9 @@ def read_values(path, id_of, problem, page=None):
     if picture.format == "JPEG":
         raise UserError(f"{path} is a JPEG file, whatever its name says: its compression has changed the "
                         "ids, so take the masks from where they were still PNG.")
+    if turn != 1:
+        raise UserError(f"{path} is a mask with a rotation mark (EXIF orientation {turn}), which programs "
+                        "obey or not: save it without the mark, as its image lies.")
     raw = np.array(picture)
     if few_bits:                                         # Pillow stretches such values to 0..255
         raw = raw // {"2": 85, "4": 17}[few_bits[1]]
@@ -125,6 +129,15 @@ def read_index_map(path, num_classes, unlabelled=IGNORE, hint=""):
     id_of = dict(zip(values, range(num_classes))) | {unlabelled: IGNORE, IGNORE: IGNORE}
     return read_values(path, id_of, f"but with {num_classes} classes only 0..{last} and 255 (= ignore) are "
                        f"ids: convert colour or 0/255 masks to ids first{hint}.")
+
+
+def palette_of(path):
+    """uint8 (256,3), the colours that an index PNG shows its values in; None for a grey or a damaged one."""
+    with contextlib.suppress(UserError), opened(path) as picture:
+        if picture.mode == "P":
+            colours = np.array(picture.getpalette(), np.uint8).reshape(-1, 3)
+            return np.pad(colours, ((0, 256 - len(colours)), (0, 0)))
+    return None
 
 
 # ---- texts, names ----------------------------------------------------------------------------------------
@@ -209,6 +222,8 @@ def list_images(path):
             raise UserError(f"{path} holds {other.name} and {image.name}: what is written for them would "
                             "have the same name, so rename one.")
     tell_unread(path, others_in(path))
+    for image in images:
+        size_and_turn(image)                             # what is no image at all is told before the first
     return images
 
 

@@ -70,6 +70,11 @@ def read_scores(path, names, num_classes):
     if missing:
         raise UserError(f"--class-scores {path} lacks {len(missing)} of {len(names)} images, such as "
                         f"{missing[0]}: its keys must be the images' names without ending.")
+    lengths = {rows[key_of(name)].shape: name for name in names}
+    if len(lengths) > 1:
+        (one, name), (other, other_name) = list(lengths.items())[:2]
+        raise UserError(f"--class-scores {path} has scores of shape {one} for {name}, but {other} for "
+                        f"{other_name}: all images need as many.")
     scores = {}
     for name in names:
         row = rows[key_of(name)]
@@ -104,7 +109,13 @@ def scores_quality(scores, data, learned):
     rows = torch.stack([scores[data.name_of(i)] for i in range(len(data))])
     truth = torch.stack([labelled_classes(data.read_mask(i), data.num_classes) for i in range(len(data))])
     known = learned[1:].cpu()                            # without the background
-    return mean_average_precision(rows[:, 1:][:, known], truth[:, 1:][:, known])
+    rows, truth = rows[:, 1:][:, known], truth[:, 1:][:, known]
+    quality = mean_average_precision(rows, truth)
+    others = [mean_average_precision(rows.roll(k, 0), truth) for k in range(1, min(20, len(rows)))]
+    if quality is not None and len(others) > 3 and quality <= max(others):
+        print(f"note: the scores know these images no better (mAP {quality:.1f}) than the scores of other "
+              f"images do (up to {max(others):.1f}): are they of another split?")
+    return quality
 
 
 # ---- the classifier --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from common import figures
 from common.figures import heatmap, in_colours, thumbnail
 from common.run import UserError
 from common.scribble_sets import open_full
-from common.segmentation import labels_of_cells, save_examples
+from common.segmentation import absent_classes, labels_of_cells, save_examples
 
 
 def draw_figures(predictor, sets, scores, headline, baseline, log):
@@ -254,7 +254,8 @@ def summary(metrics, cfg):
         elif mode != "plain":
             source = "--class-scores" if mode == "scores" else "the trained classifier"
             others.append(f"classes from {source} (mAP {metrics['class_map']:.1f}): {text}")
-    lines = [f"{cfg.test_split} mIoU: plain {metrics['miou']['plain']['plain']:.1f}"]
+    plain = metrics["miou"]["plain"]["plain"]
+    lines = [f"{cfg.test_split} mIoU: plain {plain:.1f}{absent_classes(metrics)}"]
     for text, thresholds in filters.items():
         lines.append(f"classes with more than {' or '.join(thresholds)} predicted pixels: {text}")
     lines += others

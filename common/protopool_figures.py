@@ -169,7 +169,7 @@ def compare(net, train_set, sources, cfg):
     classes = train_set.classes
     if len(cfg.compare) != 2 or len({*cfg.compare} & {*classes}) != 2:
         known = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
-        raise UserError(f"--compare {' '.join(map(repr, cfg.compare))}: give two class names of the run, "
+        raise UserError(f"--compare {' '.join(map(repr, cfg.compare))}: give two different class names, "
                         f"quoted if they hold blanks: {known}.")
     name = f"pair-{'-'.join(cfg.compare)}.png".replace(" ", "_").replace("/", "_")
     path = Path(cfg.out) / "figures" / name

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import errno
 import inspect
 import itertools
 import json
@@ -15,9 +16,11 @@ import operator
 import os
 import re
 import sys
+import textwrap
 import time
 import traceback
 import warnings
+import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -55,10 +58,11 @@ def opt(default, help, choices=None, above=None, at_least=None, below=None, at_m
       source       where data or weights are found: a table trains its rows again
       uses_run     the option works on the run that --out names, with the settings in that run's config.json
     """
+    default = list(default) if isinstance(default, tuple) else default
     about = dict(default=default, help=help, choices=choices, above=above, at_least=at_least, below=below,
                  at_most=at_most, each=each, schedule=schedule, evaluation=evaluation, source=source,
                  uses_run=uses_run, runtime=runtime or evaluation or source or uses_run)
-    if isinstance(default, (tuple, list)):
+    if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=about)     # a new list for every Config
     return field(default=default, metadata=about)
 
@@ -90,8 +94,8 @@ def flag_of(name):
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-LIMITS = {"above": ("above {:g}", operator.gt), "at_least": ("{:g} or more", operator.ge),
-          "below": ("below {:g}", operator.lt), "at_most": ("at most {:g}", operator.le)}
+LIMITS = {"above": ("above {}", operator.gt), "at_least": ("{} or more", operator.ge),
+          "below": ("below {}", operator.lt), "at_most": ("at most {}", operator.le)}
 
 
 def check_options(cfg):
@@ -146,6 +150,7 @@ def did_you_mean(word, names):
 def _parser(Config, presets, description):
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                      allow_abbrev=False)
+    parser._negative_number_matcher = re.compile(r"-\d*\.?\d+(e-?\d+)?$", re.I)       # -1e-3 is no flag
     for f in fields(Config):
         default = f.metadata["default"]
         choices = list(presets) if f.name == "preset" else f.metadata["choices"]
@@ -228,6 +233,8 @@ def _read_types(cfg):
             read = [one(v) for v in values]
             if one is int and any(isinstance(v, float) and v != int(v) for v in values):
                 raise ValueError
+            if one in (int, float) and any(isinstance(v, bool) for v in values):
+                raise ValueError
         except (TypeError, ValueError, OverflowError):
             kind = f"a list of {one.__name__}" if f.type is list else one.__name__
             raise UserError(f"{flag_of(f.name)} {value}: must be {kind}.") from None
@@ -241,7 +248,14 @@ def read_config(Config, out):
     if not isinstance(saved, dict) or set(saved) - {f.name for f in fields(Config)}:
         raise UserError(f"{path} is not a config of this script: pass the folder of a run of this script.")
     cfg = Config(**saved)
-    _read_types(cfg)                                   # a run of an earlier version has numbers as text
+    missing = [f.name for f in fields(Config) if f.name not in saved]
+    if missing and not int(os.environ.get("RANK", 0)):
+        print(f"note: {path} has no {', '.join(missing)}: taken as the default of the option")
+    try:
+        _read_types(cfg)                               # a run of an earlier version has numbers as text
+        check_options(cfg)
+    except UserError as error:
+        raise UserError(f"{path} holds a wrong value: {error}") from None
     return cfg
 
 
@@ -412,6 +426,9 @@ def share_buffers(model):
 
 # ---- run folder ------------------------------------------------------------------------------------------
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextlib.contextmanager
 def replacing(path, mode="w"):
     """Open a file beside `path` and rename it at the end: a killed program leaves no half-written file.
@@ -429,8 +446,9 @@ def replacing(path, mode="w"):
         failed = error if isinstance(error, OSError) else error.__context__
         if not isinstance(failed, OSError):
             raise
-        raise UserError(f"{path} cannot be written ({failed.strerror or failed}): make room or choose "
-                        "another --out; what is there is whole, and --resume goes on from it.") from None
+        room = "make room or " if failed.errno in NO_ROOM else ""
+        raise UserError(f"{path} cannot be written ({failed.strerror or failed}): {room}choose another "
+                        "--out; what is there is whole, and --resume goes on from it.") from None
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
@@ -496,12 +514,18 @@ def undo_start():
 
 
 def for_results(cfg):
-    """cfg, with the folder OUT/eval-SPLIT if --eval-only evaluates another split than the run's own: the
-    metrics and figures of the finished run stay."""
-    own = read_json(Path(cfg.out) / "config.json", "")["test_split"]
-    if own == cfg.test_split or not cfg.eval_only:
+    """cfg, with the folder OUT/eval-SPLIT-OPTION-VALUE if --eval-only evaluates another split than the run
+    did, or in another way: the metrics and figures of the finished run stay."""
+    own = read_json(Path(cfg.out) / "config.json", "")
+    changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+               if f.metadata["evaluation"] and getattr(cfg, f.name) != own.get(f.name)}
+    if not changed or not cfg.eval_only:
         return cfg
-    return replace(cfg, out=f"{cfg.out}/eval-{cfg.test_split}")
+    changed.pop("test_split", None)
+    words = [f"{name}-{Path(str(value)).name}" if value is not True else name
+             for name, value in changed.items()]
+    folder = re.sub(r"[^\w.]+", "-", "-".join(["eval", cfg.test_split, *words])).rstrip("-")
+    return replace(cfg, out=f"{cfg.out}/{folder}")
 
 
 def write_json(path, value):
@@ -589,7 +613,7 @@ def load_checkpoint(path, parts, device):
         try:
             part.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"{path} does not fit this {name} ({' '.join(str(error).split())[:200]}): "
+            raise UserError(f"{path} does not fit this {name} ({textwrap.shorten(str(error), 200)}): "
                             "it comes from a run with other options; use that run's config.json.") from None
         if name in saved.get("scalers", {}):
             part.scaler = torch.amp.GradScaler(device.type)
@@ -599,14 +623,24 @@ def load_checkpoint(path, parts, device):
     return saved["progress"]
 
 
-def read_progress(out, keys=(), classes=None):
-    """progress in OUT/last.pt. UserError: no run of this script (a key is missing), or other classes."""
+def code_of_names(data):
+    """A number for the names of a split's images, and their order."""
+    return zlib.crc32("\n".join(map(data.name_of, range(len(data)))).encode("utf-8", "backslashreplace"))
+
+
+def read_progress(out, keys=(), classes=None, data=None):
+    """progress in OUT/last.pt. UserError: no run of this script (a key is missing), or other classes.
+    data: the training images, to go on with; a note if they are not those that the run began with."""
     path = Path(out) / "last.pt"
     progress = read_checkpoint(path)["progress"]
     if not {"classes", *keys} <= set(progress):
         raise UserError(f"{path} is not a checkpoint of this script: pass the --out of one of its runs.")
     if classes is not None:
         check_classes(progress["classes"], classes, out)
+    if data is not None and progress.get("images") not in (None, code_of_names(data)):
+        if not int(os.environ.get("RANK", 0)):
+            print(f"note: the run in {out} began with other training images than the {len(data)} of now: "
+                  "its results are those of neither")
     return progress
 
 
@@ -614,6 +648,7 @@ def check_classes(known, classes, out):
     """UserError if the run in the folder `out` knows other classes than the data have; lists of names."""
     for c, (theirs, ours) in enumerate(itertools.zip_longest(known, classes)):
         if theirs != ours:
+            theirs, ours = theirs or "missing", ours or "missing"
             raise UserError(f"the run in {out} knows {len(known)} classes, but the data have "
                             f"{len(classes)}; class {c} is {theirs} there and {ours} here: pass the --data "
                             "of that run, or another run.")
@@ -679,11 +714,19 @@ class Log:
         save_checkpoint(self.out / name, parts, self.progress)
 
 
+def settings_of(cfg):
+    """What decides metrics.json: the options of the training that differ from the defaults in --help, and
+    all of the evaluation."""
+    settings = {f.name: getattr(cfg, f.name) for f in fields(cfg)
+                if not f.metadata["runtime"] and getattr(cfg, f.name) != f.metadata["default"]}
+    evaluated = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["evaluation"]}
+    return dict(settings=settings, evaluated=evaluated)
+
+
 def facts(cfg, net, progress, machine, *options):
     """What metrics.json tells of every run beside its rates; options: further ones to name, as "method"."""
     told = {name: getattr(cfg, name) for name in ("preset", "seed", *options)}
-    evaluated = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["evaluation"]}
-    return told | dict(evaluated=evaluated, seconds=round(progress["seconds"], 1),
+    return told | settings_of(cfg) | dict(seconds=round(progress["seconds"], 1),
                        device=machine.device.type, processes=machine.world,
                        parameters=sum(p.numel() for p in net.parameters()))
 

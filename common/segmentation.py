@@ -170,6 +170,11 @@ def named_rates(score, classes, split):
                         absent=[classes[c] for c in score["absent"]])
 
 
+def absent_classes(metrics):
+    """For the line that a run ends with: the classes that no label of the split has, or ""."""
+    return f"; classes without a pixel there: {some_of(metrics['absent'])}" if metrics["absent"] else ""
+
+
 def predict_files(files, predict, classes, out):
     """OUT/predictions/NAME.png (class ids, palette) and NAME_overlay.png for every image file; a line each.
     predict(path) -> image uint8 (3,H,W), class ids uint8 (H,W), both on the CPU. UserError if an image has

@@ -187,6 +187,10 @@ def painted_strokes(path, image, num_classes):
     if (ids == UNLABELLED).all():
         raise UserError(f"--draw: {path} has no stroke: it must hold class ids along strokes and 255 "
                         "elsewhere, or strokes painted in the colours of figures/colours.png.")
+    share = 100 * (ids != UNLABELLED).float().mean().item()
+    if share > 50:
+        print(f"note: the strokes in {path} cover {share:.0f} % of the image: if 0 means unlabelled there, "
+              "write 255")
     return ids
 
 

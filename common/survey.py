@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.backbones import fits, least_side
-from common.files import IGNORE, some_of
+from common.files import IGNORE, palette_of, some_of
 from common.run import UserError
 from common.transforms import ENOUGH, fitted_size
 
@@ -73,7 +73,11 @@ def survey(train, others, cfg, machine, strokes=False, net=None):
                             "masks, or choose another split.")
     if machine.rank == 0:
         tell(train, pixels, labels, strokes)
-        tell_shared(train, [data for data in others if data.split in (cfg.val_split, cfg.test_split)])
+        scored = [data for data in others if data.split in (cfg.val_split, cfg.test_split)]
+        tell_shared(train, scored)
+        if getattr(cfg, "project_split", "") in (cfg.val_split, cfg.test_split):
+            print(f"note: --project-split {cfg.project_split}: prototypes become patches of images that are "
+                  "scored on")
     return pixels[:train.num_classes]
 
 
@@ -138,6 +142,20 @@ def tell_shared(train, others):
                   f"{min(shared)[0]}: scores there are of images that were trained on")
 
 
+def tell_palettes(data, labels):
+    """A note if two index PNGs show the same class in different colours. labels (images,N) bool."""
+    shown = {}                                           # class -> its colour, and the mask that has it
+    for (_, path, *_), row in zip(data.paths, labels):
+        palette = palette_of(path)
+        for c in row.nonzero().flatten().tolist() if palette is not None else ():
+            colour = tuple(palette[c + (c >= data.unlabelled)].tolist())
+            other, first = shown.setdefault(c, (colour, path))
+            if other != colour:
+                print(f"note: {path} shows {data.classes[c]} in the colour {colour}, {first} in {other}: do "
+                      "the values mean the same in all masks? The colours do not count, the values do")
+                return
+
+
 def tell(data, pixels, labels, strokes):
     """Notes on training masks: without labels, missing classes, strokes that cover too much."""
     empty = ~labels.any(1)
@@ -146,6 +164,10 @@ def tell(data, pixels, labels, strokes):
         if kind.any():
             print(f"note: {int(kind.sum())} of {len(data)} training masks label {content}, such as "
                   f"{data.name_of(int(kind.int().argmax()))}")
+    if data.name == "folder":
+        tell_palettes(data, labels)
+        if data.unlabelled != IGNORE and not pixels[IGNORE]:
+            print(f"note: --ignore {data.unlabelled}: no training mask has this value, nor 255")
     missing = missing_classes(data, pixels)
     if missing:
         print(f"note: no labelled training pixel of {some_of(missing)}: not learned")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from common.run import UserError, flag_of, read_json, replacing, write_json
+from common.run import UserError, flag_of, read_json, replacing, settings_of, write_json
 
 
 class Table(NamedTuple):
@@ -91,6 +91,17 @@ def train_rows(rows, cfg, train, machine, folder=folder_of):
     return results
 
 
+def metrics_of(cfg):
+    """metrics.json in cfg.out, if it is that of the finished run with these settings; else None."""
+    try:
+        metrics = read_json(Path(cfg.out) / "metrics.json", "")
+    except UserError:                                   # none, or damaged
+        return None
+    own = json.loads(json.dumps(settings_of(cfg)))
+    fits = isinstance(metrics, dict) and all(metrics.get(key) == value for key, value in own.items())
+    return metrics if fits and metrics.get("finished") else None
+
+
 def finished_row(train, cfg, machine):
     """Metrics of the run in cfg.out: read if it is finished, else trained or resumed.
     A run with other settings, data or weights is made again; one that was evaluated otherwise, evaluated."""
@@ -102,10 +113,9 @@ def finished_row(train, cfg, machine):
         differing = [f.metadata for f in fields(cfg) if saved.get(f.name) != asked[f.name]]
         trained = not any(option["source"] or not option["runtime"] for option in differing)
         evaluated = not any(option["evaluation"] for option in differing)
-        if trained and evaluated and (out / "metrics.json").exists():
-            metrics = read_json(out / "metrics.json", "")              # --eval-only may have written it anew
-            alike = all(asked[name] == value for name, value in metrics.get("evaluated", {}).items())
-            if alike and metrics.get("finished", True):
+        if trained and evaluated:
+            metrics = metrics_of(cfg)
+            if metrics:
                 return metrics
     if dist.is_initialized():
         dist.barrier()                                  # all have read what the first now changes

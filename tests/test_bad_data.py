@@ -42,6 +42,7 @@ def picture(kind, mode="RGB", turn=1, **pages):
     return file.getvalue()
 
 
+MOVING = picture("PNG", save_all=True, append_images=[Image.new("RGB", (64, 64), "red")])
 PAGES = picture("TIFF", save_all=True, append_images=[Image.new("RGB", (64, 64))] * 2)
 
 
@@ -56,7 +57,9 @@ PAGES = picture("TIFF", save_all=True, append_images=[Image.new("RGB", (64, 64))
     (dict(more={"masks/train/0.png": picture("JPEG", "L")}), "train/0.png is a JPEG file"),
     (dict(more={"images/val/1.tif": GREY, "masks/val/1.tif": VOID}), "val/1.png .1.tif is there"),
     (dict(more={"images/val/1.tif": VOID.astype(np.uint16), "masks/val/1.png": VOID}), "1.tif .* 8 bits"),
-    (dict(more={"images/val/1.tif": PAGES, "masks/val/1.png": VOID}), "1.tif has 3 pages")])
+    (dict(more={"images/val/1.tif": PAGES, "masks/val/1.png": VOID}), "1.tif has 3 pages"),
+    (dict(more={"images/train/0.png": MOVING}), "train/0.png has 2 pages"),
+    (dict(more={"masks/train/0.png": picture("PNG", "L", 3)}), "train/0.png is a mask with a rotation mark")])
 def test_told_before_the_training_and_no_run_folder_is_left(tmp_path, name, data, words):
     argv = ["--data", folder(tmp_path / "data", **data), "--test-split", "val", "--out", tmp_path / "out"]
     strokes = ["--scribbles", "masks"] if name == "pfa_scribble" else []
@@ -110,13 +113,16 @@ def test_a_run_with_an_ignored_value_and_names_that_terminal_and_font_lack(tmp_p
     assert b".png: 0 wet \\u5929, 1 b" in terminal.buffer.getvalue() and len(files(out / "predictions")) == 6
 
 
-def test_masks_of_few_bits_hold_their_ids_and_a_list_may_not_pair_two_names(tmp_path):
+def test_masks_of_few_bits_hold_their_ids_and_a_list_may_not_pair_two_names(tmp_path, capsys):
     tree = {f"images/{k}.png": GREY for k in "ab"} | {f"masks/{k}.png": HALVES for k in "ab"}
     write(tmp_path, tree | {"classes.txt": "a\nb\nc\nd", "train.txt": "images/a.png masks/a.png"})
     for bits in (2, 4):
         Image.fromarray((HALVES * 3).astype(np.uint8)).save(tmp_path / "masks" / "a.png", bits=bits)
         _, mask = datasets.open_dataset("folder", tmp_path, "train").read(0)
         assert mask.tolist() == (HALVES * 3).tolist()
+    (tmp_path / "train.txt").write_text("a\nb\na.png")
+    datasets.open_dataset("folder", tmp_path, "train")
+    assert "names 1 images of images/ twice or more, such as a" in capsys.readouterr().out
     (tmp_path / "train.txt").write_text("images/a.png masks/b.png")
     assert "'images/a.png masks/b.png'" in message(datasets.open_dataset, "folder", tmp_path, "train")
 
@@ -135,18 +141,25 @@ def test_notes_tell_once_what_is_not_read_and_what_is_not_learned(tmp_path, caps
     monkeypatch.setenv("RANK", str(rank))
     others = "images/train/x.gif images/train/y.ppm train/b/x.gif train/y train/.z train/Thumbs.db".split()
     root = write(folder(tmp_path, classes=b"a\nb\nc\nd\ne\nf\ng\nh\ni"), BIRDS | dict.fromkeys(others, ""))
+    (root / "train.txt").write_text("0")
+    for k, colour in ((1, 200), (2, 200), (3, 60)):                    # index PNGs; 0.png is grey
+        mask = Image.fromarray(HALVES.astype(np.uint8))
+        mask.putpalette([0, 0, 0, colour, 0, 0])
+        mask.save(root / "masks" / "train" / f"{k}.png")
     for _ in range(2):
-        train = datasets.open_dataset("folder", root, "train")
+        train = datasets.open_dataset("folder", root, "train", ignore=99)
         open_images("cars", root, "test")
         assert [path.name for path in list_images(root / "train" / "b")] == ["0.png", "1.png"]
     machine = run.Machine(torch.device("cpu"), rank)
-    cfg = SimpleNamespace(workers=0, val_split="train", test_split="val")
+    cfg = SimpleNamespace(workers=0, val_split="train", test_split="val", project_split="val")
     survey.survey(train, [train], cfg, machine, strokes=True)
     told = capsys.readouterr().out.replace(f"{root}/", "").splitlines()
-    words = ["2 files in images/train are not read, such as x.gif", "2 files in train are not read",
-             "note: train/b/x.gif is not read", "of c, d, e, f, g and 2 more: not learned",
-             "strokes label 100.0 %", "if 0 means unlabelled", "4 images of train are also in train"]
-    assert len(told) == (0 if rank else 7) and all(map(str.__contains__, told, words)), told
+    words = ["the list train.txt is not read", "2 files in images/train are not read, such as x.gif",
+             "2 files in train are not read", "note: train/b/x.gif is not read", "train/3.png shows b in the",
+             "--ignore 99: no training mask", "of c, d, e, f, g and 2 more: not learned",
+             "strokes label 100.0 %", "if 0 means unlabelled", "4 images of train are also in train",
+             "--project-split val"]
+    assert len(told) == (0 if rank else 11) and all(map(str.__contains__, told, words)), told
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -156,6 +169,8 @@ def test_results_of_one_name_are_refused_before_anything_is_written(trained, tmp
     for other in ("a.jpg", "a_overlay.png")[:1 if name == "protopool" else 2]:
         photos = write(tmp_path / other, {"a.png": GREY, other: GREY})
         assert "rename" in mistake(name, "--out", out, task, photos) and files(out) == before
+    (write(tmp_path / "b", {"a.png": GREY}) / "z.png").write_text("no image")
+    assert "z.png cannot be read" in mistake(name, "--out", out, task, tmp_path / "b") and files(out) == before
 
 
 def test_damaged_part_files_are_told_before_the_training_and_a_way_out_works(tmp_path):
@@ -171,4 +186,6 @@ def test_damaged_part_files_are_told_before_the_training_and_a_way_out_works(tmp
     said = mistake(*argv)
     assert "the class a has a single training image" in said and "--select-on-test" in said
     done(*argv, "--batch-size", 3, "--select-on-test")
-    assert "did you mean --iterations?" in mistake("cbp_occl", "--iter", "1")
+    for flags, words in ((["--iter", 1], "did you mean --iterations?"), (["--lr", "-1e-3"], "--lr -0.001: must"),
+                         (["--seed", 2 ** 32], "at most 4294967295")):
+        assert words in mistake("cbp_occl", *flags)

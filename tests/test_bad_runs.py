@@ -27,6 +27,7 @@ every_script = pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("flags, words", [
     (dict(colour="red"), "no option colour"), (dict(batch_sise=3), "did you mean batch_size"),
     (dict(batch_size="many"), "--batch-size many: must be int"), (dict(batch_size=2.5), "--batch-size 2.5"),
+    (dict(batch_size=True), "--batch-size True: must be int"),
     (dict(lr=float("nan")), "--lr nan"), (dict(lr=[1e-3]), "--lr .*must be float"),
     (dict(seed=2 ** 70), "--seed"), (dict(device="gpu"), "--device gpu: choose one of"),
     (dict(eval_only="no"), "--eval-only no: must be bool"), (dict(dataset="Toy"), "--dataset Toy: choose"),
@@ -60,7 +61,7 @@ def test_python_and_command_line_make_the_same_settings(trained, name, monkeypat
     ("scaleprotoseg", "--table 7 --threshold 0.2", "--threshold 0.2.*rows"),
     ("pfa_scribble", "--table 2 --augment local", "--augment local.*rows")])
 def test_a_table_takes_no_flag_that_its_rows_set_and_checks_all_rows_first(tmp_path, name, argv, words):
-    np.save(tmp_path / "rows.npy", np.ones((14, 5), np.float32))
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(14, 5)))
     argv = argv.replace("ROWS", str(tmp_path / "rows.npy")).split()
     sentence = mistake(name, "--out", tmp_path / "out", *SHORT[name], *argv)
     assert re.search(words, sentence) and not (tmp_path / "out").exists(), sentence
@@ -89,8 +90,27 @@ def test_scores_of_another_split_do_not_replace_those_of_the_run(trained, tmp_pa
     assert (other["split"], own["split"]) == ("val", "test")
     miou = other["miou"]["plain"]["plain"] if name == "pfa_scribble" else other["miou"]
     assert miou == pytest.approx(float(last.get("val_plain") or last.get("val_miou") or last["miou"]))
+    done(name, "--out", out, "--eval-only", "--window", 32)
+    assert (out / "metrics.json").read_bytes() == before and (out / "eval-test-window-32").is_dir()
     done(name, "--out", out, "--eval-only")
     assert same(numbers(read(out / "metrics.json")), numbers(own))
+
+
+@every_script
+def test_a_run_that_changed_on_disk_is_told(trained, tmp_path, name):
+    out = copy_of(trained(name), tmp_path / "run")
+    saved, config = torch.load(out / "last.pt", weights_only=True), read(out / "config.json")
+    saved["progress"]["images"] += 1                                   # as if an image had been added
+    torch.save(saved, out / "last.pt")
+    told = "began with other training images"
+    assert told in done(name, "--out", out, "--resume") and told not in done(name, "--out", out, "--eval-only")
+    del config["batch_size"]
+    run.write_json(out / "config.json", config)
+    assert "config.json has no batch_size" in done(name, "--out", out, "--eval-only")
+    run.write_json(out / "config.json", config | dict(lr="fast"))
+    assert "config.json holds a wrong value: --lr fast" in mistake(name, "--out", out, "--eval-only")
+    with pytest.raises(run.UserError, match="cannot be written .*: choose another"):
+        run.write_json(tmp_path / ("x" * 300), {})
 
 
 # ---- what the machine refuses ----

@@ -105,7 +105,7 @@ def test_a_window_as_large_as_the_image_changes_nothing(trained, few_toys, no_fi
     before = numbers(read(out / "metrics.json"))
     for window, equal in ((128, True), (48, False)):
         done(name, "--out", out, "--eval-only", "--window", window)
-        after = numbers(read(out / "metrics.json"))
+        after = numbers(read(out / f"eval-test-window-{window}" / "metrics.json"))
         assert after.pop("evaluated")["window"] == window
         assert (after == {key: value for key, value in before.items() if key != "evaluated"}) == equal
 

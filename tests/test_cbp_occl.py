@@ -130,11 +130,16 @@ def test_profile_compares_with_the_baseline(tmp_path):
     (["--batch-size", "1"], ["--batch-size 1"]), (["--head-channels", "8"], ["--head-channels"]),
     (["--backbone", "swin_t", "--head", "fcn"], ["swin_t", "fcn"]),
     (["--prototypes", "gone.npy"], ["gone.npy"]), (["--init", "masked"], ["no training pixel", "random"]),
+    (["--prototypes", "TMP/same.npy", "--no-orthogonal"], ["same.npy has rows that are zero or point"]),
+    (["--prototypes", "TMP/zero.npy", "--no-orthogonal", "--no-equal"], ["zero.npy has rows"]),
     (["--prototypes", "a.npy", "--init", "masked"], ["--prototypes", "--init masked"]),
     (["--classifier", "learnable", "--init", "masked"], ["--classifier learnable", "--init masked"]),
     (["--stage-decay", "0.9"], ["--stage-decay", "tiny"]), (["--predict", "x.png"], ["holds no run"]),
 ])
 def test_mistakes_of_its_own(tmp_path, argv, words):
+    for name, row in (("same", 1.0), ("zero", 0.0)):
+        np.save(tmp_path / f"{name}.npy", np.concatenate([np.eye(12, 16), np.full((2, 16), row)]))
+    argv = [word.replace("TMP", str(tmp_path)) for word in argv]
     sentence = mistake("cbp_occl", "--out", tmp_path / "out", "--device", "cpu", *argv)
     assert all(word in sentence for word in words) and not (tmp_path / "out").exists(), sentence
 

@@ -39,6 +39,11 @@ def quick(*argv):
         return done(NAME, *argv)
 
 
+def results(*argv):
+    """quick, and the metrics that it says it wrote: see run.for_results."""
+    return read(re.search("see (.+/metrics.json)", quick(*argv))[1])
+
+
 def load(out):
     return pfa.load_run(replace(run.read_config(pfa.Config, out), out=str(out)), CPU)[0]
 
@@ -242,8 +247,7 @@ def test_options_of_the_evaluation_reach_a_finished_run(base, tmp_path):
     out, first = copy_of(base, tmp_path / "run"), read(base / "metrics.json")
 
     def again(*flags):
-        quick("--out", out, "--eval-only", *flags)
-        return read((out / "eval-val" if "val" in flags else out) / "metrics.json")
+        return results("--out", out, "--eval-only", *flags)
     nobody = again("--score-threshold", 1)["miou"]["classifier"]        # no score is above: background alone
     assert nobody == again("--filter", 99999)["miou"]["filter_99999"] != first["miou"]["classifier"]
     val, row = again("--test-split", "val")["miou"], log_of(base)[-1]   # log.csv: no true classes
@@ -267,8 +271,7 @@ def test_mean_average_precision_by_hand_and_over_the_classes_that_have_strokes(o
 
 def test_a_classifier_may_follow_and_is_the_one_that_a_run_trains_at_once(base, runs, tmp_path):
     out = copy_of(runs["local"], tmp_path / "run")
-    quick("--out", out, "--eval-only", "--train-classifier")
-    metrics, first = read(out / "metrics.json"), read(base / "metrics.json")
+    metrics, first = results("--out", out, "--eval-only", "--train-classifier"), read(base / "metrics.json")
     assert (metrics["headline"], metrics["class_map"]) == ("classifier", first["class_map"])
     mine, theirs = (run.read_checkpoint(folder / "classifier.pt")["model"] for folder in (out, base))
     assert same(mine, theirs) and (out / "last.pt").read_bytes() == (runs["local"] / "last.pt").read_bytes()
@@ -290,13 +293,13 @@ def test_scores_of_ones_own_may_lack_the_background_but_no_image_and_no_class(ba
     out, path, rows = copy_of(base, tmp_path / "run"), tmp_path / "scores.npz", scores_in(base)
     for first in (0, 1):
         np.savez(path, unused=np.zeros(3), **{name: row[first:] for name, row in rows.items()})
-        quick("--out", out, "--eval-only", "--class-scores", path)
-        miou = read(out / "metrics.json")["miou"]
-        assert miou["scores"] == read(base / "metrics.json")["miou"]["classifier"]
-    assert read(out / "metrics.json")["headline"] == "scores"
-    for first, names, words in ((0, ["0000", "0002"], "lacks 1 of 3 images, such as 0001"),
-                                (2, rows, "14 finite")):
-        np.savez(path, **{name: rows[name][first:] for name in names})
+        found = results("--out", out, "--eval-only", "--class-scores", path)
+        assert found["miou"]["scores"] == read(base / "metrics.json")["miou"]["classifier"]
+        assert found["headline"] == "scores"
+    for wrong, words in (({"0000": rows["0000"], "0002": rows["0002"]}, "lacks 1 of 3 images, such as 0001"),
+                         ({name: row[2:] for name, row in rows.items()}, "14 finite"),
+                         (rows | {"0001": rows["0001"][1:]}, "(13,) for 0001")):
+        np.savez(path, **wrong)
         said = mistake(NAME, "--out", tmp_path / "new", *SHORT, "--class-scores", path)
         assert f"--class-scores {path}" in said and words in said and not (tmp_path / "new").exists()
 

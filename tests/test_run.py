@@ -2,6 +2,7 @@
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
+import json
 import pytest
 import torch
 
@@ -155,7 +156,7 @@ def row(tmp_path):
         run.start_run(cfg, CPU)
         if cfg.save_every == 1:
             raise KeyboardInterrupt
-        run.write_json(metrics, dict(run=len(row.calls), evaluated=dict(split=cfg.split)))
+        run.write_json(metrics, run.settings_of(cfg) | dict(run=len(row.calls), finished=True))
 
     def row(**flags):
         cfg = run.make_config(Config, PRESETS, "toy", out=str(tmp_path / "row"), **flags)
@@ -184,8 +185,9 @@ def test_a_row_that_was_evaluated_otherwise_is_evaluated_again_and_not_trained(r
         row(**change, save_every=1)
     assert row(**change) == 5 and row(**change, lr=0.2) == 6
     assert [resumed for _, _, resumed in row.calls[3:]] == [True, True, False]
-    for number, entry in ((7, dict(evaluated=dict(split="elsewhere"))), (8, dict(finished=False))):
-        run.write_json(row.metrics, read(row.metrics) | entry)            # by --eval-only
+    for number, entry in enumerate((dict(evaluated={}), dict(finished=False), dict(settings={}), None), 7):
+        content = read(row.metrics) | entry if entry else "damaged"       # or of another row
+        row.metrics.write_text(json.dumps(content)[:-1 if entry is None else None])
         assert row(**change, lr=0.2) == number and row.calls[-1][2] is True
 
 
