@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.figures import heatmap, overlay, palette, save_bars, save_grid, save_histogram, save_matrix
+from common.figures import heatmap, overlay, palette, save_bars, save_grid, save_matrix
 
 LOW, HIGH = [0, 0, 4], [252, 255, 164]                                    # ends of the heat map
 BLUE, WHITE, RED, INK = [33, 102, 172], [255, 255, 255], [178, 24, 43], [30, 30, 30]
@@ -72,20 +72,6 @@ def test_a_grid_puts_images_enlarged_by_whole_factors_where_they_belong(drawn):
         assert extent(where(drawn(save_grid, [[(dark, "")]], cell=40), 0)) == shown
 
 
-def test_captions_keep_to_two_lines_of_their_cell_between_title_and_legend(drawn):
-    image = torch.full((3, 10, 100), 7, dtype=torch.uint8)
-    row = [[(image, text) for text in ("an endless caption " * 20, "", "Supercalifragilistic" * 2)]]
-    picture = drawn(save_grid, row, cell=100, title="Label", legend={3: "road", 17: "a tree"})
-    top, bottom, _, _ = extent(where(picture, 7))
-    assert picture[:top].min() < 128                                      # the title
-    ink = picture[bottom + 1:bottom + 41].min(-1) < 128
-    columns = np.flatnonzero(ink.any(0)) - 8
-    assert set(columns // 108) == {0, 2} and (columns % 108 < 100).all()
-    assert (np.diff(ink.any(1).astype(int)) == 1).sum() == 2
-    swatches = [c for c in range(150) if where(picture[bottom + 41:], palette(150)[c].tolist()).sum() > 100]
-    assert swatches == [3, 17]
-
-
 def test_matrix_cells_have_the_colours_of_their_values(drawn):
     matrix = torch.tensor([[1.0, -1.0, 0.0], [float("nan"), 5.0, 0.5]])
     picture = drawn(save_matrix, matrix, ["", ""], ["", "", ""])
@@ -142,28 +128,3 @@ def heights_of(picture):
     middles = np.flatnonzero(where(picture, INK)[axes[0]])[0] + 32 + 64 * np.arange(10)
     panels = [picture[axis - 150:axis, middles] for axis in axes]
     return [where(panel, colour).sum(0).tolist() for panel, colour in zip(panels, (FIRST, SECOND))]
-
-
-def test_histogram_bars_are_shares_of_each_series_or_numbers_on_a_logarithmic_axis(drawn):
-    generator = np.random.default_rng(0)
-    ours, theirs = generator.random(1000) ** 2, list(generator.random(50))
-    series = {"ours": torch.tensor(ours).reshape(10, 100), "theirs": theirs}
-    found = heights_of(drawn(save_histogram, series, bins=10, low=0, high=1))
-    for heights, values in zip(found, (ours, theirs)):
-        shares = np.histogram(values, np.linspace(0, 1, 11))[0] / len(values)
-        assert np.abs(heights - shares * 150 / 0.30).max() <= 1           # the axis ends at 30 %
-    series = {"a": [0.5] * 1000 + [1.5] * 100 + [2.5] * 10 + [3.5], "b": [9.5] * 2}
-    found = heights_of(drawn(save_histogram, series, bins=10, low=0, high=10, log=True))
-    counts = np.array([[1000, 100, 10, 1, 0, 0, 0, 0, 0, 0], [0] * 9 + [2]])            # from 1/2 to 1000
-    assert np.abs(found - 150 * np.log(np.maximum(1, 2 * counts)) / np.log(2000)).max() <= 1
-
-
-def test_an_edge_belongs_to_the_right_and_values_outside_are_told_and_count_in_the_share(drawn):
-    found, = heights_of(drawn(save_histogram, {"a": [0.0, 5.0, 10.0, 10.0]}, bins=10, low=0, high=10))
-    assert found == pytest.approx([75, 0, 0, 0, 0, 75, 0, 0, 0, 150], abs=1)        # the axis ends at 50 %
-    inside, outside = (drawn(save_histogram, {"a": [0.5, 0.5, *more]}, bins=10, low=0, high=1)
-                       for more in ((), (-3.0, float("nan"), 99.0)))
-    assert heights_of(outside)[0] == pytest.approx([0] * 5 + [150] + [0] * 4, abs=1)        # of 40 %
-    assert where(outside[35:53], INK).sum() > where(inside[35:53], INK).sum() + 100     # "3 of them outside"
-    numbers = words_in(drawn(save_histogram, {"a": [2e5]}, bins=40, low=1e5, high=9e5)[-26:-8])
-    assert len(numbers) > 3 and max(columns[-1] - columns[0] for columns in numbers) < 60       # apart

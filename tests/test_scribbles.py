@@ -111,18 +111,6 @@ def test_shrinking_by_hand():
         assert st.central_part(corner, shrink).tolist() == left
 
 
-@pytest.mark.parametrize("shrink", [0.2, 0.5, 0.8])
-@pytest.mark.parametrize("seed", range(3))
-def test_pixels_and_lines_shrink_alike_and_a_ring_keeps_one_piece(seed, shrink):
-    line = [(4, wavy(seed))]
-    pixels = st.weaken(st.draw_strokes(line, 150, 110), shrink=shrink) == 4
-    drawn = st.draw_strokes(st.weaken_strokes(line, shrink=shrink), 150, 110) == 4
-    assert (pixels & drawn).sum() / (pixels | drawn).sum() > 0.85
-    whole, left = ring(90, 35, 2, 3), st.weaken(ring(90, 35, 2, 3), shrink=shrink)
-    assert (left == 3).sum() <= (1 - shrink) * (whole == 3).sum() * 1.35 + 30
-    assert st.strokes_of_mask(left).max() == 1
-
-
 @pytest.mark.parametrize("seed", [0, 7, 8])                            # in two, a stroke would cross an edge
 def test_invented_scribbles_agree_with_the_mask_and_every_large_region_has_one(seed):
     mask = blobs(seed, 375, 500)
