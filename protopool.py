@@ -808,8 +808,6 @@ def evaluate_ensemble(cfg, device):
     test_sets = []
     probabilities = []                                               # (N,C) of each run
     held_by = {}                                                     # {run: (C,M)}
-    if len({Path(out).resolve() for out in cfg.ensemble}) < len(cfg.ensemble):
-        raise UserError(f"--ensemble {' '.join(cfg.ensemble)}: a run counts once: name each folder once.")
     for out in cfg.ensemble:
         member = replace(run.read_config(Config, out), out=out, workers=cfg.workers, eval_only=False)
         net, sets, _ = load_run(replace(member, data=cfg.data or member.data), device)
@@ -818,7 +816,10 @@ def evaluate_ensemble(cfg, device):
         if (data.classes, data.labels) != (first.classes, first.labels):
             raise UserError(f"--ensemble {out}: its data differ from those of {cfg.ensemble[0]}.")
         batches = (to_device(batch, device) for batch in clean_loader(data, member, device))
-        probabilities.append(torch.cat([net(x)[0].softmax(1).cpu() for x, _ in batches]))
+        chances = torch.cat([net(x)[0].softmax(1).cpu() for x, _ in batches])
+        if any(torch.equal(chances, other) for other in probabilities):
+            raise UserError(f"--ensemble {out}: this run, or a copy of it, is named before: name it once.")
+        probabilities.append(chances)
         held_by[str(out)] = net.held().cpu()
     probabilities.append(torch.stack(probabilities).mean(0))
     hits = [chance.argmax(1) == torch.tensor(first.labels) for chance in probabilities]

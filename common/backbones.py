@@ -256,8 +256,9 @@ def build_network(backbone, head, num_classes, head_channels=0, weights="none", 
     Raises UserError for what does not go together, and for weights that cannot be read or do not fit.
     """
     if backbone not in GOES_WITH.get(head, ()):
-        table = "; ".join(f"{name} with {', '.join(backbones)}" for name, backbones in GOES_WITH.items())
-        raise UserError(f"head {head} does not go with backbone {backbone}; choose one of: {table}")
+        known = GOES_WITH.get(head)
+        raise UserError(f"the head {head} goes with {', '.join(known)}, not with {backbone}" if known else
+                        f"there is no head {head}: choose one of {', '.join(GOES_WITH)}")
     if head in DILATED and output_stride not in (8, 16):
         raise UserError(f"output stride {output_stride} is not available: the {head} head takes 8 or 16")
     if drop_path and backbone not in DROP_PATH:
@@ -411,7 +412,11 @@ def check_sides(build, cfg):
             shrunk = f"--input-scales {scale:g} shrinks a {name} of {side} to" if scale != 1 else f"--{name}"
             check_side(build, int(side * scale), shrunk, cfg.backbone, images)
     if 0 < cfg.window < 32:
-        raise UserError(f"--window {cfg.window}: too small to tell anything from: take that of the crops.")
+        raise UserError(f"--window {cfg.window}: too small to tell anything from: take 32 or more, best the "
+                        "size of the crops.")
+    if 0 < getattr(cfg, "size", 0) < 32:
+        raise UserError(f"--size {cfg.size}: too small to tell anything from: take 32 or more, or 0 for "
+                        "images as they are.")
 
 
 # ---- what optimizers have to know of a backbone's parts ---------------------------------------------------

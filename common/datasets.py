@@ -136,6 +136,7 @@ RARE_AND_FREQUENT = {"ade20k": (149, 146, 0)}            # flag, radiator, wall
 
 def layout_error(name, root, problem, trees=TREES):
     tree, source = trees[name]
+    problem = problem if root.exists() else f"there is no {root}"
     return UserError(f"{name}: {problem}; expected {tree}; found in ROOT = {root}: {listing(root)}; "
                      f"source: {source} (see data/README.md).")
 
@@ -312,6 +313,8 @@ def folder_files(root, split, mask_dir):
         raise layout_error("folder", root, f"no split {split!r} (there: {', '.join(splits) or 'none'})")
     usual = "masks" if (root / "masks").is_dir() or not (root / "labels").is_dir() else "labels"
     masks = mask_folder(root, mask_dir) if mask_dir else usual
+    if masks == "masks" and (root / "labels").is_dir():
+        note(f"{root}/labels/ is not read, as there is a folder masks/")
     if (root / "images" / split).is_dir():
         if (root / f"{split}.txt").is_file():
             note(f"the list {root / split}.txt is not read, as there is a folder images/{split}/")
@@ -335,6 +338,10 @@ def folder_classes(root, unlabelled=IGNORE):
         raise UserError(f"{path}: some lines begin with a number, but {odd!r} does not: begin all of them "
                         "with the value in the masks, or none.")
     if numbered and all(numbered):
+        unnamed = [found[1] for found in numbered if not found[2]]
+        if 0 < len(unnamed) < len(numbered):
+            raise UserError(f"{path}: the line {unnamed[0]} has no name, but others have: name all values, "
+                            "or none.")
         numbered = [found for found in numbered if int(found[1]) not in (IGNORE, unlabelled)]
         ids = [int(found[1]) for found in numbered]
         if ids != [value for value in range(len(ids) + 1) if value != unlabelled][:len(ids)]:

@@ -28,6 +28,8 @@ def opened(path, page=None):
     """Pillow image, not yet decoded. UserError: a missing or damaged file, or a TIFF of several pages if
     `page` does not say which one."""
     try:
+        if Path(path).is_fifo():                         # which would be waited for
+            raise FileNotFoundError
         with Image.open(path) as picture:
             if page is None and picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
                 raise UserError(f"{path} has {picture.n_frames} pages: save each page as a file of its own.")
@@ -36,7 +38,7 @@ def opened(path, page=None):
     except (UserError, MemoryError):
         raise
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
+        raise UserError(f"{path} does not exist, or is no file.") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: name an image.") from None
     except Image.DecompressionBombError as error:
@@ -70,12 +72,18 @@ def read_image(path, page=None):
         return F.pil_to_tensor(picture.convert("RGB"))
 
 
+def turn_of(picture):
+    """A camera's rotation mark, 1 to 8; other numbers mean nothing, as 1 does."""
+    turn = picture.getexif().get(EXIF_ORIENTATION, 1)
+    return turn if turn in range(2, 9) else 1
+
+
 def size_and_turn(path, page=None):
     """(height, width) of what read_image returns, and a camera's rotation mark, 1 to 8; decodes nothing.
     UserError for what read_image would refuse before it decodes."""
     with opened(path, page) as picture:
         check_depth(picture, path)
-        turn = picture.getexif().get(EXIF_ORIENTATION, 1)
+        turn = turn_of(picture)
         width, height = picture.size
         if picture.format == "TIFF":                     # its size may be that of the turned picture
             width, height = picture.tag_v2[256], picture.tag_v2[257]
@@ -96,7 +104,7 @@ def read_values(path, id_of, problem, page=None):
     UserError for a colour picture, and for a value without an id; problem: what to say of such values."""
     with opened(path, page) as picture:
         few_bits = re.search(r"'L;([24])'", str(picture.tile[:1]))       # of a grey PNG
-        turn = picture.getexif().get(EXIF_ORIENTATION, 1)
+        turn = turn_of(picture)
         picture.load()
     if len(picture.getbands()) > 1:
         raise UserError(f"{path} is a colour picture (mode {picture.mode}), not a map of class ids: use the "

@@ -244,7 +244,8 @@ def _read_types(cfg):
 def read_config(Config, out):
     """The settings of the run in the folder `out`; UserError if there is none of this script."""
     path = Path(out) / "config.json"
-    saved = read_json(path, f"{out} holds no run (no config.json): train first, or pass a run's folder.")
+    rows = f": those of its tables are in {out}/rows" if (Path(out) / "rows").is_dir() else ": train first"
+    saved = read_json(path, f"{out} holds no run (no config.json){rows}, or pass a run's folder.")
     if not isinstance(saved, dict) or set(saved) - {f.name for f in fields(Config)}:
         raise UserError(f"{path} is not a config of this script: pass the folder of a run of this script.")
     cfg = Config(**saved)
@@ -489,8 +490,17 @@ def start_run(cfg, machine):
             print(f"the earlier run in {out} was moved to {aside}")
             START.update(aside=aside)
         write_json(out / "config.json", asdict(cfg))
+    if machine.rank == 0:
+        if cfg.resume and not (out / "last.pt").exists():
+            print(f"note: {out} has no checkpoint yet: the run begins anew")
     if dist.is_initialized():
         dist.barrier()
+
+
+def number_of_config(out):
+    """Which file OUT/config.json is, so that a run sees it if another one has begun in its folder."""
+    path = Path(out) / "config.json"
+    return path.stat().st_ino if path.exists() else None
 
 
 def is_foreign(out):
@@ -515,10 +525,11 @@ def undo_start():
 
 def for_results(cfg):
     """cfg, with the folder OUT/eval-SPLIT-OPTION-VALUE if --eval-only evaluates another split than the run
-    did, or in another way: the metrics and figures of the finished run stay."""
+    did, other data, or in another way: the metrics and figures of the finished run stay."""
     own = read_json(Path(cfg.out) / "config.json", "")
     changed = {f.name: getattr(cfg, f.name) for f in fields(cfg)
-               if f.metadata["evaluation"] and getattr(cfg, f.name) != own.get(f.name)}
+               if f.metadata["evaluation"] or f.name == "data"}
+    changed = {name: value for name, value in changed.items() if value != own.get(name)}
     if not changed or not cfg.eval_only:
         return cfg
     changed.pop("test_split", None)
@@ -624,8 +635,11 @@ def load_checkpoint(path, parts, device):
 
 
 def code_of_names(data):
-    """A number for the names of a split's images, and their order."""
-    return zlib.crc32("\n".join(map(data.name_of, range(len(data)))).encode("utf-8", "backslashreplace"))
+    """A number for the names of a split's images, their order, and the sizes of the files."""
+    files = [path for entry in data.paths or () for path in (entry if isinstance(entry, tuple) else [entry])]
+    sizes = [os.path.getsize(path) for path in files if isinstance(path, os.PathLike)]
+    names = [data.name_of(i) for i in range(len(data))]
+    return zlib.crc32(repr((names, sizes)).encode("utf-8", "backslashreplace"))
 
 
 def read_progress(out, keys=(), classes=None, data=None):
@@ -639,8 +653,8 @@ def read_progress(out, keys=(), classes=None, data=None):
         check_classes(progress["classes"], classes, out)
     if data is not None and progress.get("images") not in (None, code_of_names(data)):
         if not int(os.environ.get("RANK", 0)):
-            print(f"note: the run in {out} began with other training images than the {len(data)} of now: "
-                  "its results are those of neither")
+            print(f"note: the run in {out} began with other training images or labels than the {len(data)} "
+                  "of now: its results are those of neither")
     return progress
 
 
@@ -649,9 +663,9 @@ def check_classes(known, classes, out):
     for c, (theirs, ours) in enumerate(itertools.zip_longest(known, classes)):
         if theirs != ours:
             theirs, ours = theirs or "missing", ours or "missing"
-            raise UserError(f"the run in {out} knows {len(known)} classes, but the data have "
-                            f"{len(classes)}; class {c} is {theirs} there and {ours} here: pass the --data "
-                            "of that run, or another run.")
+            numbers = f" ({len(known)}) than the data ({len(classes)})" * (len(known) != len(classes))
+            raise UserError(f"the run in {out} knows other classes{numbers}; class {c} is {theirs} there and "
+                            f"{ours} here: pass the --data of that run, or another run.")
 
 
 # ---- log -------------------------------------------------------------------------------------------------
@@ -670,6 +684,7 @@ class Log:
 
     def __init__(self, out, progress, machine):
         self.out, self.progress, self.machine = Path(out), progress, machine
+        self.config = number_of_config(out)
         self.began = time.perf_counter() - progress["seconds"]
 
     def seconds(self):
@@ -684,7 +699,11 @@ class Log:
             sums[name] = [total + value, steps + 1]
 
     def means(self, when):
-        """{name: mean since the last row}; when: such as "iteration 200". UserError if one is not finite."""
+        """{name: mean since the last row}; when: such as "iteration 200". UserError if one is not finite, or
+        if the folder is another run's by now."""
+        if number_of_config(self.out) != self.config:
+            raise UserError(f"another run has begun in {self.out} and moved the files of this one aside: "
+                            "give each run an --out of its own.")
         means = {name: float(total) / steps for name, (total, steps) in self.progress["sums"].items()}
         if not all(map(math.isfinite, means.values())):
             raise UserError(f"the loss is not finite ({means}) by {when}: lower --lr, or use --amp off; "

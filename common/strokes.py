@@ -185,8 +185,9 @@ def painted_strokes(path, image, num_classes):
         ids = torch.full(changed.shape, UNLABELLED, dtype=torch.uint8)
         ids[changed] = torch.where(nearest <= 40, class_id, UNLABELLED).to(torch.uint8)[index]
     if (ids == UNLABELLED).all():
-        raise UserError(f"--draw: {path} has no stroke: it must hold class ids along strokes and 255 "
-                        "elsewhere, or strokes painted in the colours of figures/colours.png.")
+        raise UserError(f"--draw: {path} has no stroke in the classes' colours: it must hold class ids along "
+                        "strokes and 255 elsewhere, or strokes painted, opaque, in those of "
+                        "figures/colours.png.")
     share = 100 * (ids != UNLABELLED).float().mean().item()
     if share > 50:
         print(f"note: the strokes in {path} cover {share:.0f} % of the image: if 0 means unlabelled there, "

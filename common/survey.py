@@ -3,6 +3,7 @@
 No image is decoded. Every process reads its share, and the rows of a table share what was read.
 """
 import os
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -132,14 +133,22 @@ def check_training(data, pixels, strokes):
 
 
 def tell_shared(train, others):
-    """Notes on images that are trained on and scored on."""
-    def images(data):
-        return {(path, *page) for path, _, *page in data.paths or ()}
+    """Notes on images that are trained on and scored on, be they the same file or copies of it."""
+    def sizes(data):
+        return {path.stat().st_size for path, *_ in data.paths or ()}
+
+    def images(data, like):
+        for path, _, *page in data.paths or ():          # alike: size of the file, page, first bytes
+            if path.stat().st_size in like:
+                with open(path, "rb") as file:
+                    yield (path.stat().st_size, *page, zlib.crc32(file.read(2 ** 16))), path
     for data in {data.split: data for data in others}.values():
-        shared = images(train) & images(data)
+        like = sizes(train) & sizes(data)
+        learned = dict(images(train, like))
+        shared = [path for key, path in images(data, like) if key in learned]
         if shared:
-            print(f"note: {len(shared)} images of {train.split} are also in {data.split}, such as "
-                  f"{min(shared)[0]}: scores there are of images that were trained on")
+            print(f"note: {len(shared)} images of {data.split} are also in {train.split}, such as "
+                  f"{shared[0]}: scores there are of images that were trained on")
 
 
 def tell_palettes(data, labels):

@@ -78,7 +78,7 @@ A, B, X = b"sky\nroad", b"1 sky\n2 road", b"0 x\n1 sky\n2 road"
     (b"\xef\xbb\xbf" + A, None, [0, 1], [0, 1]), (A.decode().encode("utf-16"), None, [0, 1], [0, 1]),
     (SKY.encode("gbk"), None, [0], "UTF-8"), (A.decode().encode("utf-16-le"), None, [0], "UTF-8"),
     (f"{NFC}\n{NFD}".encode(), None, [0], "two classes called"),
-    (b"# id\n0,sky\n1,road", None, [0, 1], [0, 1]),
+    (b"0 sky\n1", None, [0], "the line 1 has no name"), (b"# id\n0,sky\n1,road", None, [0, 1], [0, 1]),
     (b"id,name\n0,sky\n1,road", None, [0], "'id,name' does not")])
 def test_a_value_can_be_ignored_and_classes_txt_is_read_or_refused(tmp_path, classes, ignore, values, ids):
     tree = {"images/train/0.png": GREY[:, :len(values)]}
@@ -152,14 +152,15 @@ def test_notes_tell_once_what_is_not_read_and_what_is_not_learned(tmp_path, caps
         assert [path.name for path in list_images(root / "train" / "b")] == ["0.png", "1.png"]
     machine = run.Machine(torch.device("cpu"), rank)
     cfg = SimpleNamespace(workers=0, val_split="train", test_split="val", project_split="val")
-    survey.survey(train, [train], cfg, machine, strokes=True)
+    scored = [train] + [datasets.open_dataset("folder", root, "val")] * (rank == 0)
+    survey.survey(train, scored, cfg, machine, strokes=True)
     told = capsys.readouterr().out.replace(f"{root}/", "").splitlines()
     words = ["the list train.txt is not read", "2 files in images/train are not read, such as x.gif",
              "2 files in train are not read", "note: train/b/x.gif is not read", "train/3.png shows b in the",
              "--ignore 99: no training mask", "of c, d, e, f, g and 2 more: not learned",
              "strokes label 100.0 %", "if 0 means unlabelled", "4 images of train are also in train",
-             "--project-split val"]
-    assert len(told) == (0 if rank else 11) and all(map(str.__contains__, told, words)), told
+             "1 images of val are also in train", "--project-split val"]
+    assert len(told) == (0 if rank else 12) and all(map(str.__contains__, told, words)), told
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -170,7 +171,7 @@ def test_results_of_one_name_are_refused_before_anything_is_written(trained, tmp
         photos = write(tmp_path / other, {"a.png": GREY, other: GREY})
         assert "rename" in mistake(name, "--out", out, task, photos) and files(out) == before
     (write(tmp_path / "b", {"a.png": GREY}) / "z.png").write_text("no image")
-    assert "z.png cannot be read" in mistake(name, "--out", out, task, tmp_path / "b") and files(out) == before
+    assert "z.png cannot" in mistake(name, "--out", out, task, tmp_path / "b") and files(out) == before
 
 
 def test_damaged_part_files_are_told_before_the_training_and_a_way_out_works(tmp_path):
@@ -186,6 +187,6 @@ def test_damaged_part_files_are_told_before_the_training_and_a_way_out_works(tmp
     said = mistake(*argv)
     assert "the class a has a single training image" in said and "--select-on-test" in said
     done(*argv, "--batch-size", 3, "--select-on-test")
-    for flags, words in ((["--iter", 1], "did you mean --iterations?"), (["--lr", "-1e-3"], "--lr -0.001: must"),
-                         (["--seed", 2 ** 32], "at most 4294967295")):
-        assert words in mistake("cbp_occl", *flags)
+    for flags, words in (("--iter 1", "did you mean --iterations?"), ("--lr -1e-3", "--lr -0.001: must"),
+                         (f"--seed {2 ** 32}", "at most 4294967295")):
+        assert words in mistake("cbp_occl", *flags.split())

@@ -103,12 +103,16 @@ def test_a_run_that_changed_on_disk_is_told(trained, tmp_path, name):
     saved["progress"]["images"] += 1                                   # as if an image had been added
     torch.save(saved, out / "last.pt")
     told = "began with other training images"
-    assert told in done(name, "--out", out, "--resume") and told not in done(name, "--out", out, "--eval-only")
+    assert told in done(name, "--out", out, "--resume")
+    assert told not in done(name, "--out", out, "--eval-only")
+    log = run.Log(out, dict(seconds=0, sums={}, log=[]), run.Machine(torch.device("cpu")))
     del config["batch_size"]
     run.write_json(out / "config.json", config)
     assert "config.json has no batch_size" in done(name, "--out", out, "--eval-only")
     run.write_json(out / "config.json", config | dict(lr="fast"))
     assert "config.json holds a wrong value: --lr fast" in mistake(name, "--out", out, "--eval-only")
+    with pytest.raises(run.UserError, match="another run has begun in"):
+        log.row("", {}, {}, "")
     with pytest.raises(run.UserError, match="cannot be written .*: choose another"):
         run.write_json(tmp_path / ("x" * 300), {})
 

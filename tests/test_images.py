@@ -140,7 +140,7 @@ def test_val_is_a_share_of_every_classs_training_images_by_the_seed_alone(tmp_pa
     (("cup", "x", "train"), "toy_birds, cub, cars, imagefolder"), (("cars", "", "train"), "--data ROOT"),
     (("toy_birds", "x", "train"), "do not read x: .*imagefolder"),
     (("toy_birds", "", "val", 0, 0), "val_fraction 0"), (("toy_birds", "", "val", 0, 0.6), "0 and 0.5"),
-    *[((name, "gone", "train"), f"^{name}: .* missing; expected ROOT.*no such folder; source: .*README.md")
+    *[((name, "gone", "train"), f"^{name}: there is no gone; expected ROOT.*; source: .*README.md")
       for name in im.TREES]])
 def test_wrong_names_options_and_folders_are_one_sentence(arguments, words):
     assert re.search(words, message(im.open_images, *arguments))

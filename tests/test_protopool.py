@@ -350,7 +350,7 @@ def test_runs_that_cannot_be_explained_compared_or_joined_are_named(trained, lin
             (out, [*birds, "elm_warbler"], "two different class names"), (linear, birds, "plain classifier"),
             (out, ["--resume", "--slots", 3], "contradicts"), (other, ["--resume"], "does not fit"),
             (tmp_path, ["--ensemble", out, linear], re.escape(str(linear))),
-            (tmp_path, ["--ensemble", out, f"{out}/"], "each folder once"),
+            (tmp_path, ["--ensemble", out, f"{out}/"], "name it once"),
             (tmp_path, ["--ensemble", out, foreign], re.escape(str(foreign))),
             (cfg.out, ["--eval-only"], "phase joint.*--resume"), (cfg.out, birds, "phase joint.*--resume")):
         assert re.search(words, mistake("protopool", "--out", folder, *argv))
