@@ -75,7 +75,7 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import StepLR
 from tqdm import tqdm
 
-from common import images, protopool_figures, run, speed
+from common import figures, images, protopool_figures, run, speed
 from common.backbones import EXTRACTORS, build_extractor, check_side
 from common.classification import (clean_loader, evaluate, open_splits, steps_per_epoch, training_batches,
                                    training_view)
@@ -532,7 +532,10 @@ def project(net, sets, progress, cfg, machine):
         return
     log = run.Log(cfg.out, progress, machine)
     tau = temperature_of("joint", max(progress["epoch"] - 1, 0), cfg)
-    soft = net.soft_assignment(tau).detach().cpu()                   # of the weights that are projected
+    alive = net.held().any(0).cpu()
+    order = torch.cat([alive.nonzero(), (~alive).nonzero()]).flatten()             # pruned: the last numbers
+    soft = net.soft_assignment(tau).detach().cpu()[..., order]       # of the weights that are projected
+    slot = [[row[m] for m in order.tolist()] for row in progress["slot"]]
     pruned = net.fix_slots()
     before = net.prototypes.detach().cpu().clone()
     sources = project_prototypes(net, clean_loader(sets["train"], cfg, machine.device), machine.device)
@@ -541,7 +544,8 @@ def project(net, sets, progress, cfg, machine):
     if machine.rank == 0:
         print(f"projected {len(sources)} prototypes onto training patches; pruned {pruned}", flush=True)
     progress |= dict(phase="project", epoch=0, soft=soft, pruned=pruned, prototypes_before=before,
-                     num_prototypes=len(sources), sources=[list(source) for source in sources])
+                     num_prototypes=len(sources), slot=slot,
+                     sources=protopool_figures.keep_sources(net, sets["train"], sources, cfg.size))
     log.save("last.pt", dict(model=net))
 
 
@@ -625,14 +629,15 @@ def train(cfg, machine):
 
     progress, in every checkpoint: phase, epoch (finished in this phase), iteration (over all phases), best
     (cross-entropy on val), stale (epochs since), slot (Fig. 5), classes, num_prototypes, what run.Log keeps;
-    from the projection on also soft (C,K,M), pruned, prototypes_before (M,D), sources.
+    from the projection on also soft (C,K,M), pruned, prototypes_before (M,D), sources (see keep_sources).
+    A prototype then has one number everywhere, its row in net.prototypes; those that were pruned come last.
     """
     sets = open_splits(cfg)
     resumes = cfg.resume and (Path(cfg.out) / "last.pt").exists()    # killed before the first: start again
     progress = dict(phase="start", epoch=0, iteration=0, stale=0, best=math.inf, seconds=0.0, log=[],
                     sums={}, slot=[], classes=sets["train"].classes, num_prototypes=cfg.prototypes)
     if resumes:
-        progress |= run.read_progress(cfg.out, ("phase", "num_prototypes"), progress["classes"])
+        progress |= read_progress(cfg.out, progress["classes"])
     torch.manual_seed(cfg.seed)
     plain, net = build_models(progress, cfg, machine.device, "none" if resumes else cfg.weights)
     run.start_run(cfg, machine)
@@ -766,10 +771,20 @@ def explanation(net, classes, size, image, name):
 
 # ---- use trained runs -------------------------------------------------------------------------------------
 
-def load_run(cfg, device):
-    """The trained network of the run in cfg.out, its data and its progress; UserError if there is none."""
-    sets = open_splits(cfg)
-    progress = run.read_progress(cfg.out, ("phase", "num_prototypes"), sets["train"].classes)
+def read_progress(out, classes=None):
+    """progress in OUT/last.pt, see train(); UserError: no such run, one of other classes, or an old one."""
+    progress = run.read_progress(out, ("phase", "num_prototypes"), classes)
+    if not all(isinstance(source, dict) for source in progress.get("sources", ())):
+        raise UserError(f"the run in {out} was made by an earlier version, which did not keep the patches of "
+                        "its prototypes: train again.")
+    return progress
+
+
+def load_run(cfg, device, sets=None):
+    """The trained network of the run in cfg.out, in eval mode, and its progress; UserError if there is none.
+    sets: its data, if they are open."""
+    progress = read_progress(cfg.out, sets and sets["train"].classes)
+    figures.know_classes(progress["classes"])
     phase, epoch = progress["phase"], progress["epoch"]
     linear = cfg.classifier == "linear"
     if linear and not cfg.eval_only:
@@ -784,18 +799,19 @@ def load_run(cfg, device):
     _, net = build_models(progress, cfg, device)
     file = "best.pt" if linear and cfg.reading == "paper" else "last.pt"           # see train_phase [D12]
     run.load_checkpoint(Path(cfg.out) / file, dict(model=net), device)
-    return net.eval().requires_grad_(False), sets, progress
+    return net.eval().requires_grad_(False), progress
 
 
 def show(cfg, device):
     """--explain: OUT/explanations/ (Fig. 6), NAME.png and NAME.json. --compare: OUT/figures/ (Fig. 1)."""
     paths = list_images(cfg.explain) if cfg.explain else []
-    net, sets, progress = load_run(cfg, device)
+    sets = open_splits(cfg) if cfg.compare else None                 # an explanation needs no data
+    net, progress = load_run(cfg, device, sets)
     if cfg.compare:
         protopool_figures.compare(net, sets["train"], progress["sources"], cfg)
     if cfg.explain:
         explain = partial(explanation, net, progress["classes"], cfg.size)
-        protopool_figures.explain_files(paths, net, sets["train"], progress["sources"], explain, cfg)
+        protopool_figures.explain_files(paths, net, progress["sources"], progress["classes"], explain, cfg)
 
 
 @torch.inference_mode()
@@ -808,11 +824,13 @@ def evaluate_ensemble(cfg, device):
     held_by = {}                                                     # {run: (C,M)}
     for out in cfg.ensemble:
         member = replace(run.read_config(Config, out), out=out, workers=cfg.workers, eval_only=False)
-        net, sets, _ = load_run(replace(member, data=cfg.data or member.data), device)
+        member = replace(member, data=cfg.data or member.data)
+        sets = open_splits(member)
+        net, _ = load_run(member, device, sets)
         test_sets.append(sets["test"])
         first, data = test_sets[0], test_sets[-1]
-        if (data.classes, data.labels) != (first.classes, first.labels):
-            raise UserError(f"--ensemble {out}: its data differ from those of {cfg.ensemble[0]}.")
+        if (data.classes, data.ids()) != (first.classes, first.ids()):
+            raise UserError(f"--ensemble {out}: its test images differ from those of {cfg.ensemble[0]}.")
         batches = (to_device(batch, device) for batch in clean_loader(data, member, device))
         probabilities.append(torch.cat([net(x)[0].softmax(1).cpu() for x, _ in batches]))
         held_by[str(out)] = net.held().cpu()
@@ -875,7 +893,9 @@ def main(cfg):
         task = evaluate_ensemble if cfg.ensemble else show
         return None if machine.rank else task(cfg, machine.device)
     if cfg.eval_only:
-        return report(*load_run(cfg, machine.device), cfg, machine)
+        sets = open_splits(cfg)
+        net, progress = load_run(cfg, machine.device, sets)
+        return report(net, sets, progress, cfg, machine)
     return train(cfg, machine)
 
 

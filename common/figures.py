@@ -280,24 +280,35 @@ def save_prediction(folder, stem, image, ids):
 
 # ---- figures ----
 
-def save_grid(path, rows, cell=256, title="", legend=None):
+def save_grid(path, rows, cell=256, title="", legend=None, heads=(), lines=2):
     """Rows of captioned images, each scaled to `cell` pixels in width (tall ones to less), aspect kept.
-    rows: lists of (image (3,H,W) uint8, caption), or None for a white cell. legend: {class id: name}."""
+    rows: lists of (image (3,H,W) uint8, caption of at most so many lines), or None for a white cell; a row
+    may also be a text for the whole width. legend: {class id: name}. heads: texts above the columns."""
     gap, legend = 8, legend or {}
-    width = max(len(row) for row in rows) * (cell + gap) - gap
-    pieces = [text_piece(title, width, size=18)]
+    width = max(len(row) for row in rows if not isinstance(row, str)) * (cell + gap) - gap
+    pieces = [text_piece(title, width, size=18), row_piece([], [text_piece(head, cell) for head in heads],
+                                                           cell + gap, width)]
     for row in rows:
-        filled = [(i * (cell + gap), fit_cell(entry[0], cell), text_piece(entry[1], cell))
-                  for i, entry in enumerate(row) if entry is not None]        # column x, picture, caption
-        below = max([picture.height for _, picture, _ in filled], default=0) + 2
-        height = below + max([caption.height for _, _, caption in filled], default=0)
-        piece = Image.new("RGB", (width, height), "white")
-        for x, picture, caption in filled:
-            piece.paste(picture, (x, 0))
-            piece.paste(caption, (x, below))
-        pieces.append(piece)
+        if isinstance(row, str):
+            pieces.append(text_piece(row, width))
+            continue
+        pieces.append(row_piece([entry and fit_cell(entry[0], cell) for entry in row],
+                                [entry and text_piece(entry[1], cell, max_lines=lines) for entry in row],
+                                cell + gap, width))
     pieces.append(legend_piece([(CLASS_COLOURS[c].tolist(), name) for c, name in legend.items()], width))
     save_stack(path, pieces, gap)
+
+
+def row_piece(pictures, captions, step, width):
+    """Pillow images, or None, side by side, one every `step` pixels; the captions all begin at one height."""
+    below = max([picture.height for picture in pictures if picture], default=-2) + 2
+    piece = Image.new("RGB", (width, below + max([text.height for text in captions if text], default=0)),
+                      "white")
+    for y, row in ((0, pictures), (below, captions)):
+        for i, entry in enumerate(row):
+            if entry:
+                piece.paste(entry, (i * step, y))
+    return piece
 
 
 def fit_cell(image, cell):

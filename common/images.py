@@ -57,6 +57,13 @@ class ImageSet:
         """Class folder and file name without ending, and no slash: a name for an output file."""
         return f"{self.paths[i].parent.name}_{self.paths[i].stem}"
 
+    def id_of(self, i):
+        """CLASS/NAME.jpg, wherever the data lie and whatever its number: no other image is called so."""
+        return f"{self.paths[i].parent.name}/{self.paths[i].name}"
+
+    def ids(self):
+        return [self.id_of(i) for i in range(len(self))]
+
     def read(self, i):
         """Image uint8 (3,H,W) RGB, label int. UserError: damaged file, or a box outside the image."""
         path, label, box, _ = self.items[i]
@@ -97,6 +104,8 @@ class ToyBirds(ImageSet):
 
     def name_of(self, i):
         return f"{self.classes[self.labels[i]]}_{self.items[i][0]:04d}"     # as python -m data.toy_birds
+
+    id_of = name_of
 
     def bird(self, i):
         if self.birds[i] is None:

@@ -7,6 +7,7 @@ prototypes and C classes with K slots each. At the end: what the prototypes see 
 from pathlib import Path
 
 import torch
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from common import figures, metrics, run
@@ -22,11 +23,10 @@ def draw_run(net, sets, progress, names, explain, cfg):
     the script's explanation(). Returns what it tells of three test images."""
     net.eval()
     folder = Path(cfg.out) / "figures"
-    test_set = sets["test"]
+    test_set, sources = sets["test"], progress["sources"]
     held = net.held().cpu()                                          # (C,M)
-    patches = prototype_patches(net, sets["train"], progress["sources"], cfg.size)
-    draw_prototypes(net, sets["train"], progress["sources"], held, names, patches, folder, cfg)
-    draw_sharing(sets["train"], held, patches, folder)
+    draw_prototypes(net, sets, sources, held, names, folder, cfg)
+    draw_sharing(sets["train"], held, sources, folder)
     draw_assignment(progress["soft"], progress["slot"], progress["classes"], folder)
     draw_focal(net, test_set, held, folder, cfg.size)
     explanations = []
@@ -34,17 +34,18 @@ def draw_run(net, sets, progress, names, explain, cfg):
         i = (2 * k - 1) * len(test_set) // 6                         # spread over the split
         image, label = test_set.read(i)
         facts = explain(image, f"{test_set.name_of(i)}; label: {test_set.classes[label]}")
-        maps = maps_of(net, image, cfg.size)
-        draw_explanation(facts, image, maps, patches, folder / f"explanation-{k}.png")
+        draw_explanation(facts, image, net, sources, progress["classes"], cfg.size,
+                         folder / f"explanation-{k}.png")
         explanations.append(facts)
     return explanations
 
 
-def save_pages(folder, name, rows, page, cell, title):
-    """Grids of at most `page` rows: NAME-01.png, NAME-02.png, ..."""
+def save_pages(folder, name, rows, page, cell, title, heads, lines=2):
+    """Grids of at most `page` rows: NAME-01.png, NAME-02.png, ... heads, lines: see save_grid."""
     for start in range(0, len(rows), page):
         path = folder / f"{name}-{start // page + 1:02d}.png"
-        figures.save_grid(path, rows[start:start + page], cell=cell, title=title)
+        figures.save_grid(path, rows[start:start + page], cell=cell, title=title, heads=heads,
+                          lines=lines)
 
 
 # ---- prototypes as patches of training images ----
@@ -52,6 +53,12 @@ def save_pages(folder, name, rows, page, cell, title):
 def maps_of(net, image, size):
     """Similarity of the cells of an image, resized to size x size, to all prototypes: (M,h,w) on the CPU."""
     return net.similarity_maps(network_input(image, size, net.prototypes.device))[0].cpu()
+
+
+def copy_for_drawing(image, most=1024):
+    """The image (3,H,W), or a copy of at most so many pixels a side: a photo of 80 megapixels is slow."""
+    factor = most / max(image.shape[1:])
+    return image if factor >= 1 else resize(image, [max(1, round(factor * side)) for side in image.shape[1:]])
 
 
 def patch_of(image, similarity):
@@ -65,59 +72,98 @@ def portrait(data, c):
     return data.read(data.labels.index(c))[0]
 
 
-def prototype_patches(net, train_set, sources, size):
-    """The patch that every prototype was projected onto: M images of any size. sources: M of Source."""
-    images = [train_set.read(source[0])[0] for source in sources]
-    return [patch_of(image, maps_of(net, image, size)[m]) for m, image in enumerate(images)]
+@torch.no_grad()
+def keep_sources(net, train_set, sources, size):
+    """What a checkpoint keeps of the M sources of project_prototypes, so that an explanation shows the right
+    patch whatever becomes of the training images: a list of dicts of image (its id), label, row, column,
+    distance, and patch, uint8 (3,H,W) of any size."""
+    kept = []
+    for m, (i, row, column, distance) in enumerate(sources):
+        image, label = train_set.read(i)
+        patch = patch_of(copy_for_drawing(image), maps_of(net, image, size)[m])
+        kept.append(dict(image=train_set.id_of(i), label=label, row=row, column=column, distance=distance,
+                         patch=copy_for_drawing(patch, 256).clone()))
+    return kept
+
+
+def places_of(sources, sets, data):
+    """Where the sources' images are today, found by name: M of (ImageSet, number). A new image in a class's
+    folder may also move one from train to val. data: --data. UserError: an image is gone."""
+    places = {name: (images, i) for images in (sets["val"], sets["train"])
+              for i, name in enumerate(images.ids())}
+    for m, source in enumerate(sources):
+        if source["image"] not in places:
+            raise UserError(f"the training image {source['image']}, which prototype p{m} is a patch of, is not "
+                            f"in --data {data} any more: put it back, or train again.")
+    return [places[source["image"]] for source in sources]
+
+
+def origin(m, sources, classes):
+    """Which patch a prototype is, in words."""
+    return f"p{m}: patch of {Path(sources[m]['image']).stem} ({classes[sources[m]['label']]})"
+
+
+def told(m, sources, held, classes, c, most=3):
+    """origin(), and which classes besides c hold the prototype, in words."""
+    others = [classes[k] for k in held[:, m].nonzero().flatten().tolist() if k != c]
+    names = ", ".join(others[:most]) + (f" and {len(others) - most} more" if len(others) > most else "")
+    return f"{origin(m, sources, classes)}, {f'shared with {names}' if others else 'not shared'}"
 
 
 @torch.inference_mode()
-def draw_prototypes(net, train_set, sources, held, names, patches, folder, cfg):
+def draw_prototypes(net, sets, sources, held, names, folder, cfg):
     """prototypes-NN.png: patch; box and heat map on its source; patches of five nearest images (Supp. 9)."""
-    device = net.prototypes.device
+    device, train_set = net.prototypes.device, sets["train"]
+    places = places_of(sources, sets, cfg.data)
     loader = clean_loader(train_set, cfg, device)
     d2 = torch.cat([net(x.to(device))[1].cpu() for x, _ in loader])  # (N,M)
-    images = [source[0] for source in sources]
-    d2[images, list(range(len(images)))] = torch.inf                 # the source has columns of its own
+    for m, (data, i) in enumerate(places):
+        if data is train_set:
+            d2[i, m] = torch.inf                                     # the source has columns of its own
     near = d2.topk(min(5, len(d2) - 1), dim=0, largest=False).indices              # (5,M)
     rows = []
-    for m, i in enumerate(images):
-        image, label = train_set.read(i)
+    for m, (data, i) in enumerate(places):
+        image = data.read(i)[0]
         similarity = maps_of(net, image, cfg.size)[m]                # (h,w)
+        image = copy_for_drawing(image)
         name = f"p{m}, {names[m]}" if names else f"p{m}"
         box = activation_box(similarity, image.shape[1:])
-        row = [(patches[m], f"{name}, in {held[:, m].sum()} classes"),
-               (figures.draw_box(image, box), train_set.classes[label]),
+        row = [(sources[m]["patch"], f"{name}, in {held[:, m].sum()} classes"),
+               (figures.draw_box(image, box), origin(m, sources, train_set.classes).split("of ")[1]),
                (figures.heatmap(image, similarity), f"similarity up to {similarity.max():.2f}")]
         for j in near[:, m].tolist():
             other, label = train_set.read(j)
-            row.append((patch_of(other, maps_of(net, other, cfg.size)[m]), train_set.classes[label]))
+            patch = patch_of(copy_for_drawing(other), maps_of(net, other, cfg.size)[m])
+            row.append((patch, train_set.classes[label]))
         rows.append(row)
-    save_pages(folder, "prototypes", rows, 20, 140,
-               "Prototypes: patch, box and activation; patches of the nearest training images")
+    save_pages(folder, "prototypes", rows, 20, 140, "Prototypes, and the training images nearest to them",
+               ["patch", "its source", "activation", *(f"nearest {k}" for k in range(1, len(near) + 1))])
 
 
 # ---- what classes share ----
 
-def draw_sharing(train_set, held, patches, folder):
+def draw_sharing(train_set, held, sources, folder):
     """Fig. 7, 1, 8, 9, 13: which classes hold which prototypes. held bool (C,M)."""
     classes = train_set.classes
     portraits = [portrait(train_set, c) for c in range(len(classes))]
-    captions = [f"p{m}, in {count} classes" for m, count in enumerate(held.sum(0).tolist())]
     rows = []
     for c, name in enumerate(classes):
         members = held[c].nonzero().flatten().tolist()
-        rows.append([(portraits[c], name)] + [(patches[m], captions[m]) for m in members])
-    save_pages(folder, "classes", rows, 12, 120, "Characteristics of the classes (Fig. 7)")
+        rows.append([(portraits[c], name)] + [(sources[m]["patch"], told(m, sources, held, classes, c))
+                                              for m in members])
+    save_pages(folder, "classes", rows, 12, 150, "Characteristics of the classes (Fig. 7)",
+               ["class", "its prototypes"], lines=5)
     graph = draw_class_graph({"": held}, classes, folder)
     if graph.any():
         a, b = divmod(int(graph.argmax()), len(classes))
-        draw_pair(a, b, train_set, held, patches, folder / "shared_pair.png")
+        draw_pair(a, b, train_set, held, sources, folder / "shared_pair.png")
     m = int(held.sum(0).argmax())
     holders = held[:, m].nonzero().flatten().tolist()
-    cells = [(patches[m], f"p{m}")] + [(portraits[c], classes[c]) for c in holders]
+    cells = [(sources[m]["patch"], origin(m, sources, classes))]
+    cells += [(portraits[c], classes[c]) for c in holders]
     figures.save_grid(folder / "shared_prototype.png", [cells[k:k + 7] for k in range(0, len(cells), 7)],
-                      cell=140, title=f"Prototype p{m} and the {len(holders)} classes that hold it (Fig. 8)")
+                      cell=140, lines=3,
+                      title=f"Prototype p{m} and the {len(holders)} classes that hold it (Fig. 8)")
     draw_counts({"prototypes": held}, folder / "classes_per_prototype.png")
 
 
@@ -148,7 +194,7 @@ def draw_counts(held_by, path):
                       title="How many classes hold a prototype (Fig. 9)")
 
 
-def draw_pair(a, b, train_set, held, patches, path):
+def draw_pair(a, b, train_set, held, sources, path):
     """Fig. 1: the prototypes of class a alone, of both, and of class b alone."""
     classes = train_set.classes
     shared = held[a] & held[b]                                       # (M,)
@@ -157,7 +203,8 @@ def draw_pair(a, b, train_set, held, patches, path):
               ((portrait(train_set, b), f"only {classes[b]}"), f"only {classes[b]}", held[b] & ~shared))
     rows = []
     for first, caption, members in groups:
-        row = [first] + [(patches[m], f"p{m}, {caption}") for m in members.nonzero().flatten().tolist()]
+        row = [first] + [(sources[m]["patch"], f"p{m}, {caption}")
+                         for m in members.nonzero().flatten().tolist()]
         if any(row):
             rows.append(row)
     figures.save_grid(path, rows, cell=140,
@@ -174,8 +221,7 @@ def compare(net, train_set, sources, cfg):
     name = f"pair-{'-'.join(cfg.compare)}.png".replace(" ", "_").replace("/", "_")
     path = Path(cfg.out) / "figures" / name
     a, b = map(classes.index, cfg.compare)
-    patches = prototype_patches(net, train_set, sources, cfg.size)
-    draw_pair(a, b, train_set, net.held().cpu(), patches, path)
+    draw_pair(a, b, train_set, net.held().cpu(), sources, path)
     print(f"drawn to {path}")
 
 
@@ -202,22 +248,30 @@ def draw_assignment(soft, slot, classes, folder):
                           title=f"Slot 0 of {classes[0]}: its most likely prototypes of the pool (Fig. 5)")
 
 
+def of_five_classes(data):
+    """Numbers of five images of different classes, spread over them, or one a class if there are fewer."""
+    first = {label: i for i, label in reversed([*enumerate(data.labels)])}         # {class: its first image}
+    present = sorted(first)
+    return [first[c] for c in dict.fromkeys(present[k * len(present) // 5] for k in range(5))]
+
+
 @torch.inference_mode()
 def draw_focal(net, data, held, folder, size, most=1000):
     """Fig. 2, 4: maximum and mean of a map on five images; Fig. 17: similarities minus the mean and not."""
     count = min(most, len(data))
     chosen = [k * len(data) // count for k in range(count)]          # spread over the split
-    shown = [chosen[k * count // 5] for k in range(5)]
     rows = []
     similarities = {"focal": [], "max only": []}
-    for i in tqdm(chosen, desc="focal", leave=False, disable=None):
+    for i in tqdm(chosen + of_five_classes(data), desc="focal", leave=False, disable=None):
         image, label = data.read(i)
         maps = maps_of(net, image, size)                             # (M,h,w)
         peak, mean = maps.flatten(1).amax(1), maps.flatten(1).mean(1)                # (M,) each
         focal = peak - mean                                          # Eq. (1)
-        similarities["focal"].append(focal)
-        similarities["max only"].append(peak)
-        if i in shown and held[label].any():
+        if len(similarities["focal"]) < count:
+            similarities["focal"].append(focal)
+            similarities["max only"].append(peak)
+        elif held[label].any():
+            image = copy_for_drawing(image)
             m = int(focal.masked_fill(~held[label], -1).argmax())    # the strongest of its class
             sums = f"max {peak[m]:.2f} - mean {mean[m]:.2f} = {focal[m]:.2f}"
             rows.append([(image, data.classes[label]),
@@ -231,32 +285,34 @@ def draw_focal(net, data, held, folder, size, most=1000):
 
 # ---- explanations, and what the boxes of prototypes hold ----
 
-def explain_files(paths, net, train_set, sources, explain, cfg):
+def explain_files(paths, net, sources, classes, explain, cfg):
     """OUT/explanations/NAME.png (Fig. 6), NAME.json and a line for every file. explain: see draw_run."""
-    patches = prototype_patches(net, train_set, sources, cfg.size)
     for path in paths:
         image = read_image(path)
         facts = explain(image, path.name)
         stem = Path(cfg.out) / "explanations" / path.stem
-        draw_explanation(facts, image, maps_of(net, image, cfg.size), patches, f"{stem}.png")
+        draw_explanation(facts, image, net, sources, classes, cfg.size, f"{stem}.png")
         run.write_json(f"{stem}.json", facts)
         terms = " + ".join(f"{term['product']:.2f} (p{term['prototype']})" for term in facts["slots"])
         print(f"{path}: {facts['prediction']} ({100 * facts['probability']:.0f} %) because {terms} + rest "
               f"{facts['rest']:.2f} = {facts['logit']:.2f} -> {stem}.png")
 
 
-def draw_explanation(facts, image, maps, patches, path):
-    """Fig. 6: the image, and a row for every term of its logit. facts: see draw_run; maps (M,h,w)."""
+def draw_explanation(facts, image, net, sources, classes, size, path):
+    """Fig. 6: the image, and a row for every term of its logit. facts: see draw_run."""
+    maps, held = maps_of(net, image, size), net.held().cpu()         # (M,h,w), (C,M)
+    image = copy_for_drawing(image)
     rows = [[(image, facts["image"]),
              (image, f"prediction: {facts['prediction']} ({100 * facts['probability']:.0f} %)")]]
-    terms = facts["slots"]
+    terms, c = facts["slots"], classes.index(facts["prediction"])
     brightest = max([maps[term["prototype"]].max().item() for term in terms], default=1.0)   # of all maps
     for term in terms:
         m = term["prototype"]
         box = activation_box(maps[m], image.shape[1:])
-        rows.append([(patches[m], f"prototype p{m}"), (figures.draw_box(image, box), "looks like this part"),
-                     (figures.heatmap(image, maps[m], vmin=0, vmax=brightest),
-                      f"{term['similarity']:.2f} x {term['weight']:.2f} = {term['product']:.2f}")])
+        rows += [told(m, sources, held, classes, c),
+                 [(sources[m]["patch"], "this prototype"), (figures.draw_box(image, box), "is found here"),
+                  (figures.heatmap(image, maps[m], vmin=0, vmax=brightest), "this similar, x weight: "
+                   f"{term['similarity']:.2f} x {term['weight']:.2f} = {term['product']:.2f}")]]
     title = (f"Why {facts['prediction']}? own slots {facts['own']:.2f} + rest {facts['rest']:.2f} = "
              f"logit {facts['logit']:.2f}")
     figures.save_grid(path, rows, cell=180, title=title)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import protopool
-from commands import SHORT, assert_same_run, call, done, files, log_of, mistake, read, same
+from commands import SHORT, assert_same_run, call, done, files, log_of, mistake, numbers, read, same
 from common import images, run
 
 CPU = torch.device("cpu")
@@ -43,6 +43,13 @@ def begin(cfg):
     torch.manual_seed(0)
     run.start_run(cfg, MACHINE)
     return *protopool.build_models(progress, cfg, CPU), sets, progress
+
+
+def opened(out):
+    """A finished run: network, data, progress."""
+    sets = protopool.open_splits(config(out))
+    net, progress = protopool.load_run(config(out), CPU, sets)
+    return net, sets, progress
 
 
 def clean(data, i):
@@ -116,15 +123,20 @@ def test_fine_tuning_without_mix_up_works_on_the_slots_of_the_clean_images(tmp_p
     assert torch.cdist(torch.cat([batch[0] for batch in mixed]), slots).amin(1).max() > 1e-3
 
 
+def photos(folder):
+    """A folder of noise: two classes, three training and one test image each."""
+    for name in ("train/ant/1", "train/ant/2", "train/bee/1", "train/bee/2", "test/ant/0", "test/bee/0"):
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 90).save(path)
+    return [*SHORT["protopool"], "--dataset", "imagefolder", "--data", folder, "--batch-size", 2], path
+
+
 def test_the_test_split_is_read_for_the_report_alone(tmp_path):
     """A broken test image shows when all is trained; with --select-on-test it is for validation, and nothing
     is set apart from the training images."""
-    for name in ("train/ant/0", "train/ant/1", "train/bee/0", "train/bee/1", "test/ant/0", "test/bee/0"):
-        path = tmp_path / "data" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((32, 32), 90).save(path)
+    argv, path = photos(tmp_path / "data")
     path.write_bytes(path.read_bytes()[:300])
-    argv = [*SHORT["protopool"], "--dataset", "imagefolder", "--data", tmp_path / "data", "--batch-size", 2]
     assert str(path) in mistake("protopool", "--out", tmp_path / "run", *argv)
     progress = run.read_checkpoint(tmp_path / "run" / "last.pt")["progress"]
     assert (progress["phase"], progress["epoch"]) == ("finetune", 2)
@@ -132,6 +144,35 @@ def test_the_test_split_is_read_for_the_report_alone(tmp_path):
     assert not (tmp_path / "other" / "last.pt").exists()
     sets = protopool.open_splits(config(tmp_path, "--select-on-test"))
     assert sets["val"] is sets["test"] and len(sets["train"]) == 24
+
+
+def test_a_patch_stays_the_patch_whatever_becomes_of_the_training_images(tmp_path):
+    """A new file moves the numbers of all others, and some to val; without data --explain shows the same."""
+    (argv, picture), out = photos(tmp_path / "data"), tmp_path / "run"
+    done("protopool", "--out", out, *argv)
+    metrics = read(out / "metrics.json")
+    done("protopool", "--out", out, "--explain", picture)
+    explained = (out / "explanations" / "0.png").read_bytes()
+    shutil.copy(picture, tmp_path / "data" / "train" / "ant" / "0.png")
+    done("protopool", "--out", out, "--eval-only")
+    assert same(numbers(read(out / "metrics.json")), numbers(metrics))
+    saved = run.read_checkpoint(out / "last.pt")
+    source = saved["progress"]["sources"][0]["image"]
+    (tmp_path / "data" / "train" / source).unlink()
+    assert f"{source}, which prototype p0" in mistake("protopool", "--out", out, "--eval-only")
+    (tmp_path / "data").rename(tmp_path / "gone")
+    done("protopool", "--out", out, "--explain", tmp_path / "gone" / "test" / "bee" / "0.png")
+    assert (out / "explanations" / "0.png").read_bytes() == explained
+    other = shutil.copytree(out, tmp_path / "other")                    # counts and classes alone agree
+    run.write_json(other / "config.json", read(out / "config.json") | dict(data=str(tmp_path / "moved")))
+    shutil.copytree(tmp_path / "gone", tmp_path / "data")
+    shutil.copytree(tmp_path / "gone", tmp_path / "moved")
+    (tmp_path / "moved" / "test" / "bee" / "0.png").rename(tmp_path / "moved" / "test" / "bee" / "1.png")
+    assert "test images differ" in mistake("protopool", "--out", tmp_path, "--ensemble", out, other)
+    saved["progress"]["sources"] = [[0, 1, 1, 0.5]]                     # as earlier versions kept it
+    torch.save(saved, out / "last.pt")
+    for option in ("--eval-only", "--resume"):
+        assert "train again" in mistake("protopool", "--out", out, option, "--data", tmp_path / "gone")
 
 
 def test_the_plain_classifier_trains_for_the_same_epochs_and_resumes(linear_and_official, tmp_path):
@@ -167,15 +208,20 @@ def test_the_three_accuracies_and_the_patches(trained):
     """Before the projection, right after it, with the last layer's new weights. A prototype is the patch of
     the training image that it names, and was among the best weights before."""
     out = trained("protopool")
-    metrics, (net, sets, progress) = read(out / "metrics.json"), protopool.load_run(config(out), CPU)
-    for p, before, (image, row, column, distance) in zip(net.prototypes, progress["prototypes_before"],
-                                                         progress["sources"]):
-        z = net.features(clean(sets["train"], image))[0, :, row, column]
-        assert torch.allclose(p, z, atol=1e-4)
-        assert distance == pytest.approx((z - before).square().sum().item(), abs=1e-3)
+    metrics, (net, sets, progress) = read(out / "metrics.json"), opened(out)
+    for m, source in enumerate(progress["sources"]):
+        i = sets["train"].ids().index(source["image"])
+        image, x, (p, before) = sets["train"].read(i)[0], clean(sets["train"], i), (
+            net.prototypes[m], progress["prototypes_before"][m])
+        z = net.features(x)[0, :, source["row"], source["column"]]
+        assert torch.allclose(p, z, atol=1e-4) and source["label"] == sets["train"].labels[i]
+        assert source["distance"] == pytest.approx((z - before).square().sum().item(), abs=1e-3)
+        y0, y1, x0, x1 = protopool.activation_box(net.similarity_maps(x)[0, m], image.shape[1:])
+        assert torch.equal(source["patch"], image[:, y0:y1, x0:x1])
     best = run.read_checkpoint(out / "best.pt")["model"]
     alive = protopool.harden(protopool.assign(best["q"], 0.001)).flatten(0, 1).any(0)
     assert torch.equal(progress["prototypes_before"], best["prototypes"][alive])
+    assert torch.equal(progress["soft"].argmax(-1), net.q.argmax(-1))   # the same numbers in all figures
     assert not torch.equal(net.last_layer.weight, net.own_slots())
     for name in ("accuracy", "accuracy_after_projection", "accuracy_before_projection"):
         logits = torch.cat([net(clean(sets["test"], i))[0] for i in range(12)])
@@ -207,7 +253,7 @@ def test_the_numbers_of_sharing_are_those_of_the_slots(trained):
 def test_birds_tell_whether_the_explanation_is_true(trained):
     """Purity: of the ten test images most similar to a prototype, the share whose box holds the same part."""
     out = trained("protopool")
-    metrics, (net, sets, _) = read(out / "metrics.json"), protopool.load_run(config(out), CPU)
+    metrics, (net, sets, _) = read(out / "metrics.json"), opened(out)
     for name in ("purity_by_chance", "consistency", "stability", "box_area"):
         assert 0 <= metrics[name] <= 100, name
     assert 0 <= metrics["variant_purity"] <= metrics["purity"] + 1e-4
@@ -228,7 +274,7 @@ def test_birds_tell_whether_the_explanation_is_true(trained):
 
 def test_an_explanation_adds_up_to_the_logit(trained):
     """own + rest = logit; a term is a filled slot of the predicted class, the largest product first."""
-    net, sets, progress = protopool.load_run(config(trained("protopool")), CPU)
+    net, sets, progress = opened(trained("protopool"))
     torch.manual_seed(0)
     net.last_layer.weight.data += 0.3 * torch.randn(12, 24)             # negative weights, others' slots
     net.q.data[:3, 0] = 0                                               # empty slots
@@ -273,7 +319,8 @@ def test_an_ensemble_averages_probabilities(trained, linear_and_official, tmp_pa
     runs, chances = (trained("protopool"), linear_and_official[1]), []
     done("protopool", "--out", tmp_path, "--ensemble", *runs, "--device", "cpu")
     for out in runs:
-        net, sets, _ = protopool.load_run(run.read_config(protopool.Config, out), CPU)
+        sets = protopool.open_splits(run.read_config(protopool.Config, out))
+        net, _ = protopool.load_run(run.read_config(protopool.Config, out), CPU)
         chances.append(torch.cat([net(clean(sets["test"], i))[0].softmax(1) for i in range(12)]))
     labels = torch.tensor(sets["test"].labels)
     hits = [100 * (chance.argmax(1) == labels).double().mean().item() for chance in (*chances, sum(chances))]
