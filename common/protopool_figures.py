@@ -343,17 +343,20 @@ def observe(net, data, held, size, noise=0.2):
     return [torch.stack(column) for column in zip(*rows)]
 
 
-def truth_metrics(net, data, size):
+def truth_metrics(net, data, sources, size):
     """Is the explanation true? Does a prototype's box hold the same part again, where parts are annotated?
-    -> numbers of common/metrics.py, and {prototype: "part share"}; two empty dicts without parts."""
+    -> numbers of common/metrics.py; {prototype: "part share"}, empty without parts; true (C,M) bool: the
+    class has the variant that the prototype shows, None where variants are unknown."""
     if not data.part_names:
-        return {}, {}
-    labels = torch.tensor(data.labels)                               # (N,)
-    held = net.held().cpu()                                          # (C,M)
+        return {}, {}, None
+    labels, home = torch.tensor(data.labels), torch.tensor([source["label"] for source in sources])
+    slots = net.hard_assignment().cpu()                              # (C,K,M)
+    held, true = slots.amax(1) > 0.5, None                           # (C,M)
     similarity, boxes, noisy, points = observe(net, data, held, size)
-    inside, result = metrics.part_truth(boxes, noisy, points, similarity, held[labels], size)      # (N,M,P)
+    inside, result = metrics.part_truth(boxes, noisy, points, similarity, labels, held, home, size)
     if data.variants is not None:
-        result |= metrics.variant_truth(inside, similarity, labels, held, torch.as_tensor(data.variants))
+        numbers, true = metrics.variant_truth(inside, similarity, labels, slots, torch.as_tensor(data.variants))
+        result |= numbers
     shares, parts = metrics.part_shares(inside, similarity).max(1)   # (M,)
     best = enumerate(zip(parts.tolist(), shares.tolist()))
-    return result, {m: f"{data.part_names[p]} {100 * share:.0f} %" for m, (p, share) in best}
+    return result, {m: f"{data.part_names[p]} {100 * share:.0f} %" for m, (p, share) in best}, true

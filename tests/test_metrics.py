@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from common.metrics import (ConfusionMatrix, activation_box, activation_boxes, part_consistency, part_shares,
-                            part_stability, row_quantile)
+                            part_stability, part_truth, row_quantile, variant_truth)
 
 
 def random_maps(seed, num_classes, shape=(2, 6, 7)):
@@ -103,6 +103,15 @@ def test_row_quantile_is_torchs_and_takes_more_than_16_million_values():
 N, M, P = 14, 5, 4
 
 
+def slow_consistency(inside, visible, own, share=0.8):
+    """Of the prototypes with images of their own: is some part in that share of those that show the part?"""
+    consistent = []
+    for m in [m for m in range(M) if own[:, m].any()]:
+        seen = [[inside[n, m, p].item() for n in range(N) if own[n, m] and visible[n, p]] for p in range(P)]
+        consistent.append(any(hits and np.mean(hits) >= share for hits in seen))
+    return 100 * np.mean(consistent)
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_shares_consistency_and_stability_of_parts_are_the_loops(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -117,16 +126,53 @@ def test_shares_consistency_and_stability_of_parts_are_the_loops(seed):
         for m, p in np.ndindex(M, P):
             top = sorted(range(N), key=lambda n: -similarity[n, m].item())[:most]
             assert shares[m, p].item() == pytest.approx(np.mean([inside[n, m, p] for n in top]))
-    rates = np.zeros((M, P))
-    for m, p in np.ndindex(M, P):
-        seen = [inside[n, m, p].item() for n in range(N) if own[n, m] and visible[n, p]]
-        rates[m, p] = np.mean(seen) if seen else 0
     for share in (0.5, 0.8, 1.0):
-        expected = 100 * (rates.max(1) >= share).mean()
+        expected = slow_consistency(inside, visible, own, share)
         assert expected > 0 and part_consistency(inside, visible, own, share) == pytest.approx(expected)
+    assert part_consistency(inside, visible, torch.zeros_like(own)) is None
     noisy = inside ^ (torch.rand(N, M, P, generator=generator) < 0.1)
     kept = [inside[n, m].tolist() == noisy[n, m].tolist() for n, m in np.ndindex(N, M) if own[n, m]]
     assert part_stability(inside, noisy, own) == pytest.approx(100 * np.mean(kept)) != 100
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sharing_is_judged_by_the_variants_that_classes_have_in_common(seed):
+    """4 classes with 3 slots each, one of them empty; the loops count slot by slot and pair by pair."""
+    rng, C = np.random.default_rng(seed), 4
+    variants, held_in = rng.integers(0, 2 + seed, (C, P)), rng.integers(0, M, (C, 3))
+    slots = torch.zeros(C, 3, M)
+    for c, k in np.ndindex(C, 3):
+        slots[c, k, held_in[c, k]] = (c, k) != (1, 2)
+    labels, similarity = torch.arange(N) % C, torch.tensor(rng.random((N, M)))
+    points = torch.tensor(np.dstack([rng.random((N, P, 2)) * 9, rng.random((N, P)) < 0.8]))
+    boxes, home = torch.tensor([2, 9, 0, 8]).expand(N, M, 4), torch.tensor(rng.integers(0, C, M))
+    held = slots.amax(1) > 0
+    inside, found = part_truth(boxes, boxes, points, similarity, labels, held, home, 9)
+    for name, of_those in (("", lambda c, m: True), ("_home", lambda c, m: c == home[m]),
+                           ("_guests", lambda c, m: c != home[m])):
+        own = torch.tensor([[bool(held[c, m]) and bool(of_those(c, m)) for m in range(M)] for c in labels])
+        assert found[f"consistency{name}"] == pytest.approx(slow_consistency(inside, points[..., 2] > 0, own))
+
+    numbers, true = variant_truth(inside, similarity, labels, slots, torch.tensor(variants))
+    shown, purity = [], []
+    for m in range(M):
+        top = sorted(range(N), key=lambda n: -similarity[n, m].item())[:10]
+        counts = {(p, v): sum(inside[n, m, p].item() and variants[labels[n], p] == v for n in top)
+                  for p in range(P) for v in range(variants.max() + 1)}
+        shown.append(max(counts, key=counts.get))                       # of equal ones the first
+        purity.append(100 * counts[shown[m]] / 10)
+    fits = [[variants[c, p] == v for p, v in shown] for c in range(C)]
+    filled = [fits[c][held_in[c, k]] for c, k in np.ndindex(C, 3) if (c, k) != (1, 2)]
+    assert true.tolist() == fits and numbers["true_slots"] == pytest.approx(100 * np.mean(filled), abs=1e-4)
+    assert numbers["variant_purity"] == pytest.approx(np.mean(purity), abs=1e-4)
+    pairs = [(len({m for m in range(M) if held[a, m] and held[b, m]}), sum(variants[a] == variants[b]))
+             for a in range(C) for b in range(a)]
+    alike = [shared for shared, same in pairs if same], [shared for shared, same in pairs if not same]
+    for name, counts in zip(("with", "without"), alike):
+        assert numbers[f"shared_{name}_variant"] == (pytest.approx(np.mean(counts)) if counts else None)
+    assert numbers["graph_correlation"] == pytest.approx(np.corrcoef(np.array(pairs).T)[0, 1])
+    assert variant_truth(inside, similarity, labels, slots, torch.zeros(C, P).long())[0][
+        "graph_correlation"] is None
 
 
 # ---- the box of a prototypical part: 95th percentile of the upsampled map ----
