@@ -83,7 +83,7 @@ from common.files import list_images
 from common.loaders import BatchesFrom, to_device
 from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401: boxes for callers
 from common.run import RunConfig, UserError, opt
-from common.tables import Table, beside_paper, check_rows, train_rows, write_table
+from common.tables import Table, beside_paper, check_rows, train_from, train_rows, write_table
 from common.transforms import coin, uniform, warp
 
 
@@ -532,10 +532,8 @@ def project(net, sets, progress, cfg, machine):
         return
     log = run.Log(cfg.out, progress, machine)
     tau = temperature_of("joint", max(progress["epoch"] - 1, 0), cfg)
-    alive = net.held().any(0).cpu()
-    order = torch.cat([alive.nonzero(), (~alive).nonzero()]).flatten()             # pruned: the last numbers
+    order = protopool_figures.renumber(net.held().any(0).cpu(), progress["film"])  # pruned: the last numbers
     soft = net.soft_assignment(tau).detach().cpu()[..., order]       # of the weights that are projected
-    slot = [[row[m] for m in order.tolist()] for row in progress["slot"]]
     pruned = net.fix_slots()
     before = net.prototypes.detach().cpu().clone()
     sources = project_prototypes(net, clean_loader(sets["train"], cfg, machine.device), machine.device)
@@ -544,7 +542,7 @@ def project(net, sets, progress, cfg, machine):
     if machine.rank == 0:
         print(f"projected {len(sources)} prototypes onto training patches; pruned {pruned}", flush=True)
     progress |= dict(phase="project", epoch=0, soft=soft, pruned=pruned, prototypes_before=before,
-                     num_prototypes=len(sources), slot=slot,
+                     num_prototypes=len(sources),
                      sources=protopool_figures.keep_sources(net, sets["train"], sources, cfg.size))
     log.save("last.pt", dict(model=net))
 
@@ -602,18 +600,18 @@ def train_phase(net, phase, sets, progress, cfg, machine):
             if finetune:
                 log.add(update(optimizer, finetune_losses(net, model, *next(batches), cfg)))
             else:
+                protopool_figures.film(net, progress, phase, tau)
                 log.add(train_step(model, optimizer, *next(batches), tau, cfg))
         run.share_buffers(net)
         score = evaluate(net, val_loader, machine.device)
+        changed = protopool_figures.slots_changed(net, progress)
         progress |= dict(epoch=progress["epoch"] + 1, iteration=progress["iteration"] + steps)
         log.row(f"{phase} {progress['epoch']}",
                 before=dict(phase=phase, epoch=progress["epoch"], lr=scheduler.get_last_lr()[-1]),
-                after=dict(val_accuracy=score["accuracy"], val_ce=score["ce"]),
-                text=f"val accuracy {score['accuracy']:.1f}",
+                after=dict(val_accuracy=score["accuracy"], val_ce=score["ce"], slots_changed=changed),
+                text=f"val accuracy {score['accuracy']:.1f}" + (changed != "") * f", {changed} slots changed",
                 losses=("ce", "cluster", "separation", "orth", "l1"))
         scheduler.step()
-        if isinstance(net, ProtoPool) and not finetune:
-            progress["slot"].append(net.soft_assignment(tau)[0, 0].tolist())       # Fig. 5
         if phase == "joint":
             progress["stale"] += 1
             if score["ce"] < progress["best"]:
@@ -624,18 +622,19 @@ def train_phase(net, phase, sets, progress, cfg, machine):
         run.load_checkpoint(Path(cfg.out) / "best.pt", dict(model=net), machine.device)
 
 
-def train(cfg, machine):
+def train(cfg, machine, until=""):
     """All phases of Table 6, then the report. Returns what metrics.json holds; None in further processes.
+    until="pretrain" ends after that phase.
 
     progress, in every checkpoint: phase, epoch (finished in this phase), iteration (over all phases), best
-    (cross-entropy on val), stale (epochs since), slot (Fig. 5), classes, num_prototypes, what run.Log keeps;
-    from the projection on also soft (C,K,M), pruned, prototypes_before (M,D), sources (see keep_sources).
+    (cross-entropy on val), stale (epochs since), film (Fig. 5), classes, what run.Log keeps; from the
+    projection on also num_prototypes, soft (C,K,M), pruned, prototypes_before (M,D), sources (keep_sources).
     A prototype then has one number everywhere, its row in net.prototypes; those that were pruned come last.
     """
     sets = open_splits(cfg)
     resumes = cfg.resume and (Path(cfg.out) / "last.pt").exists()    # killed before the first: start again
     progress = dict(phase="start", epoch=0, iteration=0, stale=0, best=math.inf, seconds=0.0, log=[],
-                    sums={}, slot=[], classes=sets["train"].classes, num_prototypes=cfg.prototypes)
+                    sums={}, film=protopool_figures.new_film(), classes=sets["train"].classes)
     if resumes:
         progress |= read_progress(cfg.out, progress["classes"])
     torch.manual_seed(cfg.seed)
@@ -644,6 +643,8 @@ def train(cfg, machine):
     torch.manual_seed(cfg.seed + 1 + machine.rank)                   # processes differ in noise, mix-up
     announce(net, sets, progress, cfg, machine)
     train_phase(plain, "pretrain", sets, progress, cfg, machine)     # [D18]
+    if until == "pretrain":
+        return None
     train_phase(net, "warmup", sets, progress, cfg, machine)
     train_phase(net, "joint", sets, progress, cfg, machine)
     if cfg.classifier == "protopool":
@@ -699,8 +700,8 @@ def build_models(progress, cfg, device, weights="none"):
     num_classes = len(progress["classes"])
     net = plain = PlainClassifier(backbone, num_classes)
     if cfg.classifier == "protopool":                                # fewer prototypes once they are pruned
-        net = ProtoPool(backbone, num_classes, progress["num_prototypes"], cfg.slots, cfg.depth, cfg.reading,
-                        cfg.gumbel, cfg.focal)
+        net = ProtoPool(backbone, num_classes, progress.get("num_prototypes", cfg.prototypes), cfg.slots,
+                        cfg.depth, cfg.reading, cfg.gumbel, cfg.focal)
     return [model.to(device, memory_format=torch.channels_last) for model in (plain, net)]
 
 
@@ -735,12 +736,13 @@ def report(net, sets, progress, cfg, machine):
     line = f"test accuracy {result['accuracy']:.1f}"
     if isinstance(net, ProtoPool):
         weight = net.last_layer.weight.detach()
-        truth, names, true = protopool_figures.truth_metrics(net, sets["test"], progress["sources"], cfg.size)
+        truth, names, true = protopool_figures.truth_metrics(net, sets["test"], progress["sources"],
+                                                             cfg.size)
         explain = partial(explanation, net, progress["classes"], cfg.size)
         result |= truth | sharing(net.hard_assignment().cpu()) | dict(
             prototypes_pruned=progress["pruned"], negative_weights=int((weight < 0).sum()),
             off_class_weight=weight[net.own_slots() == 0].abs().mean().item(),
-            explanations=protopool_figures.draw_run(net, sets, progress, names, explain, cfg))
+            explanations=protopool_figures.draw_run(net, sets, progress, names, true, explain, cfg))
         line += (f" (before projection {result['accuracy_before_projection']:.1f}, right after it "
                  f"{result['accuracy_after_projection']:.1f}); look into {cfg.out}/figures")
     run.write_json(Path(cfg.out) / "metrics.json", result)
@@ -773,10 +775,10 @@ def explanation(net, classes, size, image, name):
 
 def read_progress(out, classes=None):
     """progress in OUT/last.pt, see train(); UserError: no such run, one of other classes, or an old one."""
-    progress = run.read_progress(out, ("phase", "num_prototypes"), classes)
+    progress = run.read_progress(out, ("phase", "stale"), classes)
     if not all(isinstance(source, dict) for source in progress.get("sources", ())):
-        raise UserError(f"the run in {out} was made by an earlier version, which did not keep the patches of "
-                        "its prototypes: train again.")
+        raise UserError(f"the run in {out} was made by an earlier version, which did not keep the patches "
+                        "of its prototypes: train again.")
     return progress
 
 
@@ -841,7 +843,7 @@ def evaluate_ensemble(cfg, device):
     result = dict(runs=list(cfg.ensemble), accuracies=accuracies, accuracy=accuracy, paper=paper)
     run.write_json(folder / "metrics.json", result)
     protopool_figures.draw_counts(held_by, folder / "classes_per_prototype.png")
-    protopool_figures.draw_class_graph(held_by, first.classes, folder)
+    protopool_figures.draw_class_graph(held_by, first.classes, folder, first.variants)
     text = ", ".join(f"{rate:.1f}" for rate in accuracies)
     print(f"test accuracy of the runs {text}; of their mean probabilities {accuracy:.1f}; see {folder}")
     return result
@@ -879,6 +881,9 @@ def table_of(cfg):
                  {f"{size} {option}": {option: size} for size in sorted(sizes)}, COLUMNS)
 
 
+AFTER_PRETRAINING = ("w_orth", "gumbel", "focal", "prototypes", "slots")           # [D18] ignores these
+
+
 def main(cfg):
     """Returns what the task returns, for use from Python; a table {row: [metrics, one a seed]}."""
     check_config(cfg)
@@ -886,8 +891,11 @@ def main(cfg):
     if cfg.table:
         table = table_of(cfg)
         check_rows(table.rows, cfg, check_config, ("classifier",))
-        results = train_rows(table.rows, cfg, train, machine)
+        row = partial(train_from, partial(train, until="pretrain"), AFTER_PRETRAINING, train, cfg)
+        results = train_rows(table.rows, cfg, row, machine)
         write_table(cfg.table, table, results, cfg, machine, f"reading {cfg.reading}, test accuracy in %")
+        if machine.rank == 0:
+            protopool_figures.draw_table(table, results, partial(load_run, device=machine.device), cfg)
         return results
     if cfg.explain or cfg.compare or cfg.ensemble:
         task = evaluate_ensemble if cfg.ensemble else show

@@ -155,8 +155,8 @@ def part_truth(boxes, noisy, points, similarity, labels, held, home, size):
     """Purity, consistency and stability of prototypes in percent, and what makes them easy.
 
     boxes, noisy (N,M,4): of the images and of the same images with noise, in pixels of size x size; points
-    (N,P,3); similarity (N,M); labels (N,); held (C,M) bool: prototypes of a class; home (M,): the class whose
-    patch a prototype is. -> inside (N,M,P), a dict; in it
+    (N,P,3); similarity (N,M); labels (N,); held (C,M) bool: prototypes of a class; home (M,): the class
+    whose patch a prototype is. -> inside (N,M,P), a dict; in it
     consistency, consistency_home, consistency_guests: see part_consistency, in the images of all classes
     that hold a prototype, of its home class, of the others. Guests have more images than a home, so that one
     part is more rarely in 80 % of them by chance: compare a number with the same number of another run.
@@ -222,7 +222,7 @@ def mean_or_none(values):
 
 def sharing(slots):
     """How classes share prototypes, as a dict. slots (C,K,M) of 0 and 1: the prototype in a slot, if any.
-    empty_slots, repeated_slots: of slots_in_all; a slot repeats if another of its class has its prototype."""
+    empty_slots, repeated_slots: of slots_in_all; a slot repeats if one before it has its prototype."""
     held = slots.amax(1) > 0.5                                       # (C,M)
     count, filled = slots.shape[0] * slots.shape[1], int(slots.sum())
     return dict(

@@ -151,7 +151,8 @@ def test_sharing_is_judged_by_the_variants_that_classes_have_in_common(seed):
     for name, of_those in (("", lambda c, m: True), ("_home", lambda c, m: c == home[m]),
                            ("_guests", lambda c, m: c != home[m])):
         own = torch.tensor([[bool(held[c, m]) and bool(of_those(c, m)) for m in range(M)] for c in labels])
-        assert found[f"consistency{name}"] == pytest.approx(slow_consistency(inside, points[..., 2] > 0, own))
+        expected = slow_consistency(inside, points[..., 2] > 0, own)
+        assert found[f"consistency{name}"] == pytest.approx(expected)
 
     numbers, true = variant_truth(inside, similarity, labels, slots, torch.tensor(variants))
     shown, purity = [], []

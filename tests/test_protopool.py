@@ -12,7 +12,7 @@ from PIL import Image
 
 import protopool
 from commands import SHORT, assert_same_run, call, done, files, log_of, mistake, numbers, read, same
-from common import images, run
+from common import images, protopool_figures, run
 
 CPU = torch.device("cpu")
 MACHINE = run.Machine(CPU)
@@ -39,7 +39,7 @@ def begin(cfg):
     """Where train() begins: the plain classifier and ProtoPool on one backbone, data, progress."""
     sets = protopool.open_splits(cfg)
     progress = dict(phase="start", epoch=0, iteration=0, stale=0, best=math.inf, seconds=0.0, log=[], sums={},
-                    slot=[], classes=sets["train"].classes, num_prototypes=cfg.prototypes)
+                    film=protopool_figures.new_film(), classes=sets["train"].classes)
     torch.manual_seed(0)
     run.start_run(cfg, MACHINE)
     return *protopool.build_models(progress, cfg, CPU), sets, progress
@@ -75,9 +75,13 @@ def test_each_phase_moves_what_it_trains_and_nothing_else(tmp_path, reading, bat
         moved = {name for name, value in net.state_dict().items() if not same(value, before[name])}
         assert {name.split(".")[0] for name in moved} == expected, phase
         assert any("running_mean" in name for name in moved) == ("backbone" in expected)
+        if phase == "warmup":
+            changed = net.q.argmax(-1) != before["q"].argmax(-1)
+            assert progress["log"][-1]["slots_changed"] == changed.sum()
     epochs = [f"{row['phase']} {row['epoch']}" for row in progress["log"]]
     assert epochs == ["pretrain 1", "warmup 1", "joint 1", "joint 2", "finetune 1", "finetune 2"]
-    assert len(progress["slot"]) == 3 and np.allclose(np.sum(progress["slot"], 1), 1)                 # Fig. 5
+    frames = progress["film"]["frames"]                                 # Fig. 5
+    assert all(torch.allclose(frame["y"].sum(1), torch.ones(2)) for frame in frames)
 
 
 @both_readings
@@ -189,7 +193,7 @@ def test_the_plain_classifier_trains_for_the_same_epochs_and_resumes(linear_and_
 
 FIGURES = {"prototypes-01.png", "classes-01.png", "shared_pair.png", "shared_prototype.png", "focal.png",
            "classes_per_prototype.png", "class_graph.png", "class_graph.csv", "assignment.png",
-           "assignment_histogram.png", "slot_over_time.png", "focal_histogram.png",
+           "assignment_histogram.png", "slot_over_time.png", "slots_over_time.png", "focal_histogram.png",
            *(f"explanation-{k}.png" for k in (1, 2, 3))}
 
 
@@ -348,6 +352,19 @@ def test_tables_change_what_they_say_and_print_the_papers_numbers(tmp_path):
     assert [row["slots"] for row in table("11b").rows.values()] == [4, 6, 8, 10, 12, 14]
     sizes = [row["prototypes"] for row in table("11a").rows.values()]
     assert (sizes[0], sizes[-1]) == (50, 505) and 202 in sizes
+
+
+def test_rows_of_a_table_share_a_pretraining_and_end_like_runs_of_their_own(no_figures, tmp_path):
+    argv = [*SHORT["protopool"], "--joint-epochs", 1, "--finetune-epochs", 1]
+    done("protopool", "--out", tmp_path, *argv, "--table", 4)
+    assert {f"figure{n}.png" for n in (2, 14, 15, 17)} <= files(tmp_path)
+    done("protopool", "--out", tmp_path / "alone", *argv, "--no-gumbel", "--w-orth", 0)
+    assert_same_run(tmp_path / "alone", tmp_path / "rows" / "no-both")
+    assert log_of(tmp_path / "rows" / "shared") == log_of(tmp_path / "alone")[:1]
+    cfg = config(tmp_path, "--table", "11b")
+    table = protopool.table_of(cfg)
+    protopool_figures.draw_table(table, {row: [dict(accuracy=50.0)] for row in table.rows}, None, cfg)
+    assert "figure11b.png" in files(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["chain", "single", "flip", "none"])
