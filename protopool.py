@@ -736,8 +736,7 @@ def report(net, sets, progress, cfg, machine):
     line = f"test accuracy {result['accuracy']:.1f}"
     if isinstance(net, ProtoPool):
         weight = net.last_layer.weight.detach()
-        truth, names, true = protopool_figures.truth_metrics(net, sets["test"], progress["sources"],
-                                                             cfg.size)
+        truth, names, true = protopool_figures.truth_metrics(net, sets["test"], progress["sources"], cfg)
         explain = partial(explanation, net, progress["classes"], cfg.size)
         result |= truth | sharing(net.hard_assignment().cpu()) | dict(
             prototypes_pruned=progress["pruned"], negative_weights=int((weight < 0).sum()),

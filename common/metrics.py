@@ -7,6 +7,9 @@ mIoU and mAcc are means over the classes for which the ratio exists: a class in 
 predictions is left out of mIoU, one that is only predicted enters it with IoU 0. The counts are summed
 before any ratio is taken: a mean of the mIoU of single images is another number.
 """
+import functools
+
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -92,9 +95,12 @@ def row_quantile(values, q):
     if values.device.type == "mps":                                  # old torch lacks kthvalue there
         return row_quantile(values.cpu(), q).to("mps")
     place = q * (values.shape[1] - 1)
-    low = int(place)
-    below = values.kthvalue(low + 1, 1).values
-    above = values.kthvalue(min(low + 2, values.shape[1]), 1).values
+    low, high = int(place), min(int(place) + 1, values.shape[1] - 1)
+    if values.device.type == "cpu":                                  # numpy needs a sixth of kthvalue's time
+        both = np.partition(values.detach().numpy(), (low, high), axis=1)[:, [low, high]]
+        below, above = torch.from_numpy(both).unbind(1)
+    else:
+        below, above = (values.kthvalue(rank + 1, 1).values for rank in (low, high))
     return torch.lerp(below, above, place - low)
 
 
@@ -105,13 +111,21 @@ def activation_boxes(maps, size, percentile=95):
     """Smallest boxes around the pixels at or above the percentile of each map. (n,h,w) -> int64 (n,4): y0,
     y1, x0, x1, ends exclusive. Maps are upsampled bicubically to size (height, width), as in ProtoPNet."""
     maps = maps.float() - maps.float().amin((1, 2), keepdim=True)    # a flat map stays exactly flat
-    large = F.interpolate(maps[None], size, mode="bicubic", align_corners=False)[0]              # (n,H,W)
-    threshold = row_quantile(large.flatten(1), percentile / 100)
-    inside = large >= threshold[:, None, None]
+    tall, wide = (enlarging(*sides).to(maps.device) for sides in zip(maps.shape[1:], size))
+    large = tall @ maps @ wide.T                                     # (n,H,W)
+    threshold = row_quantile(large.flatten(1), percentile / 100)[:, None]
     edges = []
-    for lines in (inside.any(2).int(), inside.any(1).int()):         # rows (n,H), columns (n,W)
+    for lines in (large.amax(2), large.amax(1)):                     # rows (n,H), columns (n,W)
+        lines = (lines >= threshold).int()
         edges += [lines.argmax(1), lines.shape[1] - lines.flip(1).argmax(1)]
     return torch.stack(edges, 1)
+
+
+@functools.lru_cache(maxsize=8)
+def enlarging(n, m):
+    """The matrix (m,n) that bicubic interpolation from n to m values is, float32 on the CPU: a product with
+    it takes an eighth of F.interpolate's time."""
+    return F.interpolate(torch.eye(n)[None, None], (m, n), mode="bicubic", align_corners=False)[0, 0]
 
 
 def activation_box(similarity, size, percentile=95):

@@ -8,13 +8,15 @@ prototypes and C classes with K slots each. At the end: what the prototypes see 
 from pathlib import Path
 
 import torch
+from torch.utils.data import BatchSampler
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 from common import figures, metrics, run
 from common.classification import clean_loader, open_splits
 from common.files import read_image
-from common.images import network_input
+from common.images import CleanView, network_input
+from common.loaders import make_loader, to_device
 from common.metrics import activation_box, activation_boxes
 from common.run import UserError
 from common.tables import row_configs
@@ -145,7 +147,7 @@ def draw_prototypes(net, sets, sources, held, names, folder, cfg):
         image = copy_for_drawing(image)
         name = f"p{m}, {names[m]}" if names else f"p{m}"
         box = activation_box(similarity, image.shape[1:])
-        row = [(sources[m]["patch"], f"{name}, in {held[:, m].sum()} classes"),
+        row = [(sources[m]["patch"], f"{name}, held by {held[:, m].sum()} of {len(held)} classes"),
                (figures.draw_box(image, box), origin(m, sources, train_set.classes).split("of ")[1]),
                (figures.heatmap(image, similarity), f"similarity up to {similarity.max():.2f}")]
         for j in near[:, m].tolist():
@@ -493,32 +495,43 @@ def draw_explanation(facts, image, net, sources, classes, size, path, true=None)
     figures.save_grid(path, rows, cell=180, title=title, lines=4)
 
 
+class PartView(CleanView):
+    """view[i] -> x as in CleanView, parts (P,3): x, y in pixels of the network's input, visible."""
+
+    def __getitem__(self, i):
+        image, _ = self.data.read(i)
+        scale = torch.tensor([self.size / image.shape[2], self.size / image.shape[1], 1])
+        return network_input(image, self.size, "cpu")[0], self.data.part_locations(i) * scale
+
+
 @torch.inference_mode()
-def observe(net, data, held, size, noise=0.2):
+def observe(net, data, held, cfg, noise=0.2):
     """Every image of a split as the prototypes see it, in pixels of the network's input, on the CPU.
 
     held (C,M) bool. Returns similarities g_p (N,M), activation boxes (N,M,4), those on the image with noise,
     of the prototypes of its class alone (N,M,4), and parts (N,P,3): x, y, visible.
     """
-    device = net.prototypes.device
+    device, size = net.prototypes.device, (cfg.size, cfg.size)
     generator = torch.Generator().manual_seed(0)
-    rows = []
-    for i in tqdm(range(len(data)), desc="parts", leave=False, disable=None):
-        image, label = data.read(i)
-        x = network_input(image, size, device)
-        x = torch.cat([x, x + noise * torch.randn(x.shape, generator=generator).to(device)])
-        clean, noisy = net.similarity_maps(x)                        # (M,h,w) each
-        peak, mean = clean.flatten(1).amax(1), clean.flatten(1).mean(1)
-        boxes = torch.zeros(len(clean), 4, dtype=torch.int64)
-        if held[label].any():
-            boxes[held[label]] = activation_boxes(noisy[held[label].to(device)], (size, size)).cpu()
-        scale = torch.tensor([size / image.shape[2], size / image.shape[1], 1])
-        rows.append(((peak - mean if net.focal else peak).cpu(), activation_boxes(clean, (size, size)).cpu(),
-                     boxes, data.part_locations(i) * scale))
-    return [torch.stack(column) for column in zip(*rows)]
+    batches = BatchSampler(range(len(data)), cfg.batch_size, drop_last=False)
+    loader = make_loader(PartView(data, cfg.size), batches, cfg.workers, device)
+    own = iter(held[data.labels].to(device))                         # (M,) of each image
+    columns = []
+    for x, parts in tqdm(loader, desc="parts", leave=False, disable=None):
+        shaken = x + noise * torch.randn(x.shape, generator=generator)
+        clean, noisy = (net.similarity_maps(*to_device([images], device)) for images in (x, shaken))
+        scores, boxes, noisy_boxes = [], [], []
+        for maps, others, mine in zip(clean, noisy, own):            # (M,h,w), (M,h,w), (M,)
+            scores.append(score(maps, net.focal))
+            boxes.append(activation_boxes(maps, size))
+            noisy_boxes.append(torch.zeros_like(boxes[-1]))
+            if mine.any():
+                noisy_boxes[-1][mine] = activation_boxes(others[mine], size)
+        columns.append([*(torch.stack(rows).cpu() for rows in (scores, boxes, noisy_boxes)), parts])
+    return [torch.cat(parts) for parts in zip(*columns)]
 
 
-def truth_metrics(net, data, sources, size):
+def truth_metrics(net, data, sources, cfg):
     """Is the explanation true? Does a prototype's box hold the same part again, where parts are annotated?
     -> numbers of common/metrics.py; {prototype: "part share"}, empty without parts; true (C,M) bool: the
     class has the variant that the prototype shows, None where variants are unknown."""
@@ -527,8 +540,9 @@ def truth_metrics(net, data, sources, size):
     labels, home = torch.tensor(data.labels), torch.tensor([source["label"] for source in sources])
     slots = net.hard_assignment().cpu()                              # (C,K,M)
     held, true = slots.amax(1) > 0.5, None                           # (C,M)
-    similarity, boxes, noisy, points = observe(net, data, held, size)
-    inside, result = metrics.part_truth(boxes, noisy, points, similarity, labels, held, home, size)
+    similarity, boxes, noisy, points = observe(net, data, held, cfg)
+    inside, result = metrics.part_truth(boxes, noisy, points, similarity, labels, held, home,
+                                        cfg.size)
     if data.variants is not None:
         variants = torch.as_tensor(data.variants)                    # (C,P)
         numbers, true = metrics.variant_truth(inside, similarity, labels, slots, variants)
