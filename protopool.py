@@ -661,24 +661,22 @@ def augment(image, kind):
     chain: rotation +-15 degrees, skew (probability 1/2), shear +-10 degrees, both flips (1/2 each).
     single: one of the three warps, left-right flip [D9]. flip: left-right flip. none: the image.
     """
-    if kind == "none":
-        return image
     mirrored = coin()
+    if kind in ("flip", "none"):
+        return image.flip(-1) if mirrored and kind == "flip" else image
     upside_down = coin() and kind == "chain"
-    matrix = torch.eye(3)                                            # output -> input, both in [-1, 1]
-    if kind != "flip":
-        angle = math.radians(uniform(-15, 15))
-        slope = math.tan(math.radians(uniform(-10, 10)))
-        c, s = math.cos(angle), math.sin(angle)
-        rotation = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-        shear = torch.tensor([[1, slope, 0], [0, 1, 0], [0, 0, 1]])
-        shear = shear.T if coin() else shear                         # along x or along y
-        skew = torch.eye(3)
-        skew[2, :2] = torch.rand(2) * 0.4 - 0.2                      # the plane tilts
-        if kind == "chain":
-            matrix = rotation @ (skew if coin() else matrix) @ shear
-        else:
-            matrix = (rotation, skew, shear)[torch.randint(3, ()).item()]
+    angle = math.radians(uniform(-15, 15))
+    slope = math.tan(math.radians(uniform(-10, 10)))
+    c, s = math.cos(angle), math.sin(angle)                          # matrices: output -> input, in [-1, 1]
+    rotation = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    shear = torch.tensor([[1, slope, 0], [0, 1, 0], [0, 0, 1]])
+    shear = shear.T if coin() else shear                             # along x or along y
+    skew = torch.eye(3)
+    skew[2, :2] = torch.rand(2) * 0.4 - 0.2                          # the plane tilts
+    if kind == "chain":
+        matrix = rotation @ (skew if coin() else torch.eye(3)) @ shear
+    else:
+        matrix = (rotation, skew, shear)[torch.randint(3, ()).item()]
     return warp(image, matrix, mirrored, upside_down)
 
 
