@@ -889,7 +889,7 @@ def main(cfg):
         table = table_of(cfg)
         check_rows(table.rows, cfg, check_config, ("classifier",))
         row = partial(train_from, partial(train, until="pretrain"), AFTER_PRETRAINING, train, cfg)
-        results = train_rows(table.rows, cfg, row, machine)
+        results = train_rows(table.rows, cfg, row if cfg.pretrain_epochs else train, machine)
         write_table(cfg.table, table, results, cfg, machine, f"reading {cfg.reading}, test accuracy in %")
         if machine.rank == 0:
             protopool_figures.draw_table(table, results, partial(load_run, device=machine.device), cfg)

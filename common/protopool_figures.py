@@ -155,7 +155,7 @@ def draw_prototypes(net, sets, sources, held, names, folder, cfg):
             patch = patch_of(copy_for_drawing(other), maps_of(net, other, cfg.size)[m])
             row.append((patch, train_set.classes[label]))
         rows.append(row)
-    save_pages(folder, "prototypes", rows, 20, 140, "Prototypes, and the training images nearest to them",
+    save_pages(folder, "prototypes", rows, 15, 140, "Prototypes, and the training images nearest to them",
                [["patch", "its source", "activation", *(f"nearest {k + 1}" for k in range(len(near)))]])
 
 
@@ -174,7 +174,7 @@ def draw_sharing(train_set, held, sources, slots, true, folder):
             row.append((patch, told(m, sources, held, classes, c)) if slot.any() else "empty")
         rows.append(row)
     heads = ["class", *(f"slot {k}" for k in range(slots.shape[1]))]
-    save_pages(folder, "classes", rows, 12, 150, "Characteristics of the classes (Fig. 7)",
+    save_pages(folder, "classes", rows, 12, 130, "Characteristics of the classes (Fig. 7)",
                [heads] if true is None else [FALSE, heads], lines=5)
     graph = draw_class_graph({"": held}, classes, folder, train_set.variants)
     if graph.any():
