@@ -108,9 +108,16 @@ def places_of(sources, sets, data):
     return [places[source["image"]] for source in sources]
 
 
+def image_of(source, classes):
+    """The name of a source's image, which need not begin with that of its class, and the class."""
+    name, label = Path(source["image"]).stem, classes[source["label"]]
+    prefix = label.replace(" ", "_").lower() + "_"
+    return f"{name[len(prefix):] if name.lower().startswith(prefix) else name} ({label})"
+
+
 def origin(m, sources, classes):
     """Which patch a prototype is, in words."""
-    return f"p{m}: patch of {Path(sources[m]['image']).stem} ({classes[sources[m]['label']]})"
+    return f"p{m}: patch of {image_of(sources[m], classes)}"
 
 
 def told(m, sources, held, classes, c, most=3):
@@ -148,7 +155,7 @@ def draw_prototypes(net, sets, sources, held, names, folder, cfg):
         name = f"p{m}, {names[m]}" if names else f"p{m}"
         box = activation_box(similarity, image.shape[1:])
         row = [(sources[m]["patch"], f"{name}, held by {held[:, m].sum()} of {len(held)} classes"),
-               (figures.draw_box(image, box), origin(m, sources, train_set.classes).split("of ")[1]),
+               (figures.draw_box(image, box), image_of(sources[m], train_set.classes)),
                (figures.heatmap(image, similarity), f"similarity up to {similarity.max():.2f}")]
         for j in near[:, m].tolist():
             other, label = train_set.read(j)
