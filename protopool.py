@@ -84,7 +84,7 @@ from common.loaders import BatchesFrom, to_device
 from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401: boxes for callers
 from common.run import RunConfig, UserError, opt
 from common.tables import Table, beside_paper, check_rows, train_from, train_rows, write_table
-from common.transforms import coin, uniform, warp
+from common.transforms import coin, uniform, warp_matrix
 
 
 # ---- options and recipes ----------------------------------------------------------------------------------
@@ -609,7 +609,7 @@ def train_phase(net, phase, sets, progress, cfg, machine):
         log.row(f"{phase} {progress['epoch']}",
                 before=dict(phase=phase, epoch=progress["epoch"], lr=scheduler.get_last_lr()[-1]),
                 after=dict(val_accuracy=score["accuracy"], val_ce=score["ce"], slots_changed=changed),
-                text=f"val accuracy {score['accuracy']:.1f}" + (changed != "") * f", {changed} slots changed",
+                text=f"val accuracy {score['accuracy']:.1f}" + f", {changed} slots changed" * (changed != ""),
                 losses=("ce", "cluster", "separation", "orth", "l1"))
         scheduler.step()
         if phase == "joint":
@@ -656,14 +656,14 @@ def train(cfg, machine, until=""):
 # ==== from here on: data, evaluation, using a trained run, the paper's tables ==============================
 
 def augment(image, kind):
-    """Table 5 as a single projective warp. uint8 (3,S,S) -> uint8 (3,S,S).
+    """Table 5: uint8 (3,S,S) -> the same, and the matrix (3,3) of one projective warp for training_input.
 
     chain: rotation +-15 degrees, skew (probability 1/2), shear +-10 degrees, both flips (1/2 each).
     single: one of the three warps, left-right flip [D9]. flip: left-right flip. none: the image.
     """
     mirrored = coin()
     if kind in ("flip", "none"):
-        return image.flip(-1) if mirrored and kind == "flip" else image
+        return image.flip(-1) if mirrored and kind == "flip" else image, torch.eye(3)
     upside_down = coin() and kind == "chain"
     angle = math.radians(uniform(-15, 15))
     slope = math.tan(math.radians(uniform(-10, 10)))
@@ -677,7 +677,7 @@ def augment(image, kind):
         matrix = rotation @ (skew if coin() else torch.eye(3)) @ shear
     else:
         matrix = (rotation, skew, shear)[torch.randint(3, ()).item()]
-    return warp(image, matrix, mirrored, upside_down)
+    return image, warp_matrix(matrix, mirrored, upside_down)
 
 
 class PlainClassifier(nn.Module):
@@ -710,8 +710,8 @@ def announce(net, sets, progress, cfg, machine):
     if epochs <= 0 or reached(progress, "project"):
         return
     optimizer, _ = build_optimizer(net.train(), "joint", cfg, machine.device)
-    tau = temperature_of("joint", 0, cfg)
-    speed.announce(lambda batch: train_step(net, optimizer, *to_device(batch, machine.device), tau, cfg),
+    step = partial(train_step, net, optimizer, tau=temperature_of("joint", 0, cfg), cfg=cfg)
+    speed.announce(lambda batch: step(*images.training_input(batch, machine.device)),
                    training_view(sets, cfg, augment), dict(model=net, optimizer=optimizer), epochs * steps,
                    epochs * len(sets["val"]), cfg, machine)
 

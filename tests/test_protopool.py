@@ -13,6 +13,7 @@ from PIL import Image
 import protopool
 from commands import SHORT, assert_same_run, call, done, files, log_of, mistake, numbers, read, same
 from common import images, protopool_figures, run
+from common.transforms import warp
 
 CPU = torch.device("cpu")
 MACHINE = run.Machine(CPU)
@@ -373,7 +374,8 @@ def test_augmentation_warps_flips_half_the_time_and_shows_no_border(kind):
     """Vertical flips in the chain alone. Outside the picture all would be black. The seed decides."""
     def augmented(image, count=300):
         torch.manual_seed(0)
-        return torch.stack([protopool.augment(image, kind) for _ in range(count)])
+        drawn = [torch.stack(column) for column in zip(*(protopool.augment(image, kind) for _ in range(count)))]
+        return warp(*drawn)
     white, image = torch.full((3, 33, 33), 255, dtype=torch.uint8), torch.zeros(3, 24, 24, dtype=torch.uint8)
     assert (augmented(white) == 255).all()
     image[0, :, :12], image[1, :12] = 200, 200                          # red is left, green is above
@@ -383,7 +385,7 @@ def test_augmentation_warps_flips_half_the_time_and_shows_no_border(kind):
     assert mirrored == 0 if kind == "none" else 0.4 < mirrored < 0.6
     assert 0.4 < upside_down < 0.6 if kind == "chain" else upside_down == 0
     noise = torch.randint(0, 256, (3, 21, 21), dtype=torch.uint8)
-    looks = {str(picture.tolist()) for picture in augmented(noise, 40)}
+    looks = {str(picture.byte().tolist()) for picture in augmented(noise, 40)}
     exact = [str(noise.tolist()), str(noise.flip(2).tolist())]
     assert looks == set(exact[:1 if kind == "none" else 2]) if kind in ("none", "flip") else len(looks) > 30
 
