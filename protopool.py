@@ -784,6 +784,8 @@ def load_run(cfg, device, sets=None):
     sets: its data, if they are open."""
     progress = read_progress(cfg.out, sets and sets["train"].classes)
     figures.know_classes(progress["classes"])
+    if cfg.eval_only:                                                # before minutes of evaluation
+        protopool_figures.places_of(progress.get("sources", ()), sets, cfg.data)
     phase, epoch = progress["phase"], progress["epoch"]
     linear = cfg.classifier == "linear"
     if linear and not cfg.eval_only:

@@ -58,8 +58,8 @@ class ImageSet:
         return f"{self.paths[i].parent.name}_{self.paths[i].stem}"
 
     def id_of(self, i):
-        """CLASS/NAME.jpg, wherever the data lie and whatever its number: no other image is called so."""
-        return f"{self.paths[i].parent.name}/{self.paths[i].name}"
+        """FOLDER/CLASS/NAME.jpg, wherever the data lie and whatever its number: no other image is called so."""
+        return "/".join(self.paths[i].parts[-3:])
 
     def ids(self):
         return [self.id_of(i) for i in range(len(self))]
@@ -105,7 +105,8 @@ class ToyBirds(ImageSet):
     def name_of(self, i):
         return f"{self.classes[self.labels[i]]}_{self.items[i][0]:04d}"     # as python -m data.toy_birds
 
-    id_of = name_of
+    def id_of(self, i):
+        return f"{self.part}/{self.name_of(i)}"
 
     def bird(self, i):
         if self.birds[i] is None:

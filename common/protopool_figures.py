@@ -276,7 +276,7 @@ def new_film():
 @torch.no_grad()
 def film(net, progress, phase, tau):
     """Called before every step up to the projection: one more frame where a fifth more steps were made than
-    at the last (0, 1, 2, ... 10, 12, 15, ...: 60 frames reach step 100,000)."""
+    at the last (0, 1, 2, ... 10, 12, 15, ...; 62 in 157,000 steps)."""
     if not hasattr(net, "q"):                                        # a plain classifier
         return
     kept = progress["film"]

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common.metrics import (ConfusionMatrix, activation_box, activation_boxes, part_consistency, part_shares,
-                            part_stability, part_truth, row_quantile, variant_truth)
+from common.metrics import (ConfusionMatrix, activation_box, activation_boxes, part_consistency, part_truth,
+                            row_quantile, variant_truth)
 
 
 def random_maps(seed, num_classes, shape=(2, 6, 7)):
@@ -98,82 +98,69 @@ def test_row_quantile_is_torchs_and_takes_more_than_16_million_values():
     assert row_quantile(torch.arange(2.0 ** 24 + 1)[None], 0.5) == 2 ** 23             # torch.quantile stops
 
 
-# ---- parts: N images, M prototypes, P parts ----
+# ---- parts: N images, M prototypes, P parts, C classes of 3 slots ----
 
-N, M, P = 14, 5, 4
-
-
-def slow_consistency(inside, visible, own, share=0.8):
-    """Of the prototypes with images of their own: is some part in that share of those that show the part?"""
-    consistent = []
-    for m in [m for m in range(M) if own[:, m].any()]:
-        seen = [[inside[n, m, p].item() for n in range(N) if own[n, m] and visible[n, p]] for p in range(P)]
-        consistent.append(any(hits and np.mean(hits) >= share for hits in seen))
-    return 100 * np.mean(consistent)
+N, M, P, C = 14, 5, 4, 4
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_shares_consistency_and_stability_of_parts_are_the_loops(seed):
-    generator = torch.Generator().manual_seed(seed)
-    visible, similarity = torch.rand(N, P, generator=generator) < 0.7, torch.rand(N, M, generator=generator)
-    visible[:, 3] = False
-    inside = (torch.rand(N, M, P, generator=generator) < 0.6) & visible[:, None]
-    inside[:, 1, 2] = visible[:, 2]                                       # prototype 1 always holds part 2
-    own = torch.rand(N, M, generator=generator) < 0.5
-    own[:, 4] = seed % 2 == 0                                             # of all classes, or of none
-    for most in (1, 3, 10, 50):
-        shares = part_shares(inside, similarity, most)
-        for m, p in np.ndindex(M, P):
-            top = sorted(range(N), key=lambda n: -similarity[n, m].item())[:most]
-            assert shares[m, p].item() == pytest.approx(np.mean([inside[n, m, p] for n in top]))
-    for share in (0.5, 0.8, 1.0):
-        expected = slow_consistency(inside, visible, own, share)
-        assert expected > 0 and part_consistency(inside, visible, own, share) == pytest.approx(expected)
-    assert part_consistency(inside, visible, torch.zeros_like(own)) is None
-    noisy = inside ^ (torch.rand(N, M, P, generator=generator) < 0.1)
-    kept = [inside[n, m].tolist() == noisy[n, m].tolist() for n, m in np.ndindex(N, M) if own[n, m]]
-    assert part_stability(inside, noisy, own) == pytest.approx(100 * np.mean(kept)) != 100
+def percent(hits):
+    return pytest.approx(100 * np.mean(hits), abs=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_sharing_is_judged_by_the_variants_that_classes_have_in_common(seed):
-    """4 classes with 3 slots each, one of them empty; the loops count slot by slot and pair by pair."""
-    rng, C = np.random.default_rng(seed), 4
-    variants, held_in = rng.integers(0, 2 + seed, (C, P)), rng.integers(0, M, (C, 3))
+def test_parts_and_what_classes_share_are_judged_as_by_loops(seed):
+    rng = np.random.default_rng(seed)
+    similarity, labels, home = torch.tensor(rng.random((N, M))), torch.arange(N) % C, rng.integers(0, C, M)
+    points = torch.tensor(np.dstack([rng.random((N, P, 2)) * 9, rng.random((N, P)) < 0.7]))
+    points[:, 2, :2], points[:, 3, 2] = 2 + points[:, 2, :2] / 2, 0     # rather central; never visible
+    boxes, noisy = (torch.tensor(rng.integers([0, 5] * 2, [4, 10] * 2, (N, M, 4))) for _ in range(2))
+    held_in, variants = rng.integers(0, M, (C, 3)), rng.integers(0, 2 + seed, (C, P))
     slots = torch.zeros(C, 3, M)
-    for c, k in np.ndindex(C, 3):
-        slots[c, k, held_in[c, k]] = (c, k) != (1, 2)
-    labels, similarity = torch.arange(N) % C, torch.tensor(rng.random((N, M)))
-    points = torch.tensor(np.dstack([rng.random((N, P, 2)) * 9, rng.random((N, P)) < 0.8]))
-    boxes, home = torch.tensor([2, 9, 0, 8]).expand(N, M, 4), torch.tensor(rng.integers(0, C, M))
-    held = slots.amax(1) > 0
-    inside, found = part_truth(boxes, boxes, points, similarity, labels, held, home, 9)
-    for name, of_those in (("", lambda c, m: True), ("_home", lambda c, m: c == home[m]),
-                           ("_guests", lambda c, m: c != home[m])):
-        own = torch.tensor([[bool(held[c, m]) and bool(of_those(c, m)) for m in range(M)] for c in labels])
-        expected = slow_consistency(inside, points[..., 2] > 0, own)
-        assert found[f"consistency{name}"] == pytest.approx(expected)
+    filled = [(c, k) for c, k in np.ndindex(C, 3) if (c, k) != (1, 2)]
+    for c, k in filled:
+        slots[c, k, held_in[c, k]] = 1
+    holds = [{held_in[c, k] for k in range(3) if (c, k) in filled} for c in range(C)]
+    held = torch.tensor([[m in holds[c] for m in range(M)] for c in range(C)])
+
+    def holds_part(box, point):
+        return bool(point[2]) and box[0] <= point[1] < box[1] and box[2] <= point[0] < box[3]
+    inside, found = part_truth(boxes, noisy, points, similarity, labels, held, torch.tensor(home), 9)
+    shaken = torch.zeros_like(inside)
+    for n, m, p in np.ndindex(N, M, P):
+        assert inside[n, m, p] == holds_part(boxes[n, m], points[n, p])
+        shaken[n, m, p] = holds_part(noisy[n, m], points[n, p])
+    assert found["stability"] == percent([torch.equal(inside[n, m], shaken[n, m])
+                                          for n, m in np.ndindex(N, M) if held[labels[n], m]])
+    for name, counts in (("", lambda c, m: True), ("_home", lambda c, m: c == home[m]),
+                         ("_guests", lambda c, m: c != home[m])):
+        consistent = []
+        for m in range(M):
+            own = [n for n in range(N) if held[labels[n], m] and counts(labels[n], m)]
+            seen = [[inside[n, m, p].item() for n in own if points[n, p, 2]] for p in range(P)]
+            consistent += [any(hits and np.mean(hits) >= 0.8 for hits in seen)] * bool(own)
+        assert found[f"consistency{name}"] == percent(consistent)
 
     numbers, true = variant_truth(inside, similarity, labels, slots, torch.tensor(variants))
-    shown, purity = [], []
+    shown, purity, variant_purity = [], [], []
     for m in range(M):
         top = sorted(range(N), key=lambda n: -similarity[n, m].item())[:10]
-        counts = {(p, v): sum(inside[n, m, p].item() and variants[labels[n], p] == v for n in top)
+        purity.append(max(np.mean([inside[n, m, p] for n in top]) for p in range(P)))
+        shares = {(p, v): np.mean([inside[n, m, p] and variants[labels[n], p] == v for n in top])
                   for p in range(P) for v in range(variants.max() + 1)}
-        shown.append(max(counts, key=counts.get))                       # of equal ones the first
-        purity.append(100 * counts[shown[m]] / 10)
+        shown.append(max(shares, key=shares.get))                       # of equal ones the first
+        variant_purity.append(shares[shown[m]])
     fits = [[variants[c, p] == v for p, v in shown] for c in range(C)]
-    filled = [fits[c][held_in[c, k]] for c, k in np.ndindex(C, 3) if (c, k) != (1, 2)]
-    assert true.tolist() == fits and numbers["true_slots"] == pytest.approx(100 * np.mean(filled), abs=1e-4)
-    assert numbers["variant_purity"] == pytest.approx(np.mean(purity), abs=1e-4)
-    pairs = [(len({m for m in range(M) if held[a, m] and held[b, m]}), sum(variants[a] == variants[b]))
-             for a in range(C) for b in range(a)]
-    alike = [shared for shared, same in pairs if same], [shared for shared, same in pairs if not same]
-    for name, counts in zip(("with", "without"), alike):
+    assert found["purity"] == percent(purity) and numbers["variant_purity"] == percent(variant_purity)
+    assert true.tolist() == fits
+    assert numbers["true_slots"] == percent([fits[c][held_in[c, k]] for c, k in filled])
+    pairs = [(len(holds[a] & holds[b]), sum(variants[a] == variants[b])) for a in range(C) for b in range(a)]
+    for name, is_of in (("with", lambda alike: alike > 0), ("without", lambda alike: alike == 0)):
+        counts = [shared for shared, alike in pairs if is_of(alike)]
         assert numbers[f"shared_{name}_variant"] == (pytest.approx(np.mean(counts)) if counts else None)
-    assert numbers["graph_correlation"] == pytest.approx(np.corrcoef(np.array(pairs).T)[0, 1])
-    assert variant_truth(inside, similarity, labels, slots, torch.zeros(C, P).long())[0][
-        "graph_correlation"] is None
+    assert numbers["graph_correlation"] == pytest.approx(np.corrcoef(np.transpose(pairs))[0, 1])
+    same = variant_truth(inside, similarity, labels, slots, torch.zeros(C, P).long())[0]
+    assert same["graph_correlation"] is same["shared_without_variant"] is None
+    assert part_consistency(inside, inside[:, 0], torch.zeros(N, M).bool()) is None
 
 
 # ---- the box of a prototypical part: 95th percentile of the upsampled map ----

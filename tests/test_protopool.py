@@ -163,7 +163,7 @@ def test_a_patch_stays_the_patch_whatever_becomes_of_the_training_images(tmp_pat
     assert same(numbers(read(out / "metrics.json")), numbers(metrics))
     saved = run.read_checkpoint(out / "last.pt")
     source = saved["progress"]["sources"][0]["image"]
-    (tmp_path / "data" / "train" / source).unlink()
+    (tmp_path / "data" / source).unlink()
     assert f"{source}, which prototype p0" in mistake("protopool", "--out", out, "--eval-only")
     (tmp_path / "data").rename(tmp_path / "gone")
     done("protopool", "--out", out, "--explain", tmp_path / "gone" / "test" / "bee" / "0.png")
@@ -228,6 +228,9 @@ def test_the_three_accuracies_and_the_patches(trained):
     alive = protopool.harden(protopool.assign(best["q"], 0.001)).flatten(0, 1).any(0)
     assert torch.equal(progress["prototypes_before"], best["prototypes"][alive])
     assert torch.equal(progress["soft"].argmax(-1), net.q.argmax(-1))   # the same numbers in all figures
+    swapped = dict(train=sets["val"], val=sets["train"])                # as a new image may move one to val
+    places = protopool_figures.places_of(progress["sources"], swapped, "")
+    assert [data.id_of(i) for data, i in places] == [source["image"] for source in progress["sources"]]
     assert not torch.equal(net.last_layer.weight, net.own_slots())
     for name in ("accuracy", "accuracy_after_projection", "accuracy_before_projection"):
         logits = torch.cat([net(clean(sets["test"], i))[0] for i in range(12)])
@@ -362,7 +365,9 @@ def test_rows_of_a_table_share_a_pretraining_and_end_like_runs_of_their_own(no_f
     assert {f"figure{n}.png" for n in (2, 14, 15, 17)} <= files(tmp_path)
     done("protopool", "--out", tmp_path / "alone", *argv, "--no-gumbel", "--w-orth", 0)
     assert_same_run(tmp_path / "alone", tmp_path / "rows" / "no-both")
-    assert log_of(tmp_path / "rows" / "shared") == log_of(tmp_path / "alone")[:1]
+    rows = tmp_path / "rows"
+    assert len({path.read_text().splitlines()[1] for path in rows.glob("*/log.csv")}) == 1     # with its time
+    assert len(list(rows.iterdir())) == 6 and not list(rows.rglob("previous-*"))
     cfg = config(tmp_path, "--table", "11b")
     table = protopool.table_of(cfg)
     protopool_figures.draw_table(table, {row: [dict(accuracy=50.0)] for row in table.rows}, None, cfg)
