@@ -604,12 +604,12 @@ def train_phase(net, phase, sets, progress, cfg, machine):
                 log.add(train_step(model, optimizer, *next(batches), tau, cfg))
         run.share_buffers(net)
         score = evaluate(net, val_loader, machine.device)
-        changed = protopool_figures.slots_changed(net, progress)
+        changed = protopool_figures.slots_changed(net, progress)     # "" where none learns
         progress |= dict(epoch=progress["epoch"] + 1, iteration=progress["iteration"] + steps)
         log.row(f"{phase} {progress['epoch']}",
                 before=dict(phase=phase, epoch=progress["epoch"], lr=scheduler.get_last_lr()[-1]),
                 after=dict(val_accuracy=score["accuracy"], val_ce=score["ce"], slots_changed=changed),
-                text=f"val accuracy {score['accuracy']:.1f}" + f", {changed} slots changed" * (changed != ""),
+                text=f"val accuracy {score['accuracy']:.1f}{f', {changed} slots changed' * (changed != '')}",
                 losses=("ce", "cluster", "separation", "orth", "l1"))
         scheduler.step()
         if phase == "joint":

@@ -58,7 +58,7 @@ class ImageSet:
         return f"{self.paths[i].parent.name}_{self.paths[i].stem}"
 
     def id_of(self, i):
-        """FOLDER/CLASS/NAME.jpg, wherever the data lie and whatever its number: no other image is called so."""
+        """FOLDER/CLASS/NAME.jpg, wherever the data lie and whatever its number: no other is called so."""
         return "/".join(self.paths[i].parts[-3:])
 
     def ids(self):

@@ -366,7 +366,7 @@ def test_rows_of_a_table_share_a_pretraining_and_end_like_runs_of_their_own(no_f
     done("protopool", "--out", tmp_path / "alone", *argv, "--no-gumbel", "--w-orth", 0)
     assert_same_run(tmp_path / "alone", tmp_path / "rows" / "no-both")
     rows = tmp_path / "rows"
-    assert len({path.read_text().splitlines()[1] for path in rows.glob("*/log.csv")}) == 1     # with its time
+    assert len({path.read_text().splitlines()[1] for path in rows.glob("*/log.csv")}) == 1    # its time too
     assert len(list(rows.iterdir())) == 6 and not list(rows.rglob("previous-*"))
     cfg = config(tmp_path, "--table", "11b")
     table = protopool.table_of(cfg)
@@ -379,8 +379,8 @@ def test_augmentation_warps_flips_half_the_time_and_shows_no_border(kind):
     """Vertical flips in the chain alone. Outside the picture all would be black. The seed decides."""
     def augmented(image, count=300):
         torch.manual_seed(0)
-        drawn = [torch.stack(column) for column in zip(*(protopool.augment(image, kind) for _ in range(count)))]
-        return warp(*drawn)
+        drawn = zip(*(protopool.augment(image, kind) for _ in range(count)))
+        return warp(*map(torch.stack, drawn))
     white, image = torch.full((3, 33, 33), 255, dtype=torch.uint8), torch.zeros(3, 24, 24, dtype=torch.uint8)
     assert (augmented(white) == 255).all()
     image[0, :, :12], image[1, :12] = 200, 200                          # red is left, green is above
