@@ -880,9 +880,6 @@ def table_of(cfg):
                  {f"{size} {option}": {option: size} for size in sorted(sizes)}, COLUMNS)
 
 
-AFTER_PRETRAINING = ("w_orth", "gumbel", "focal", "prototypes", "slots")           # [D18] ignores these
-
-
 def main(cfg):
     """Returns what the task returns, for use from Python; a table {row: [metrics, one a seed]}."""
     check_config(cfg)
@@ -890,7 +887,8 @@ def main(cfg):
     if cfg.table:
         table = table_of(cfg)
         check_rows(table.rows, cfg, check_config, ("classifier",))
-        row = partial(train_from, partial(train, until="pretrain"), AFTER_PRETRAINING, train, cfg)
+        later = ("w_orth", "gumbel", "focal", "prototypes", "slots")  # nothing to the pretraining [D18]
+        row = partial(train_from, partial(train, until="pretrain"), later, train, cfg)
         results = train_rows(table.rows, cfg, row if cfg.pretrain_epochs else train, machine)
         write_table(cfg.table, table, results, cfg, machine, f"reading {cfg.reading}, test accuracy in %")
         if machine.rank == 0:
