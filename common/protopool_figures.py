@@ -292,7 +292,7 @@ def film(net, progress, phase, tau):
 def slots_changed(net, progress):
     """How many slots prefer another prototype (argmax of q) than after the epoch before; "" in phases
     without slots that learn."""
-    if not hasattr(net, "q") or net.fixed:
+    if "chosen" not in progress["film"] or net.fixed:
         return ""
     before, progress["film"]["chosen"] = progress["film"]["chosen"], net.q.argmax(-1).cpu()
     return int((progress["film"]["chosen"] != before).sum())
