@@ -309,8 +309,8 @@ def renumber(alive, film):
 
 def draw_film(frames, soft, classes, folder, most=6):
     """slots_over_time.png: probabilities in some slots, step by step (columns) up to the weights that are
-    projected; slot_over_time.png (Fig. 5): one slot at the start, where it has made up its mind by half, and
-    at the end. frames: see new_film; soft (C,K,M)."""
+    projected; slot_over_time.png (Fig. 5): one slot at the start, where it has best made up its mind by half,
+    and at the end. frames: see new_film; soft (C,K,M)."""
     if not frames:
         return
     names = [f"{frame['epoch']}, step {frame['step']}" for frame in frames] + ["projected"]
@@ -324,7 +324,7 @@ def draw_film(frames, soft, classes, folder, most=6):
                         title=f"{classes[0]}: the most likely prototypes of its slots while it learns")
     slot = y[:, 0]                                                   # (T,M)
     winner = slot[:, slot[-1].argmax()]                              # (T,) of the one chosen in the end
-    middle = int((winner >= (winner[0] + winner[-1]) / 2).int().argmax())
+    middle = int((winner - (winner[0] + winner[-1]) / 2).abs().argmin())
     likely = slot.amax(0).topk(min(12, slot.shape[1])).indices.sort().values
     series = {f"{name}: {names[t]}": slot[t, likely].tolist()
               for name, t in (("start", 0), ("half-way", middle), ("end", len(slot) - 1))}
