@@ -309,7 +309,7 @@ def renumber(alive, film):
 
 def draw_film(frames, soft, classes, folder, most=6):
     """slots_over_time.png: probabilities in some slots, step by step (columns) up to the weights that are
-    projected; slot_over_time.png (Fig. 5): one slot at the start, where it has best made up its mind by half,
+    projected; slot_over_time.png (Fig. 5): one slot at the start, where its choice is half made,
     and at the end. frames: see new_film; soft (C,K,M)."""
     if not frames:
         return
