@@ -75,7 +75,7 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import StepLR
 from tqdm import tqdm
 
-from common import images, protopool_figures, run, speed
+from common import figures, images, protopool_figures, run, speed
 from common.backbones import EXTRACTORS, build_extractor, check_side
 from common.classification import (clean_loader, evaluate, open_splits, steps_per_epoch, training_batches,
                                    training_view)
@@ -83,8 +83,8 @@ from common.files import list_images
 from common.loaders import BatchesFrom, to_device
 from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401: boxes for callers
 from common.run import RunConfig, UserError, opt
-from common.tables import Table, beside_paper, check_rows, train_rows, write_table
-from common.transforms import coin, uniform, warp
+from common.tables import Table, beside_paper, check_rows, train_from, train_rows, write_table
+from common.transforms import coin, uniform, warp_matrix
 
 
 # ---- options and recipes ----------------------------------------------------------------------------------
@@ -532,7 +532,8 @@ def project(net, sets, progress, cfg, machine):
         return
     log = run.Log(cfg.out, progress, machine)
     tau = temperature_of("joint", max(progress["epoch"] - 1, 0), cfg)
-    soft = net.soft_assignment(tau).detach().cpu()                   # of the weights that are projected
+    order = protopool_figures.renumber(net.held().any(0).cpu(), progress["film"])  # pruned: the last numbers
+    soft = net.soft_assignment(tau).detach().cpu()[..., order]       # of the weights that are projected
     pruned = net.fix_slots()
     before = net.prototypes.detach().cpu().clone()
     sources = project_prototypes(net, clean_loader(sets["train"], cfg, machine.device), machine.device)
@@ -541,7 +542,8 @@ def project(net, sets, progress, cfg, machine):
     if machine.rank == 0:
         print(f"projected {len(sources)} prototypes onto training patches; pruned {pruned}", flush=True)
     progress |= dict(phase="project", epoch=0, soft=soft, pruned=pruned, prototypes_before=before,
-                     num_prototypes=len(sources), sources=[list(source) for source in sources])
+                     num_prototypes=len(sources),
+                     sources=protopool_figures.keep_sources(net, sets["train"], sources, cfg.size))
     log.save("last.pt", dict(model=net))
 
 
@@ -598,18 +600,18 @@ def train_phase(net, phase, sets, progress, cfg, machine):
             if finetune:
                 log.add(update(optimizer, finetune_losses(net, model, *next(batches), cfg)))
             else:
+                protopool_figures.film(net, progress, phase, tau)
                 log.add(train_step(model, optimizer, *next(batches), tau, cfg))
         run.share_buffers(net)
         score = evaluate(net, val_loader, machine.device)
+        changed = protopool_figures.slots_changed(net, progress)     # "" where none learns
         progress |= dict(epoch=progress["epoch"] + 1, iteration=progress["iteration"] + steps)
         log.row(f"{phase} {progress['epoch']}",
                 before=dict(phase=phase, epoch=progress["epoch"], lr=scheduler.get_last_lr()[-1]),
-                after=dict(val_accuracy=score["accuracy"], val_ce=score["ce"]),
-                text=f"val accuracy {score['accuracy']:.1f}",
+                after=dict(val_accuracy=score["accuracy"], val_ce=score["ce"], slots_changed=changed),
+                text=f"val accuracy {score['accuracy']:.1f}{f', {changed} slots changed' * (changed != '')}",
                 losses=("ce", "cluster", "separation", "orth", "l1"))
         scheduler.step()
-        if isinstance(net, ProtoPool) and not finetune:
-            progress["slot"].append(net.soft_assignment(tau)[0, 0].tolist())       # Fig. 5
         if phase == "joint":
             progress["stale"] += 1
             if score["ce"] < progress["best"]:
@@ -620,27 +622,30 @@ def train_phase(net, phase, sets, progress, cfg, machine):
         run.load_checkpoint(Path(cfg.out) / "best.pt", dict(model=net), machine.device)
 
 
-def train(cfg, machine):
+def train(cfg, machine, until=""):
     """All phases of Table 6, then the report. Returns what metrics.json holds; None in further processes.
+    until="pretrain" ends after that phase.
 
     progress, in every checkpoint: phase, epoch (finished in this phase), iteration (over all phases), best
-    (cross-entropy on val), stale (epochs since), slot (Fig. 5), classes, num_prototypes, what run.Log keeps;
-    from the projection on also soft (C,K,M), pruned, prototypes_before (M,D), sources.
+    (cross-entropy on val), stale (epochs since), film (Fig. 5), classes, what run.Log keeps; from the
+    projection on also num_prototypes, soft (C,K,M), pruned, prototypes_before (M,D), sources (keep_sources).
+    A prototype then has one number everywhere, its row in net.prototypes; those that were pruned come last.
     """
     sets = open_splits(cfg)
     resumes = cfg.resume and (Path(cfg.out) / "last.pt").exists()    # killed before the first: start again
     progress = dict(phase="start", epoch=0, iteration=0, stale=0, best=math.inf, seconds=0.0, log=[],
-                    sums={}, slot=[], classes=sets["train"].classes, num_prototypes=cfg.prototypes,
+                    sums={}, film=protopool_figures.new_film(), classes=sets["train"].classes,
                     images=run.code_of_names(sets["train"]))
     if resumes:
-        progress |= run.read_progress(cfg.out, ("phase", "num_prototypes"), progress["classes"],
-                                      sets["train"])
+        progress |= read_progress(cfg.out, progress["classes"], sets["train"])
     torch.manual_seed(cfg.seed)
     plain, net = build_models(progress, cfg, machine.device, "none" if resumes else cfg.weights)
     run.start_run(cfg, machine)
     torch.manual_seed(cfg.seed + 1 + machine.rank)                   # processes differ in noise, mix-up
     announce(net, sets, progress, cfg, machine)
     train_phase(plain, "pretrain", sets, progress, cfg, machine)     # [D18]
+    if until == "pretrain":
+        return None
     train_phase(net, "warmup", sets, progress, cfg, machine)
     train_phase(net, "joint", sets, progress, cfg, machine)
     if cfg.classifier == "protopool":
@@ -652,30 +657,28 @@ def train(cfg, machine):
 # ==== from here on: data, evaluation, using a trained run, the paper's tables ==============================
 
 def augment(image, kind):
-    """Table 5 as a single projective warp. uint8 (3,S,S) -> uint8 (3,S,S).
+    """Table 5: uint8 (3,S,S) -> the same, and the matrix (3,3) of one projective warp for training_input.
 
     chain: rotation +-15 degrees, skew (probability 1/2), shear +-10 degrees, both flips (1/2 each).
     single: one of the three warps, left-right flip [D9]. flip: left-right flip. none: the image.
     """
-    if kind == "none":
-        return image
     mirrored = coin()
+    if kind in ("flip", "none"):
+        return image.flip(-1) if mirrored and kind == "flip" else image, torch.eye(3)
     upside_down = coin() and kind == "chain"
-    matrix = torch.eye(3)                                            # output -> input, both in [-1, 1]
-    if kind != "flip":
-        angle = math.radians(uniform(-15, 15))
-        slope = math.tan(math.radians(uniform(-10, 10)))
-        c, s = math.cos(angle), math.sin(angle)
-        rotation = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]])
-        shear = torch.tensor([[1, slope, 0], [0, 1, 0], [0, 0, 1]])
-        shear = shear.T if coin() else shear                         # along x or along y
-        skew = torch.eye(3)
-        skew[2, :2] = torch.rand(2) * 0.4 - 0.2                      # the plane tilts
-        if kind == "chain":
-            matrix = rotation @ (skew if coin() else matrix) @ shear
-        else:
-            matrix = (rotation, skew, shear)[torch.randint(3, ()).item()]
-    return warp(image, matrix, mirrored, upside_down)
+    angle = math.radians(uniform(-15, 15))
+    slope = math.tan(math.radians(uniform(-10, 10)))
+    c, s = math.cos(angle), math.sin(angle)                          # matrices: output -> input, in [-1, 1]
+    rotation = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    shear = torch.tensor([[1, slope, 0], [0, 1, 0], [0, 0, 1]])
+    shear = shear.T if coin() else shear                             # along x or along y
+    skew = torch.eye(3)
+    skew[2, :2] = torch.rand(2) * 0.4 - 0.2                          # the plane tilts
+    if kind == "chain":
+        matrix = rotation @ (skew if coin() else torch.eye(3)) @ shear
+    else:
+        matrix = (rotation, skew, shear)[torch.randint(3, ()).item()]
+    return image, warp_matrix(matrix, mirrored, upside_down)
 
 
 class PlainClassifier(nn.Module):
@@ -696,8 +699,8 @@ def build_models(progress, cfg, device, weights="none"):
     num_classes = len(progress["classes"])
     net = plain = PlainClassifier(backbone, num_classes)
     if cfg.classifier == "protopool":                                # fewer prototypes once they are pruned
-        net = ProtoPool(backbone, num_classes, progress["num_prototypes"], cfg.slots, cfg.depth, cfg.reading,
-                        cfg.gumbel, cfg.focal)
+        net = ProtoPool(backbone, num_classes, progress.get("num_prototypes", cfg.prototypes), cfg.slots,
+                        cfg.depth, cfg.reading, cfg.gumbel, cfg.focal)
     return [model.to(device, memory_format=torch.channels_last) for model in (plain, net)]
 
 
@@ -708,8 +711,8 @@ def announce(net, sets, progress, cfg, machine):
     if epochs <= 0 or reached(progress, "project"):
         return
     optimizer, _ = build_optimizer(net.train(), "joint", cfg, machine.device)
-    tau = temperature_of("joint", 0, cfg)
-    speed.announce(lambda batch: train_step(net, optimizer, *to_device(batch, machine.device), tau, cfg),
+    step = partial(train_step, net, optimizer, tau=temperature_of("joint", 0, cfg), cfg=cfg)
+    speed.announce(lambda batch: step(*images.training_input(batch, machine.device)),
                    training_view(sets, cfg, augment), dict(model=net, optimizer=optimizer), epochs * steps,
                    epochs * len(sets["val"]), cfg, machine)
 
@@ -732,12 +735,12 @@ def report(net, sets, progress, cfg, machine):
     line = f"test accuracy {result['accuracy']:.1f}"
     if isinstance(net, ProtoPool):
         weight = net.last_layer.weight.detach()
-        truth, names = protopool_figures.truth_metrics(net, sets["test"], cfg.size)
+        truth, names, true = protopool_figures.truth_metrics(net, sets["test"], progress["sources"], cfg)
         explain = partial(explanation, net, progress["classes"], cfg.size)
         result |= truth | sharing(net.hard_assignment().cpu()) | dict(
             prototypes_pruned=progress["pruned"], negative_weights=int((weight < 0).sum()),
             off_class_weight=weight[net.own_slots() == 0].abs().mean().item(),
-            explanations=protopool_figures.draw_run(net, sets, progress, names, explain, cfg))
+            explanations=protopool_figures.draw_run(net, sets, progress, names, true, explain, cfg))
         line += (f" (before projection {result['accuracy_before_projection']:.1f}, right after it "
                  f"{result['accuracy_after_projection']:.1f}); look into {cfg.out}/figures")
     run.write_json(Path(cfg.out) / "metrics.json", result)
@@ -768,10 +771,22 @@ def explanation(net, classes, size, image, name):
 
 # ---- use trained runs -------------------------------------------------------------------------------------
 
-def load_run(cfg, device):
-    """The trained network of the run in cfg.out, its data and its progress; UserError if there is none."""
-    sets = open_splits(cfg)
-    progress = run.read_progress(cfg.out, ("phase", "num_prototypes"), sets["train"].classes)
+def read_progress(out, classes=None, data=None):
+    """progress in OUT/last.pt, see train(); UserError: no such run, one of other classes, or an old one."""
+    progress = run.read_progress(out, ("phase", "stale"), classes, data)
+    if not all(isinstance(source, dict) for source in progress.get("sources", ())):
+        raise UserError(f"the run in {out} was made by an earlier version, which did not keep the patches "
+                        "of its prototypes: train again.")
+    return progress
+
+
+def load_run(cfg, device, sets=None):
+    """The trained network of the run in cfg.out, in eval mode, and its progress; UserError if there is none.
+    sets: its data, if they are open."""
+    progress = read_progress(cfg.out, sets and sets["train"].classes)
+    figures.know_classes(progress["classes"])
+    if cfg.eval_only:                                                # before minutes of evaluation
+        protopool_figures.places_of(progress.get("sources", ()), sets, cfg.data)
     phase, epoch = progress["phase"], progress["epoch"]
     linear = cfg.classifier == "linear"
     if linear and not cfg.eval_only:
@@ -786,18 +801,19 @@ def load_run(cfg, device):
     _, net = build_models(progress, cfg, device)
     file = "best.pt" if linear and cfg.reading == "paper" else "last.pt"           # see train_phase [D12]
     run.load_checkpoint(Path(cfg.out) / file, dict(model=net), device)
-    return net.eval().requires_grad_(False), sets, progress
+    return net.eval().requires_grad_(False), progress
 
 
 def show(cfg, device):
     """--explain: OUT/explanations/ (Fig. 6), NAME.png and NAME.json. --compare: OUT/figures/ (Fig. 1)."""
     paths = list_images(cfg.explain) if cfg.explain else []
-    net, sets, progress = load_run(cfg, device)
+    sets = open_splits(cfg) if cfg.compare else None                 # an explanation needs no data
+    net, progress = load_run(cfg, device, sets)
     if cfg.compare:
         protopool_figures.compare(net, sets["train"], progress["sources"], cfg)
     if cfg.explain:
         explain = partial(explanation, net, progress["classes"], cfg.size)
-        protopool_figures.explain_files(paths, net, sets["train"], progress["sources"], explain, cfg)
+        protopool_figures.explain_files(paths, net, progress["sources"], progress["classes"], explain, cfg)
 
 
 @torch.inference_mode()
@@ -810,11 +826,13 @@ def evaluate_ensemble(cfg, device):
     held_by = {}                                                     # {run: (C,M)}
     for out in cfg.ensemble:
         member = replace(run.read_config(Config, out), out=out, workers=cfg.workers, eval_only=False)
-        net, sets, _ = load_run(replace(member, data=cfg.data or member.data), device)
+        member = replace(member, data=cfg.data or member.data)
+        sets = open_splits(member)
+        net, _ = load_run(member, device, sets)
         test_sets.append(sets["test"])
         first, data = test_sets[0], test_sets[-1]
-        if (data.classes, data.labels) != (first.classes, first.labels):
-            raise UserError(f"--ensemble {out}: its data differ from those of {cfg.ensemble[0]}.")
+        if (data.classes, data.ids()) != (first.classes, first.ids()):
+            raise UserError(f"--ensemble {out}: its test images differ from those of {cfg.ensemble[0]}.")
         batches = (to_device(batch, device) for batch in clean_loader(data, member, device))
         chances = torch.cat([net(x)[0].softmax(1).cpu() for x, _ in batches])
         if any(torch.equal(chances, other) for other in probabilities):
@@ -828,7 +846,7 @@ def evaluate_ensemble(cfg, device):
     result = dict(runs=list(cfg.ensemble), accuracies=accuracies, accuracy=accuracy, paper=paper)
     run.write_json(folder / "metrics.json", result)
     protopool_figures.draw_counts(held_by, folder / "classes_per_prototype.png")
-    protopool_figures.draw_class_graph(held_by, first.classes, folder)
+    protopool_figures.draw_class_graph(held_by, first.classes, folder, first.variants)
     text = ", ".join(f"{rate:.1f}" for rate in accuracies)
     print(f"test accuracy of the runs {text}; of their mean probabilities {accuracy:.1f}; see {folder}")
     return result
@@ -873,14 +891,20 @@ def main(cfg):
     if cfg.table:
         table = table_of(cfg)
         check_rows(table.rows, cfg, check_config, ("classifier",))
-        results = train_rows(table.rows, cfg, train, machine)
+        later = ("w_orth", "gumbel", "focal", "prototypes", "slots")  # nothing to the pretraining [D18]
+        row = partial(train_from, partial(train, until="pretrain"), later, train, cfg)
+        results = train_rows(table.rows, cfg, row if cfg.pretrain_epochs else train, machine)
         write_table(cfg.table, table, results, cfg, machine, f"reading {cfg.reading}, test accuracy in %")
+        if machine.rank == 0:
+            protopool_figures.draw_table(table, results, partial(load_run, device=machine.device), cfg)
         return results
     if cfg.explain or cfg.compare or cfg.ensemble:
         task = evaluate_ensemble if cfg.ensemble else show
         return None if machine.rank else task(cfg, machine.device)
     if cfg.eval_only:
-        return report(*load_run(cfg, machine.device), cfg, machine)
+        sets = open_splits(cfg)
+        net, progress = load_run(cfg, machine.device, sets)
+        return report(net, sets, progress, cfg, machine)
     return train(cfg, machine)
 
 

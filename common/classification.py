@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import BatchSampler
 
-from common.images import CleanView, TrainView, open_images
+from common.images import CleanView, TrainView, open_images, training_input
 from common.loaders import make_loader, to_device, train_loader
 from common.run import UserError
 
@@ -47,7 +47,7 @@ def training_view(sets, cfg, augment):
 def training_batches(view, start, stop, cfg, machine):
     """Iterator over the augmented batches x, labels of the iterations start..stop-1, on the device."""
     loader = train_loader(view, cfg.batch_size, cfg.seed, start, stop, cfg.workers, *machine)
-    return (to_device(batch, machine.device) for batch in loader)
+    return (training_input(batch, machine.device) for batch in loader)
 
 
 @torch.inference_mode()

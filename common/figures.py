@@ -280,24 +280,35 @@ def save_prediction(folder, stem, image, ids):
 
 # ---- figures ----
 
-def save_grid(path, rows, cell=256, title="", legend=None):
+def save_grid(path, rows, cell=256, title="", legend=None, lines=2):
     """Rows of captioned images, each scaled to `cell` pixels in width (tall ones to less), aspect kept.
-    rows: lists of (image (3,H,W) uint8, caption), or None for a white cell. legend: {class id: name}."""
+    rows: lists of (image (3,H,W) uint8, caption of at most so many lines), of texts without an image, or
+    None for a white cell; a row may also be one text, for the whole width. legend: {class id: name}."""
     gap, legend = 8, legend or {}
-    width = max(len(row) for row in rows) * (cell + gap) - gap
+    width = max(len(row) for row in rows if not isinstance(row, str)) * (cell + gap) - gap
     pieces = [text_piece(title, width, size=18)]
     for row in rows:
-        filled = [(i * (cell + gap), fit_cell(entry[0], cell), text_piece(entry[1], cell))
-                  for i, entry in enumerate(row) if entry is not None]        # column x, picture, caption
-        below = max([picture.height for _, picture, _ in filled], default=0) + 2
-        height = below + max([caption.height for _, _, caption in filled], default=0)
-        piece = Image.new("RGB", (width, height), "white")
-        for x, picture, caption in filled:
-            piece.paste(picture, (x, 0))
-            piece.paste(caption, (x, below))
-        pieces.append(piece)
+        if isinstance(row, str):
+            pieces.append(text_piece(row, width))
+            continue
+        entries = [(None, entry) if isinstance(entry, str) else entry or (None, "") for entry in row]
+        pieces.append(row_piece([image if image is None else fit_cell(image, cell) for image, _ in entries],
+                                [text_piece(text, cell, max_lines=lines) for _, text in entries],
+                                cell + gap, width))
     pieces.append(legend_piece([(CLASS_COLOURS[c].tolist(), name) for c, name in legend.items()], width))
     save_stack(path, pieces, gap)
+
+
+def row_piece(pictures, captions, step, width):
+    """Pillow images, or None, side by side, one every `step` pixels; all captions begin at one height."""
+    below = max([picture.height for picture in pictures if picture], default=-2) + 2
+    height = below + max([text.height for text in captions], default=0)
+    piece = Image.new("RGB", (width, height), "white")
+    for y, row in ((0, pictures), (below, captions)):
+        for i, entry in enumerate(row):
+            if entry:
+                piece.paste(entry, (i * step, y))
+    return piece
 
 
 def fit_cell(image, cell):
@@ -315,16 +326,37 @@ def save_matrix(path, matrix, row_names, column_names=None, title="", vmin=-1, v
     column_names: default row_names. Blue, white, red if vmin < 0, else dark to bright; nan is grey. No names
     beyond 260 rows or columns. ValueError if the names do not fit the matrix.
     """
+    piece = matrix_piece(matrix, row_names, column_names, vmin, vmax)
+    save_stack(path, [text_piece(title, piece.width, size=18), piece])
+
+
+def save_matrices(path, matrices, row_names, column_names=None, title="", vmin=-1, vmax=1):
+    """{heading: matrix (n,m)} side by side, all with the same names and colours; see save_matrix."""
+    most = 3200 // sum(torch.as_tensor(matrix).shape[1] for matrix in matrices.values())
+    pieces = [matrix_piece(matrix, row_names, column_names, vmin, vmax, max(1, most))
+              for matrix in matrices.values()]
+    step = max(piece.width for piece in pieces) + 16
+    heads = [text_piece(heading, step - 16) for heading in matrices]
+    whole = Image.new("RGB", (step * len(pieces), 30 + max(piece.height for piece in pieces)), "white")
+    for i, (head, piece) in enumerate(zip(heads, pieces)):
+        whole.paste(head, (i * step, 0))
+        whole.paste(piece, (i * step, 30))
+    save_stack(path, [text_piece(title, whole.width, size=18), whole])
+
+
+def matrix_piece(matrix, row_names, column_names, vmin, vmax, largest=52):
+    """The picture of save_matrix. largest: cells are at most so many pixels wide, without names if tiny."""
     values = torch.as_tensor(matrix).detach().cpu().float()               # (n,m)
     column_names = row_names if column_names is None else column_names
     n, m, most = *values.shape, max(values.shape)
     if (n, m) != (len(row_names), len(column_names)):
         raise ValueError(f"save_matrix: {n} x {m} values but {len(row_names)} x {len(column_names)} names")
     sides = ((12, 52), (40, 28), (260, 17))                               # up to so many cells, their side
-    cell = next((side for limit, side in sides if most <= limit), max(1, 4000 // most))
+    cell = min(largest, next((side for limit, side in sides if most <= limit), max(1, 4000 // most)))
+    named = most <= 260 and cell >= 13
     font = ImageFont.load_default(size=15 if cell > 17 else 13)
-    rows = [clip(name, font, 200) for name in row_names] if most <= 260 else [""]
-    columns = [clip(name, font, 200) for name in column_names] if most <= 260 else [""]
+    rows = [clip(name, font, 200) for name in row_names] if named else [""]
+    columns = [clip(name, font, 200) for name in column_names] if named else [""]
     left = math.ceil(max(font.getlength(name) for name in rows)) + 8
     top = math.ceil(max(font.getlength(name) for name in columns)) + 10
     bar = max(120, min(n * cell, 400))                                    # height of the colour bar
@@ -353,7 +385,7 @@ def save_matrix(path, matrix, row_names, column_names=None, title="", vmin=-1, v
         y = top + (bar - 1) * k / 4
         draw.line((x + 18, y, x + 22, y), fill=INK)
         draw.text((x + 26, y), f"{vmax - (vmax - vmin) * k / 4:.3g}", INK, font=font, anchor="lm")
-    save_stack(path, [text_piece(title, canvas.width, size=18), canvas])
+    return canvas
 
 
 def round_ticks(low, high):
@@ -363,12 +395,14 @@ def round_ticks(low, high):
     return [k * step for k in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
-def save_bars(path, series, names, title="", unit="%"):
-    """Bar chart. series: {name: values, None or nan = no bar}; names: one per value, else ValueError."""
+def save_bars(path, series, names, title="", unit="%", deviations=None):
+    """Bar chart. series: {name: values, None or nan = no bar}; names: one per value, else ValueError.
+    deviations: {name of a series: how far up and down from its bars a line is drawn}."""
     series = {key: [math.nan if v is None else float(v) for v in values] for key, values in series.items()}
     if any(len(values) != len(names) for values in series.values()):
         raise ValueError(f"save_bars: every series needs {len(names)} values, one for each name")
-    known = [v for values in series.values() for v in values if math.isfinite(v)] + [0.0]
+    spread = {key: (deviations or {}).get(key, [0.0] * len(names)) for key in series}
+    known = [v + d for key in series for v, d in zip(series[key], spread[key]) if math.isfinite(v)] + [0.0]
     whole = all(v == round(v) for v in known)                             # counts need no decimals
     ticks = round_ticks(min(known), max(known) if max(known) > min(known) else 1.0)
     font, left, top, height = ImageFont.load_default(size=15), 64, 26, 320      # height of the plot
@@ -389,12 +423,16 @@ def save_bars(path, series, names, title="", unit="%"):
     draw.text((0, 0), unit, INK, font=font)
     for g, name in enumerate(names):
         middle = left + (g + 0.5) * group                                 # column of the group's centre
-        for s, value in enumerate(values[g] for values in series.values()):
+        for s, (key, values) in enumerate(series.items()):
+            value, around = values[g], spread[key][g]
             if math.isfinite(value):
                 x, end = int(middle + (s - len(series) / 2) * bar), round(zero - value * scale)
                 top_row, bottom_row = sorted((end, zero))
                 draw.rectangle((x, top_row, x + bar - 2, bottom_row), fill=SERIES[s % len(SERIES)])
-                if bar >= 34:                                             # room for the number
+                if around:
+                    ends = round(zero - (value + around) * scale), round(zero - (value - around) * scale)
+                    draw.line((x + bar // 2 - 1, ends[0], x + bar // 2 - 1, ends[1]), fill=INK, width=2)
+                elif bar >= 34:                                             # room for the number
                     y, anchor = (end - 3, "mb") if end <= zero else (end + 3, "mt")
                     digits = ".2g" if abs(value) < 1 else ".1f"
                     number = f"{value:.0f}" if whole else f"{value:{digits}}"
@@ -407,6 +445,45 @@ def save_bars(path, series, names, title="", unit="%"):
     swatches = [(SERIES[s % len(SERIES)], name) for s, name in enumerate(series)]
     width = canvas.width
     save_stack(path, [text_piece(title, width, size=18), legend_piece(swatches, width), canvas])
+
+
+def save_curves(path, series, x, title="", below="", unit="%", deviations=None):
+    """Curves over numbers x, rising. series: {name: a value for each x}; deviations: see save_bars; below:
+    what x is."""
+    spread = {key: (deviations or {}).get(key, [0.0] * len(x)) for key in series}
+    known = [v + sign * d for key in series for v, d in zip(series[key], spread[key]) for sign in (1, -1)]
+    ticks = round_ticks(min(known), max(known) if max(known) > min(known) else min(known) + 1.0)
+    font, left, top, width, height = ImageFont.load_default(size=15), 64, 26, 640, 320
+    canvas = Image.new("RGB", (left + width + 40, top + height + 50), "white")
+    draw, axis = ImageDraw.Draw(canvas), top + height
+
+    def place(number, value):
+        share = (number - x[0]) / max(x[-1] - x[0], 1e-9)
+        return left + 20 + share * (width - 20), axis - (value - ticks[0]) / (ticks[-1] - ticks[0]) * height
+    for tick in ticks:
+        y = place(x[0], tick)[1]
+        draw.line((left, y, left + width + 20, y), fill=LINE)
+        draw.text((left - 8, y), f"{tick:.6g}", INK, font=font, anchor="rm")
+    end = -math.inf                                                       # of the last number written
+    for number in x:
+        column, half = place(number, ticks[0])[0], font.getlength(f"{number:g}") / 2
+        draw.line((column, axis, column, axis + 5), fill=INK)
+        if column - half > end + 6:
+            draw.text((column, axis + 8), f"{number:g}", INK, font=font, anchor="ma")
+            end = column + half
+    draw.text((0, 0), unit, INK, font=font)
+    draw.text((left + width / 2, axis + 30), below, INK, font=font, anchor="ma")
+    for s, (key, values) in enumerate(series.items()):
+        points, colour = [place(*point) for point in zip(x, values)], SERIES[s % len(SERIES)]
+        draw.line(points, fill=colour, width=3)
+        for number, value, around, (column, y) in zip(x, values, spread[key], points):
+            draw.line((column, place(number, value + around)[1], column, place(number, value - around)[1]),
+                      fill=colour, width=2)
+            draw.ellipse((column - 4, y - 4, column + 4, y + 4), fill=colour)
+    draw.line((left, axis, left + width + 20, axis), fill=INK)
+    swatches = [(SERIES[s % len(SERIES)], name) for s, name in enumerate(series)]
+    head = text_piece(title, canvas.width, size=18)
+    save_stack(path, [head, legend_piece(swatches, canvas.width), canvas])
 
 
 def save_histogram(path, series, bins=20, low=None, high=None, title="", log=False):

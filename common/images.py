@@ -15,9 +15,9 @@ from torchvision.transforms.v2 import functional as F
 from common import figures, toy_birds
 from common.datasets import layout_error
 from common.files import check_names, composed, images_in, others_in, read_image, read_list, tell_unread
-from common.loaders import mixed_seed
+from common.loaders import mixed_seed, to_device
 from common.run import UserError
-from common.transforms import normalise, seeded
+from common.transforms import MEAN, STD, normalise, seeded, warp
 
 DATASETS = ("toy_birds", "cub", "cars", "imagefolder")
 SPLITS = ("train", "val", "test")
@@ -56,6 +56,13 @@ class ImageSet:
     def name_of(self, i):
         """Class folder and file name without ending, and no slash: a name for an output file."""
         return f"{self.paths[i].parent.name}_{self.paths[i].stem}"
+
+    def id_of(self, i):
+        """FOLDER/CLASS/NAME.jpg, wherever the data lie and whatever its number: no other is called so."""
+        return "/".join(self.paths[i].parts[-3:])
+
+    def ids(self):
+        return [self.id_of(i) for i in range(len(self))]
 
     def read(self, i):
         """Image uint8 (3,H,W) RGB, label int. UserError: damaged file, or a box outside the image."""
@@ -97,6 +104,9 @@ class ToyBirds(ImageSet):
 
     def name_of(self, i):
         return f"{self.classes[self.labels[i]]}_{self.items[i][0]:04d}"     # as python -m data.toy_birds
+
+    def id_of(self, i):
+        return f"{self.part}/{self.name_of(i)}"
 
     def bird(self, i):
         if self.birds[i] is None:
@@ -302,9 +312,10 @@ class CleanView(Dataset):
 
 
 class TrainView(CleanView):
-    """Augmented samples: view[(index, sample_seed)] -> x, label as in CleanView; same key, same sample.
+    """Augmented samples: view[(index, sample_seed)] -> image uint8 (3,size,size), a matrix (3,3) for the
+    warp that is still to be done (see training_input), label; same key, same sample.
 
-    augment: uint8 (3,size,size) -> the same, random through torch's CPU generator only.
+    augment: uint8 (3,size,size) -> the same, and the matrix; random through torch's CPU generator only.
     """
 
     def __init__(self, data, size, augment):
@@ -315,7 +326,17 @@ class TrainView(CleanView):
         index, sample_seed = key
         image, label = self.square(index)
         with seeded(sample_seed):
-            return normalise(self.augment(image)), label
+            return *self.augment(image), label
+
+
+def training_input(batch, device):
+    """A batch of a TrainView -> x float32 (B,3,size,size) normalised, labels (B,), both on the device, which
+    does the warping: in a loader process that takes longer than all else (3 ms at 224 pixels)."""
+    warps = bool((batch[1] != torch.eye(3)).any())       # asked on the CPU: no synchronisation
+    images, matrices, labels = to_device(batch, device)
+    images = warp(images, matrices) if warps else images.float()
+    x = torch.stack([(images[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
+    return x.contiguous(memory_format=torch.channels_last), labels
 
 
 def network_input(image, size, device):

@@ -7,6 +7,9 @@ mIoU and mAcc are means over the classes for which the ratio exists: a class in 
 predictions is left out of mIoU, one that is only predicted enters it with IoU 0. The counts are summed
 before any ratio is taken: a mean of the mIoU of single images is another number.
 """
+import functools
+
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -92,9 +95,12 @@ def row_quantile(values, q):
     if values.device.type == "mps":                                  # old torch lacks kthvalue there
         return row_quantile(values.cpu(), q).to("mps")
     place = q * (values.shape[1] - 1)
-    low = int(place)
-    below = values.kthvalue(low + 1, 1).values
-    above = values.kthvalue(min(low + 2, values.shape[1]), 1).values
+    low, high = int(place), min(int(place) + 1, values.shape[1] - 1)
+    if values.device.type == "cpu":                                  # numpy needs a sixth of kthvalue's time
+        both = np.partition(values.detach().numpy(), (low, high), axis=1)[:, [low, high]]
+        below, above = torch.from_numpy(both).unbind(1)
+    else:
+        below, above = (values.kthvalue(rank + 1, 1).values for rank in (low, high))
     return torch.lerp(below, above, place - low)
 
 
@@ -105,13 +111,21 @@ def activation_boxes(maps, size, percentile=95):
     """Smallest boxes around the pixels at or above the percentile of each map. (n,h,w) -> int64 (n,4): y0,
     y1, x0, x1, ends exclusive. Maps are upsampled bicubically to size (height, width), as in ProtoPNet."""
     maps = maps.float() - maps.float().amin((1, 2), keepdim=True)    # a flat map stays exactly flat
-    large = F.interpolate(maps[None], size, mode="bicubic", align_corners=False)[0]              # (n,H,W)
-    threshold = row_quantile(large.flatten(1), percentile / 100)
-    inside = large >= threshold[:, None, None]
+    tall, wide = (enlarging(*sides).to(maps.device) for sides in zip(maps.shape[1:], size))
+    large = tall @ maps @ wide.T                                     # (n,H,W)
+    threshold = row_quantile(large.flatten(1), percentile / 100)[:, None]
     edges = []
-    for lines in (inside.any(2).int(), inside.any(1).int()):         # rows (n,H), columns (n,W)
+    for lines in (large.amax(2), large.amax(1)):                     # rows (n,H), columns (n,W)
+        lines = (lines >= threshold).int()
         edges += [lines.argmax(1), lines.shape[1] - lines.flip(1).argmax(1)]
     return torch.stack(edges, 1)
+
+
+@functools.lru_cache(maxsize=8)
+def enlarging(n, m):
+    """The matrix (m,n) that bicubic interpolation from n to m values is, float32 on the CPU: a product with
+    it takes an eighth of F.interpolate's time."""
+    return F.interpolate(torch.eye(n)[None, None], (m, n), mode="bicubic", align_corners=False)[0, 0]
 
 
 def activation_box(similarity, size, percentile=95):
@@ -136,10 +150,14 @@ def part_shares(inside, similarity, most=10):
 
 def part_consistency(inside, visible, own, share=0.8):
     """Percent of prototypes whose region holds one and the same part in at least `share` of the images where
-    that part is visible, among the images own (N,M) bool of its own classes (Huang et al., ICCV 2023)."""
+    that part is visible, among the images own (N,M) bool of its own classes (Huang et al., ICCV 2023).
+    A prototype without such images does not count; None where none has any."""
+    known = own.any(0)                                               # (M,)
+    if not known.any():
+        return None
     shown = (own[..., None] & visible[:, None]).sum(0)               # (M,P) images
     rates = (own[..., None] & inside).sum(0) / shown.clamp(min=1)
-    return 100 * (rates.amax(1) >= share).float().mean().item()
+    return 100 * (rates.amax(1) >= share)[known].double().mean().item()
 
 
 def part_stability(inside, noisy, own):
@@ -147,50 +165,82 @@ def part_stability(inside, noisy, own):
     return 100 * (inside == noisy).all(2)[own].float().mean().item()
 
 
-def part_truth(boxes, noisy, points, similarity, own, size):
+def part_truth(boxes, noisy, points, similarity, labels, held, home, size):
     """Purity, consistency and stability of prototypes in percent, and what makes them easy.
 
     boxes, noisy (N,M,4): of the images and of the same images with noise, in pixels of size x size; points
-    (N,P,3); similarity (N,M); own (N,M) bool: the prototypes of an image's class. -> inside (N,M,P), a dict;
-    purity_by_chance in it: the same boxes laid on other images.
+    (N,P,3); similarity (N,M); labels (N,); held (C,M) bool: prototypes of a class; home (M,): the class
+    whose patch a prototype is. -> inside (N,M,P), a dict; in it
+    consistency, consistency_home, consistency_guests: see part_consistency, in the images of all classes
+    that hold a prototype, of its home class, of the others. Guests have more images than a home, so that one
+    part is more rarely in 80 % of them by chance: compare a number with the same number of another run.
+    purity_by_chance: the same boxes laid on other images.
     """
     inside = points_in_boxes(boxes, points)
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
     elsewhere = points_in_boxes(boxes, points[order])
     area = (boxes[..., 1] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 2]) / size ** 2         # (N,M)
+    visible, own, at_home = points[..., 2] > 0, held[labels], labels[:, None] == home
     return inside, dict(
         purity=100 * part_shares(inside, similarity).amax(1).mean().item(),
         purity_by_chance=100 * part_shares(elsewhere, similarity).amax(1).mean().item(),
-        consistency=part_consistency(inside, points[..., 2] > 0, own),
+        consistency=part_consistency(inside, visible, own),
+        consistency_home=part_consistency(inside, visible, own & at_home),
+        consistency_guests=part_consistency(inside, visible, own & ~at_home),
         stability=part_stability(inside, points_in_boxes(noisy, points), own),
         box_area=100 * area.mean().item(), parts_per_box=inside.sum(2).float().mean().item())
 
 
-def variant_truth(inside, similarity, labels, held, variants):
-    """Does a prototype show the same part in the same variant? A dict of three numbers.
+def variant_truth(inside, similarity, labels, slots, variants):
+    """Does a prototype show the same part in the same variant, and is that what its classes share?
 
-    inside (N,M,P); similarity (N,M); labels (N,); held (C,M) bool: prototypes of a class; variants (C,P):
-    the variant of part p in class c. variants_found_shared: how many variants a prototype shows, with purity
-    of at least one half, that two of the classes that hold it have.
+    inside (N,M,P); similarity (N,M); labels (N,); slots (C,K,M) of 0 and 1: the prototype in a slot, if any;
+    variants (C,P): the variant of part p in class c. A prototype shows the part and variant that most of its
+    ten most similar images hold. -> a dict, and true (C,M) bool: the class has what the prototype shows.
+    variant_purity: mean over prototypes of the share of the ten, in percent; variants: how many there are.
+    true_slots: percent of the filled slots whose class has the variant that their prototype shows.
+    graph_correlation: over the pairs of classes, between the prototypes and the variants that they have in
+    common, -1 to 1; None where either number is the same for all pairs.
+    shared_with_variant, shared_without_variant: prototypes in common, mean over the pairs of classes that
+    have a variant in common, and over those that have none; None without such pairs.
     """
     count = int(variants.max()) + 1
     looks = F.one_hot(variants[labels], count).bool()                # (N,P,V)
     shows = (inside[..., None] & looks[:, None]).flatten(2)          # (N,M,P*V)
     best, look = part_shares(shows, similarity).max(1)               # (M,)
-    part, variant = look // count, look % count
-    holders = (held & (variants[:, part] == variant)).sum(0)         # (M,) classes with m and its variant
-    shared = look[(best >= 0.5) & (holders >= 2)]
-    return dict(variant_purity=100 * best.mean().item(), variants=int(looks.any(0).sum()),
-                variants_found_shared=len(set(shared.tolist())))
+    true = variants[:, look // count] == look % count                # (C,M)
+    held = slots.amax(1) > 0.5                                       # (C,M)
+    prototypes, alike = of_pairs(in_common(held)), of_pairs(in_common(F.one_hot(variants, count).flatten(1)))
+    known = prototypes.std() * alike.std() > 0                       # false for nan, too
+    return dict(
+        variant_purity=100 * best.mean().item(), variants=int(looks.any(0).sum()),
+        true_slots=100 * ((slots * true[:, None]).sum() / slots.sum()).item(),
+        graph_correlation=torch.corrcoef(torch.stack([prototypes, alike]))[0, 1].item() if known else None,
+        shared_with_variant=mean_or_none(prototypes[alike > 0]),
+        shared_without_variant=mean_or_none(prototypes[alike == 0])), true
+
+
+def in_common(marks):
+    """marks (C,n) of 0 and 1 -> (C,C) float64: how many ones two rows have in the same places."""
+    return marks.double() @ marks.double().T
+
+
+def of_pairs(graph):
+    """The entries (C,C) of all pairs of different rows, each once: (C*(C-1)/2,)."""
+    return graph[torch.ones_like(graph).triu(1) > 0]
+
+
+def mean_or_none(values):
+    return values.mean().item() if len(values) else None
 
 
 def sharing(slots):
-    """How classes share prototypes, as a dict. slots (C,K,M) of 0 and 1: the prototype in a slot, if any."""
+    """How classes share prototypes, as a dict. slots (C,K,M) of 0 and 1: the prototype in a slot, if any.
+    empty_slots, repeated_slots: of slots_in_all; a slot repeats if one before it has its prototype."""
     held = slots.amax(1) > 0.5                                       # (C,M)
-    graph = held.float() @ held.float().T                            # (C,C) prototypes in common
-    pairs = graph[torch.ones_like(graph).triu(1) > 0]
     count, filled = slots.shape[0] * slots.shape[1], int(slots.sum())
     return dict(
         prototypes_used=int(held.any(0).sum()), slots_in_all=count, empty_slots=count - filled,
         repeated_slots=filled - int(held.sum()), classes_per_prototype=held.sum(0).float().mean().item(),
-        classes_of_each_prototype=held.sum(0).tolist(), shared_per_class_pair=pairs.mean().item())
+        classes_of_each_prototype=held.sum(0).tolist(),
+        shared_per_class_pair=of_pairs(in_common(held)).mean().item())

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from common.run import UserError, flag_of, read_json, replacing, settings_of, write_json
+from common.run import (UserError, flag_of, read_json, replacing, settings_of, start_run,
+                        write_json)
 
 
 class Table(NamedTuple):
@@ -126,6 +127,32 @@ def finished_row(train, cfg, machine):
     if dist.is_initialized():
         dist.barrier()
     return read_json(out / "metrics.json", f"{out}/metrics.json is missing: run the table again.")
+
+
+def train_from(first, later, train, usual, cfg, machine):
+    """train(cfg, machine) for a row whose run begins as those of the other rows do: first(cfg, machine) is
+    what they have in common, made once a seed in OUT/rows/shared and copied, to the same numbers.
+
+    usual: the settings of the table; later: the options that `first` does not depend on. A row that changes
+    others, or is resumed, begins by itself.
+    """
+    differing = {f.name for f in fields(cfg) if getattr(cfg, f.name) != getattr(usual, f.name)}
+    if cfg.resume or differing - {"table", "seed", "seeds", "out", *later}:
+        return train(cfg, machine)
+
+    def begin(cfg, machine):
+        first(cfg, machine)
+        if machine.rank == 0:
+            write_json(Path(cfg.out) / "metrics.json", dict(finished=True))
+    shared, = row_configs("shared", {}, replace(usual, seed=cfg.seed, seeds=1))
+    finished_row(begin, shared, machine)
+    start_run(cfg, machine)
+    if machine.rank == 0:
+        with replacing(Path(cfg.out) / "last.pt", "wb") as file:
+            file.write((Path(shared.out) / "last.pt").read_bytes())
+    if dist.is_initialized():
+        dist.barrier()
+    return train(replace(cfg, resume=True), machine)
 
 
 def values_of(column, results):

@@ -54,17 +54,23 @@ def resize_whole(image, size, square=False):
     return F.resize(image, [size, size] if square else fitted_size(*image.shape[1:], size), antialias=False)
 
 
-def warp(image, matrix, mirrored=False, upside_down=False):
-    """Projective warp, enlarged until no border shows, and flips: uint8 (3,S,S) -> uint8 (3,S,S).
-    matrix (3,3): coordinates x, y, 1 of the output -> of the input, both from -1 to 1."""
-    line = torch.linspace(-1, 1, image.shape[-1])
+def warp_matrix(matrix, mirrored=False, upside_down=False):
+    """What warp() needs of a projective map, (3,3): coordinates x, y, 1 of the output -> of the input, both
+    from -1 to 1. Enlarged until no border shows; flips on top."""
+    corners = torch.tensor([[x, y, 1.0] for x in (-1, 1) for y in (-1, 1)]) @ matrix.T         # (4,3)
+    reach = (corners[:, :2] / corners[:, 2:]).abs().max().clamp(min=1)
+    flips = torch.tensor([1.0 - 2 * mirrored, 1.0 - 2 * upside_down, reach])
+    return (flips / reach)[:, None] * matrix
+
+
+def warp(images, matrices):
+    """Each image through its matrix, on their device, in one call: uint8 (B,3,S,S), (B,3,3) of warp_matrix
+    -> float32 (B,3,S,S), whole numbers 0..255."""
+    line = torch.linspace(-1, 1, images.shape[-1], device=images.device)
     y, x = torch.meshgrid(line, line, indexing="ij")
-    grid = torch.stack([x, y, torch.ones_like(x)], -1) @ matrix.T    # (S,S,3)
-    grid = grid[..., :2] / grid[..., 2:]
-    corners = grid[[0, 0, -1, -1], [0, -1, 0, -1]].abs().max()
-    flips = torch.tensor([1 - 2 * mirrored, 1 - 2 * upside_down])    # of x and y: 1 or -1
-    grid = flips * grid / corners.clamp(min=1)
-    return grid_sample(image[None].float(), grid[None], align_corners=True)[0].round().to(torch.uint8)
+    grid = torch.stack([x, y, torch.ones_like(x)], -1).flatten(0, 1) @ matrices.mT  # (B,S*S,3)
+    grid = (grid[..., :2] / grid[..., 2:]).unflatten(1, x.shape)
+    return grid_sample(images.float(), grid, align_corners=True).round()
 
 
 def crop_corner(mask, crop, max_share=0.75, retries=10):

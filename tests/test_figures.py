@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.figures import heatmap, overlay, palette, save_bars, save_grid, save_matrix
+from common.figures import (heatmap, overlay, palette, save_bars, save_curves, save_grid, save_matrices,
+                            save_matrix)
 
 LOW, HIGH = [0, 0, 4], [252, 255, 164]                                    # ends of the heat map
 BLUE, WHITE, RED, INK = [33, 102, 172], [255, 255, 255], [178, 24, 43], [30, 30, 30]
@@ -81,6 +82,12 @@ def test_matrix_cells_have_the_colours_of_their_values(drawn):
     assert bar[[0, -1]].tolist() == [RED, BLUE] and (bar[199:201] > 250).all()
 
 
+def test_matrices_stand_side_by_side_in_the_same_colours(drawn):
+    both = drawn(save_matrices, {"a": torch.ones(2, 2), "b": -torch.ones(2, 2)}, ["", ""])
+    left, right = extent(where(both[:170, :120], RED)), extent(where(both[:170, 160:330], BLUE))
+    assert left[1] - left[0] == right[1] - right[0] == 103 and left[:2] == right[:2]
+
+
 def test_row_i_column_j_stands_there_beside_names_that_are_cut(drawn):
     matrix = torch.zeros(20, 30)
     matrix[4, 7] = 1.0
@@ -128,3 +135,15 @@ def heights_of(picture):
     middles = np.flatnonzero(where(picture, INK)[axes[0]])[0] + 32 + 64 * np.arange(10)
     panels = [picture[axis - 150:axis, middles] for axis in axes]
     return [where(panel, colour).sum(0).tolist() for panel, colour in zip(panels, (FIRST, SECOND))]
+
+
+def test_curves_go_through_their_points_and_deviations_reach_as_far(drawn):
+    picture = drawn(save_curves, {"a": [10, 30, 20]}, [1, 2, 5], deviations={"a": [0, 8, 0]})
+    ink = where(picture[60:-60], FIRST)                                   # without the legend
+    left, right = np.flatnonzero(ink.any(0))[[0, -1]] + [4, -4]           # centres of two markers
+
+    def middle(column):
+        return np.flatnonzero(ink[:, column])[[0, -1]].mean()
+    unit = (middle(left) - middle(right)) / 10
+    bar = np.flatnonzero(ink[:, round(left + (right - left) / 4)])[[0, -1]]
+    assert [(middle(left) - y) / unit for y in bar] == pytest.approx([28, 12], abs=1)

@@ -185,10 +185,18 @@ def test_clean_views_squeeze_the_whole_image_as_pillow_does_and_loaders_keep_the
 
 
 def test_train_views_augment_before_normalising_and_depend_on_their_key_alone(data):
+    """The warp is done later, for a batch: here the pixels (x, y) of the output are (y, -x) of the input."""
+    turn = torch.tensor([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])
+
     def noise(image):
-        return (image.flip(2) // 2 + torch.randint(0, 99, image.shape)).to(torch.uint8)
+        return (image // 2 + torch.randint(0, 99, image.shape)).to(torch.uint8), turn
     view, before = im.TrainView(data, 16, noise), torch.get_rng_state()
-    x, label = view[(5, 77)]
+    image, matrix, label = view[(5, 77)]
     assert torch.equal(torch.get_rng_state(), before) and label == 1 and len(view) == 9
     torch.manual_seed(77)
-    assert torch.equal(x, transforms.normalise(noise(view.square(5)[0])))
+    assert torch.equal(image, noise(view.square(5)[0])[0])
+    batch = torch.stack([image, image]), torch.stack([torch.eye(3), matrix]), torch.tensor([1, 1])
+    x, _ = im.training_input(batch, "cpu")
+    assert torch.equal(x, transforms.normalise(torch.stack([image, image.rot90(-1, (1, 2))])))
+    x, _ = im.training_input((batch[0], torch.eye(3).expand(2, 3, 3), batch[2]), "cpu")
+    assert torch.equal(x, transforms.normalise(batch[0]))

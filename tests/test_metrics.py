@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common.metrics import (ConfusionMatrix, activation_box, activation_boxes, part_consistency, part_shares,
-                            part_stability, row_quantile)
+from common.metrics import (ConfusionMatrix, activation_box, activation_boxes, part_consistency, part_truth,
+                            row_quantile, variant_truth)
 
 
 def random_maps(seed, num_classes, shape=(2, 6, 7)):
@@ -98,35 +98,69 @@ def test_row_quantile_is_torchs_and_takes_more_than_16_million_values():
     assert row_quantile(torch.arange(2.0 ** 24 + 1)[None], 0.5) == 2 ** 23             # torch.quantile stops
 
 
-# ---- parts: N images, M prototypes, P parts ----
+# ---- parts: N images, M prototypes, P parts, C classes of 3 slots ----
 
-N, M, P = 14, 5, 4
+N, M, P, C = 14, 5, 4, 4
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_shares_consistency_and_stability_of_parts_are_the_loops(seed):
-    generator = torch.Generator().manual_seed(seed)
-    visible, similarity = torch.rand(N, P, generator=generator) < 0.7, torch.rand(N, M, generator=generator)
-    visible[:, 3] = False
-    inside = (torch.rand(N, M, P, generator=generator) < 0.6) & visible[:, None]
-    inside[:, 1, 2] = visible[:, 2]                                       # prototype 1 always holds part 2
-    own = torch.rand(N, M, generator=generator) < 0.5
-    own[:, 4] = seed % 2 == 0                                             # of all classes, or of none
-    for most in (1, 3, 10, 50):
-        shares = part_shares(inside, similarity, most)
-        for m, p in np.ndindex(M, P):
-            top = sorted(range(N), key=lambda n: -similarity[n, m].item())[:most]
-            assert shares[m, p].item() == pytest.approx(np.mean([inside[n, m, p] for n in top]))
-    rates = np.zeros((M, P))
-    for m, p in np.ndindex(M, P):
-        seen = [inside[n, m, p].item() for n in range(N) if own[n, m] and visible[n, p]]
-        rates[m, p] = np.mean(seen) if seen else 0
-    for share in (0.5, 0.8, 1.0):
-        expected = 100 * (rates.max(1) >= share).mean()
-        assert expected > 0 and part_consistency(inside, visible, own, share) == pytest.approx(expected)
-    noisy = inside ^ (torch.rand(N, M, P, generator=generator) < 0.1)
-    kept = [inside[n, m].tolist() == noisy[n, m].tolist() for n, m in np.ndindex(N, M) if own[n, m]]
-    assert part_stability(inside, noisy, own) == pytest.approx(100 * np.mean(kept)) != 100
+def percent(hits):
+    return pytest.approx(100 * np.mean(hits), abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parts_and_what_classes_share_are_judged_as_by_loops(seed):
+    rng = np.random.default_rng(seed)
+    similarity, labels, home = torch.tensor(rng.random((N, M))), torch.arange(N) % C, rng.integers(0, C, M)
+    points = torch.tensor(np.dstack([rng.random((N, P, 2)) * 9, rng.random((N, P)) < 0.7]))
+    points[:, 2, :2], points[:, 3, 2] = 2 + points[:, 2, :2] / 2, 0     # rather central; never visible
+    boxes, noisy = (torch.tensor(rng.integers([0, 5] * 2, [4, 10] * 2, (N, M, 4))) for _ in range(2))
+    held_in, variants = rng.integers(0, M, (C, 3)), rng.integers(0, 2 + seed, (C, P))
+    slots = torch.zeros(C, 3, M)
+    filled = [(c, k) for c, k in np.ndindex(C, 3) if (c, k) != (1, 2)]
+    for c, k in filled:
+        slots[c, k, held_in[c, k]] = 1
+    holds = [{held_in[c, k] for k in range(3) if (c, k) in filled} for c in range(C)]
+    held = torch.tensor([[m in holds[c] for m in range(M)] for c in range(C)])
+
+    def holds_part(box, point):
+        return bool(point[2]) and box[0] <= point[1] < box[1] and box[2] <= point[0] < box[3]
+    inside, found = part_truth(boxes, noisy, points, similarity, labels, held, torch.tensor(home), 9)
+    shaken = torch.zeros_like(inside)
+    for n, m, p in np.ndindex(N, M, P):
+        assert inside[n, m, p] == holds_part(boxes[n, m], points[n, p])
+        shaken[n, m, p] = holds_part(noisy[n, m], points[n, p])
+    assert found["stability"] == percent([torch.equal(inside[n, m], shaken[n, m])
+                                          for n, m in np.ndindex(N, M) if held[labels[n], m]])
+    for name, counts in (("", lambda c, m: True), ("_home", lambda c, m: c == home[m]),
+                         ("_guests", lambda c, m: c != home[m])):
+        consistent = []
+        for m in range(M):
+            own = [n for n in range(N) if held[labels[n], m] and counts(labels[n], m)]
+            seen = [[inside[n, m, p].item() for n in own if points[n, p, 2]] for p in range(P)]
+            consistent += [any(hits and np.mean(hits) >= 0.8 for hits in seen)] * bool(own)
+        assert found[f"consistency{name}"] == percent(consistent)
+
+    numbers, true = variant_truth(inside, similarity, labels, slots, torch.tensor(variants))
+    shown, purity, variant_purity = [], [], []
+    for m in range(M):
+        top = sorted(range(N), key=lambda n: -similarity[n, m].item())[:10]
+        purity.append(max(np.mean([inside[n, m, p] for n in top]) for p in range(P)))
+        shares = {(p, v): np.mean([inside[n, m, p] and variants[labels[n], p] == v for n in top])
+                  for p in range(P) for v in range(variants.max() + 1)}
+        shown.append(max(shares, key=shares.get))                       # of equal ones the first
+        variant_purity.append(shares[shown[m]])
+    fits = [[variants[c, p] == v for p, v in shown] for c in range(C)]
+    assert found["purity"] == percent(purity) and numbers["variant_purity"] == percent(variant_purity)
+    assert true.tolist() == fits
+    assert numbers["true_slots"] == percent([fits[c][held_in[c, k]] for c, k in filled])
+    pairs = [(len(holds[a] & holds[b]), sum(variants[a] == variants[b])) for a in range(C) for b in range(a)]
+    for name, is_of in (("with", lambda alike: alike > 0), ("without", lambda alike: alike == 0)):
+        counts = [shared for shared, alike in pairs if is_of(alike)]
+        assert numbers[f"shared_{name}_variant"] == (pytest.approx(np.mean(counts)) if counts else None)
+    assert numbers["graph_correlation"] == pytest.approx(np.corrcoef(np.transpose(pairs))[0, 1])
+    same = variant_truth(inside, similarity, labels, slots, torch.zeros(C, P).long())[0]
+    assert same["graph_correlation"] is same["shared_without_variant"] is None
+    assert part_consistency(inside, inside[:, 0], torch.zeros(N, M).bool()) is None
 
 
 # ---- the box of a prototypical part: 95th percentile of the upsampled map ----

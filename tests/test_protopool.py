@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import protopool
-from commands import SHORT, assert_same_run, call, done, files, log_of, mistake, read, same
-from common import images, run
+from commands import SHORT, assert_same_run, call, done, files, log_of, mistake, numbers, read, same
+from common import images, protopool_figures, run
+from common.transforms import warp
 
 CPU = torch.device("cpu")
 MACHINE = run.Machine(CPU)
@@ -39,10 +40,17 @@ def begin(cfg):
     """Where train() begins: the plain classifier and ProtoPool on one backbone, data, progress."""
     sets = protopool.open_splits(cfg)
     progress = dict(phase="start", epoch=0, iteration=0, stale=0, best=math.inf, seconds=0.0, log=[], sums={},
-                    slot=[], classes=sets["train"].classes, num_prototypes=cfg.prototypes)
+                    film=protopool_figures.new_film(), classes=sets["train"].classes)
     torch.manual_seed(0)
     run.start_run(cfg, MACHINE)
     return *protopool.build_models(progress, cfg, CPU), sets, progress
+
+
+def opened(out):
+    """A finished run: network, data, progress."""
+    sets = protopool.open_splits(config(out))
+    net, progress = protopool.load_run(config(out), CPU, sets)
+    return net, sets, progress
 
 
 def clean(data, i):
@@ -68,9 +76,13 @@ def test_each_phase_moves_what_it_trains_and_nothing_else(tmp_path, reading, bat
         moved = {name for name, value in net.state_dict().items() if not same(value, before[name])}
         assert {name.split(".")[0] for name in moved} == expected, phase
         assert any("running_mean" in name for name in moved) == ("backbone" in expected)
+        if phase == "warmup":
+            changed = net.q.argmax(-1) != before["q"].argmax(-1)
+            assert progress["log"][-1]["slots_changed"] == changed.sum()
     epochs = [f"{row['phase']} {row['epoch']}" for row in progress["log"]]
     assert epochs == ["pretrain 1", "warmup 1", "joint 1", "joint 2", "finetune 1", "finetune 2"]
-    assert len(progress["slot"]) == 3 and np.allclose(np.sum(progress["slot"], 1), 1)                 # Fig. 5
+    frames = progress["film"]["frames"]                                 # Fig. 5
+    assert all(torch.allclose(frame["y"].sum(1), torch.ones(2)) for frame in frames)
 
 
 @both_readings
@@ -116,15 +128,20 @@ def test_fine_tuning_without_mix_up_works_on_the_slots_of_the_clean_images(tmp_p
     assert torch.cdist(torch.cat([batch[0] for batch in mixed]), slots).amin(1).max() > 1e-3
 
 
+def photos(folder):
+    """A folder of noise: two classes, three training and one test image each."""
+    for name in ("train/ant/1", "train/ant/2", "train/bee/1", "train/bee/2", "test/ant/0", "test/bee/0"):
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 90).save(path)
+    return [*SHORT["protopool"], "--dataset", "imagefolder", "--data", folder, "--batch-size", 2], path
+
+
 def test_the_test_split_is_read_for_the_report_alone(tmp_path):
     """A broken test image shows when all is trained; with --select-on-test it is for validation, and nothing
     is set apart from the training images."""
-    for name in ("train/ant/0", "train/ant/1", "train/bee/0", "train/bee/1", "test/ant/0", "test/bee/0"):
-        path = tmp_path / "data" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((32, 32), 90).save(path)
+    argv, path = photos(tmp_path / "data")
     path.write_bytes(path.read_bytes()[:300])
-    argv = [*SHORT["protopool"], "--dataset", "imagefolder", "--data", tmp_path / "data", "--batch-size", 2]
     assert str(path) in mistake("protopool", "--out", tmp_path / "run", *argv)
     progress = run.read_checkpoint(tmp_path / "run" / "last.pt")["progress"]
     assert (progress["phase"], progress["epoch"]) == ("finetune", 2)
@@ -132,6 +149,35 @@ def test_the_test_split_is_read_for_the_report_alone(tmp_path):
     assert not (tmp_path / "other" / "last.pt").exists()
     sets = protopool.open_splits(config(tmp_path, "--select-on-test"))
     assert sets["val"] is sets["test"] and len(sets["train"]) == 24
+
+
+def test_a_patch_stays_the_patch_whatever_becomes_of_the_training_images(tmp_path):
+    """A new file moves the numbers of all others, and some to val; without data --explain shows the same."""
+    (argv, picture), out = photos(tmp_path / "data"), tmp_path / "run"
+    done("protopool", "--out", out, *argv)
+    metrics = read(out / "metrics.json")
+    done("protopool", "--out", out, "--explain", picture)
+    explained = (out / "explanations" / "0.png").read_bytes()
+    shutil.copy(picture, tmp_path / "data" / "train" / "ant" / "0.png")
+    done("protopool", "--out", out, "--eval-only")
+    assert same(numbers(read(out / "metrics.json")), numbers(metrics))
+    saved = run.read_checkpoint(out / "last.pt")
+    source = saved["progress"]["sources"][0]["image"]
+    (tmp_path / "data" / source).unlink()
+    assert f"{source}, which prototype p0" in mistake("protopool", "--out", out, "--eval-only")
+    (tmp_path / "data").rename(tmp_path / "gone")
+    done("protopool", "--out", out, "--explain", tmp_path / "gone" / "test" / "bee" / "0.png")
+    assert (out / "explanations" / "0.png").read_bytes() == explained
+    other = shutil.copytree(out, tmp_path / "other")                    # counts and classes alone agree
+    run.write_json(other / "config.json", read(out / "config.json") | dict(data=str(tmp_path / "moved")))
+    shutil.copytree(tmp_path / "gone", tmp_path / "data")
+    shutil.copytree(tmp_path / "gone", tmp_path / "moved")
+    (tmp_path / "moved" / "test" / "bee" / "0.png").rename(tmp_path / "moved" / "test" / "bee" / "1.png")
+    assert "test images differ" in mistake("protopool", "--out", tmp_path, "--ensemble", out, other)
+    saved["progress"]["sources"] = [[0, 1, 1, 0.5]]                     # as earlier versions kept it
+    torch.save(saved, out / "last.pt")
+    for option in ("--eval-only", "--resume"):
+        assert "train again" in mistake("protopool", "--out", out, option, "--data", tmp_path / "gone")
 
 
 def test_the_plain_classifier_trains_for_the_same_epochs_and_resumes(linear_and_official, tmp_path):
@@ -148,13 +194,14 @@ def test_the_plain_classifier_trains_for_the_same_epochs_and_resumes(linear_and_
 
 FIGURES = {"prototypes-01.png", "classes-01.png", "shared_pair.png", "shared_prototype.png", "focal.png",
            "classes_per_prototype.png", "class_graph.png", "class_graph.csv", "assignment.png",
-           "assignment_histogram.png", "slot_over_time.png", "focal_histogram.png",
+           "assignment_histogram.png", "slot_over_time.png", "slots_over_time.png", "focal_histogram.png",
            *(f"explanation-{k}.png" for k in (1, 2, 3))}
 
 
 def test_a_run_leaves_what_the_readme_promises(trained):
     out = trained("protopool")
-    assert files(out) == {"config.json", "log.csv", "metrics.json", "last.pt", "best.pt", "printed.txt",
+    assert {path for path in files(out) if path[-7:] != "-02.png"} == {
+                          "config.json", "log.csv", "metrics.json", "last.pt", "best.pt", "printed.txt",
                           *(f"figures/{name}" for name in FIGURES)}
     metrics, rows = read(out / "metrics.json"), log_of(out)
     assert (metrics["reading"], metrics["chosen_on"]) == ("paper", "validation split")
@@ -167,15 +214,23 @@ def test_the_three_accuracies_and_the_patches(trained):
     """Before the projection, right after it, with the last layer's new weights. A prototype is the patch of
     the training image that it names, and was among the best weights before."""
     out = trained("protopool")
-    metrics, (net, sets, progress) = read(out / "metrics.json"), protopool.load_run(config(out), CPU)
-    for p, before, (image, row, column, distance) in zip(net.prototypes, progress["prototypes_before"],
-                                                         progress["sources"]):
-        z = net.features(clean(sets["train"], image))[0, :, row, column]
-        assert torch.allclose(p, z, atol=1e-4)
-        assert distance == pytest.approx((z - before).square().sum().item(), abs=1e-3)
+    metrics, (net, sets, progress) = read(out / "metrics.json"), opened(out)
+    for m, source in enumerate(progress["sources"]):
+        i = sets["train"].ids().index(source["image"])
+        image, x, (p, before) = sets["train"].read(i)[0], clean(sets["train"], i), (
+            net.prototypes[m], progress["prototypes_before"][m])
+        z = net.features(x)[0, :, source["row"], source["column"]]
+        assert torch.allclose(p, z, atol=1e-4) and source["label"] == sets["train"].labels[i]
+        assert source["distance"] == pytest.approx((z - before).square().sum().item(), abs=1e-3)
+        y0, y1, x0, x1 = protopool.activation_box(net.similarity_maps(x)[0, m], image.shape[1:])
+        assert torch.equal(source["patch"], image[:, y0:y1, x0:x1])
     best = run.read_checkpoint(out / "best.pt")["model"]
     alive = protopool.harden(protopool.assign(best["q"], 0.001)).flatten(0, 1).any(0)
     assert torch.equal(progress["prototypes_before"], best["prototypes"][alive])
+    assert torch.equal(progress["soft"].argmax(-1), net.q.argmax(-1))   # the same numbers in all figures
+    swapped = dict(train=sets["val"], val=sets["train"])                # as a new image may move one to val
+    places = protopool_figures.places_of(progress["sources"], swapped, "")
+    assert [data.id_of(i) for data, i in places] == [source["image"] for source in progress["sources"]]
     assert not torch.equal(net.last_layer.weight, net.own_slots())
     for name in ("accuracy", "accuracy_after_projection", "accuracy_before_projection"):
         logits = torch.cat([net(clean(sets["test"], i))[0] for i in range(12)])
@@ -207,11 +262,11 @@ def test_the_numbers_of_sharing_are_those_of_the_slots(trained):
 def test_birds_tell_whether_the_explanation_is_true(trained):
     """Purity: of the ten test images most similar to a prototype, the share whose box holds the same part."""
     out = trained("protopool")
-    metrics, (net, sets, _) = read(out / "metrics.json"), protopool.load_run(config(out), CPU)
-    for name in ("purity_by_chance", "consistency", "stability", "box_area"):
+    metrics, (net, sets, _) = read(out / "metrics.json"), opened(out)
+    for name in ("purity_by_chance", "consistency", "consistency_home", "consistency_guests", "stability",
+                 "box_area", "true_slots"):
         assert 0 <= metrics[name] <= 100, name
     assert 0 <= metrics["variant_purity"] <= metrics["purity"] + 1e-4
-    assert metrics["variants_found_shared"] <= metrics["variants"]
     similarity, inside = [], []
     for i in range(12):
         maps, places = net.similarity_maps(clean(sets["test"], i))[0], sets["test"].part_locations(i) / 3
@@ -228,7 +283,7 @@ def test_birds_tell_whether_the_explanation_is_true(trained):
 
 def test_an_explanation_adds_up_to_the_logit(trained):
     """own + rest = logit; a term is a filled slot of the predicted class, the largest product first."""
-    net, sets, progress = protopool.load_run(config(trained("protopool")), CPU)
+    net, sets, progress = opened(trained("protopool"))
     torch.manual_seed(0)
     net.last_layer.weight.data += 0.3 * torch.randn(12, 24)             # negative weights, others' slots
     net.q.data[:3, 0] = 0                                               # empty slots
@@ -273,7 +328,8 @@ def test_an_ensemble_averages_probabilities(trained, linear_and_official, tmp_pa
     runs, chances = (trained("protopool"), linear_and_official[1]), []
     done("protopool", "--out", tmp_path, "--ensemble", *runs, "--device", "cpu")
     for out in runs:
-        net, sets, _ = protopool.load_run(run.read_config(protopool.Config, out), CPU)
+        sets = protopool.open_splits(run.read_config(protopool.Config, out))
+        net, _ = protopool.load_run(run.read_config(protopool.Config, out), CPU)
         chances.append(torch.cat([net(clean(sets["test"], i))[0].softmax(1) for i in range(12)]))
     labels = torch.tensor(sets["test"].labels)
     hits = [100 * (chance.argmax(1) == labels).double().mean().item() for chance in (*chances, sum(chances))]
@@ -303,12 +359,28 @@ def test_tables_change_what_they_say_and_print_the_papers_numbers(tmp_path):
     assert (sizes[0], sizes[-1]) == (50, 505) and 202 in sizes
 
 
+def test_rows_of_a_table_share_a_pretraining_and_end_like_runs_of_their_own(no_figures, tmp_path):
+    argv = [*SHORT["protopool"], "--joint-epochs", 1, "--finetune-epochs", 1]
+    done("protopool", "--out", tmp_path, *argv, "--table", 4)
+    assert {f"figure{n}.png" for n in (2, 14, 15, 17)} <= files(tmp_path)
+    done("protopool", "--out", tmp_path / "alone", *argv, "--no-gumbel", "--w-orth", 0)
+    assert_same_run(tmp_path / "alone", tmp_path / "rows" / "no-both")
+    rows = tmp_path / "rows"
+    assert len({path.read_text().splitlines()[1] for path in rows.glob("*/log.csv")}) == 1    # its time too
+    assert len(list(rows.iterdir())) == 6 and not list(rows.rglob("previous-*"))
+    cfg = config(tmp_path, "--table", "11b")
+    table = protopool.table_of(cfg)
+    protopool_figures.draw_table(table, {row: [dict(accuracy=50.0)] for row in table.rows}, None, cfg)
+    assert "figure11b.png" in files(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["chain", "single", "flip", "none"])
 def test_augmentation_warps_flips_half_the_time_and_shows_no_border(kind):
     """Vertical flips in the chain alone. Outside the picture all would be black. The seed decides."""
     def augmented(image, count=300):
         torch.manual_seed(0)
-        return torch.stack([protopool.augment(image, kind) for _ in range(count)])
+        drawn = zip(*(protopool.augment(image, kind) for _ in range(count)))
+        return warp(*map(torch.stack, drawn))
     white, image = torch.full((3, 33, 33), 255, dtype=torch.uint8), torch.zeros(3, 24, 24, dtype=torch.uint8)
     assert (augmented(white) == 255).all()
     image[0, :, :12], image[1, :12] = 200, 200                          # red is left, green is above
@@ -318,7 +390,7 @@ def test_augmentation_warps_flips_half_the_time_and_shows_no_border(kind):
     assert mirrored == 0 if kind == "none" else 0.4 < mirrored < 0.6
     assert 0.4 < upside_down < 0.6 if kind == "chain" else upside_down == 0
     noise = torch.randint(0, 256, (3, 21, 21), dtype=torch.uint8)
-    looks = {str(picture.tolist()) for picture in augmented(noise, 40)}
+    looks = {str(picture.byte().tolist()) for picture in augmented(noise, 40)}
     exact = [str(noise.tolist()), str(noise.flip(2).tolist())]
     assert looks == set(exact[:1 if kind == "none" else 2]) if kind in ("none", "flip") else len(looks) > 30
 
