@@ -6,9 +6,9 @@ Idea   A logit is the sum of the K slots of its class. A slot is a distribution 
        classes share; Gumbel-softmax turns it into a choice of one. A prototype scores by how much its best
        patch stands out from the rest of the image (focal similarity), and it ends as a patch of a training
        image: this looks like that.
-Found  With the paper's start the slots are filled by chance: on toy birds q hears L_orth NNN times louder than
-       the cross-entropy while tau is 1, and then tau falls so fast that 98 % of the choices stand. The images
-       choose if prototypes start as training patches [D20] and tau falls step by step [D21], as in toy.
+Found  With the paper's start chance fills the slots. On toy birds q hears L_orth 430 times louder than the
+       cross-entropy while tau is 1, then tau falls 185-fold and 98 % of the choices stand. Images choose if
+       prototypes start as training patches (0.3 times; [D20]) and tau falls slowly [D21], as in preset toy.
 
 Try    python protopool.py                                         # toy birds, under two minutes on a CPU
 Train  python protopool.py --preset cub-r50-inat --data CUB_200_2011 --weights BBN_CHECKPOINT.pth
@@ -49,25 +49,23 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
      the prototypes uniformly from [0, 1).
 [D9] Table 5 reads as one chain with vertical flips. The code has one of the three warps and left-right flips
      only, and stores 30 changed copies of every image, as ProtoPNet does: hence --passes-per-epoch. We take
-     the skew of "< 45 degrees" as a tilt that changes a side by up to a fifth. Batches are always full; what
-     is left of the images at the end of an epoch begins the next.
+     the skew of "< 45 degrees" as a tilt that changes a side by up to a fifth. All batches are full: images
+     left at the end of an epoch begin the next.
 [D10] Table 6 has 10 epochs of warm-up without decay; the code trains 9, and decays the add-on layer.
 [D11] Table 6 decays the "prototypical pool" too; the code leaves prototypes and q alone, and so do we in
      both readings: a q whose softmax is saturated has no other gradient, and Adam would walk it to 0.
-[D12] We stop early by the cross-entropy of a validation split, as the accuracy of few images is coarse, and
-     project the best weights. The code stops by loss and accuracy of the test split, from the warm-up on
-     (patience: always from the joint phase on here), and projects the last.
+[D12] We stop early by the cross-entropy of a validation split, counted from the joint phase on, and project
+     the best weights. The code stops by loss and accuracy of the test split, counted from the warm-up on,
+     and projects the last.
 [D13] A sigmoid follows the 1x1 convolution, as in the code and in ProtoPNet; the paper does not mention it.
 [D14] The text starts at tau = 1, the formula at infinity: tau = 1 in epoch 0.
 [D15] Mix-up "50% : 50%" is Beta(0.5, 0.5), as in the code; there L_clst and L_sep see the first image only.
 [D16] Batch norm stays in eval mode while the backbone is frozen; the code lets its statistics drift.
 [D17] Prototypes in nobody's slot are pruned at the projection; the code overwrites them with zeros.
-[D18] Toy birds have no pretrained backbone: --pretrain-epochs trains it as a plain classifier first, with
-     --lr (one with weights: --backbone-lr).
+[D18] Toy birds have no pretrained backbone: a plain classifier is trained first (one with --weights slowly).
 [D19] CUB is cut to its boxes, test images too, as ProtoPNet prepared it. Cars are whole: no source says.
-[D20] --prototypes-from patches, ours: the pretraining has the add-on layer in it, under a maximum over its
-     cells and a linear layer; greedy k-means++ then takes the prototypes from the patches of its map. More
-     --w-orth than the paper's 1 goes with it, against repeated slots.
+[D20] --prototypes-from patches, ours: [D18] trains the add-on layer too, under a maximum over its cells, and
+     greedy k-means++ chooses patches of its map. A larger --w-orth goes with it, against repeated slots.
 [D21] --tau geometric, ours: from 1 to 0.001 over the warm-up and half of the joint phase, a bit every step.
 [D22] L_clst, L_sep: a class that repeats a prototype has fewer than K of its own; the code fills them up.
 [D23] Fine-tuning leaves weights below 0: a slot of another class begins at 0 and mostly speaks against, and
@@ -120,9 +118,8 @@ class Config(RunConfig):
     prototypes: int = opt(202, "M, size of the pool; those in no slot are pruned at the projection", above=0)
     slots: int = opt(10, "K, slots of a class", above=0)
     depth: int = opt(256, "D, channels of features and prototypes", above=0)
-    prototypes_from: str = opt("random", "start: random, or training patches, far from each other, once "
-                               "--pretrain-epochs have taught the add-on layer too [D20]",
-                               choices=("random", "patches"))
+    prototypes_from: str = opt("random", "start: random, or training patches far from each other, once "
+                               "--pretrain-epochs are over [D20]", choices=("random", "patches"))
     tau: str = opt(None, "how the temperature falls, see temperature() (default: as in the reading)",
                    choices=("paper", "official", "geometric"))
     gumbel: bool = opt(True, "off = plain softmax in training (Table 4)")
@@ -147,9 +144,8 @@ class Config(RunConfig):
                          "it where an epoch has few steps, or the slots freeze before they learn", above=0)
     backbone_lr: float = opt(5e-5, "learning rate of the backbone in the joint phase", above=0)
     weight_decay: float = opt(1e-3, "of backbone and add-on layer in the joint phase [D11]", at_least=0)
-    add_on_decay: float = opt(None, "weight decay of the add-on layer (default: none in the warm-up [D10], "
-                              "then --weight-decay); some hundred images want 0.03, or it learns them by "
-                              "heart", at_least=0)
+    add_on_decay: float = opt(None, "of the add-on layer (default: 0 in the warm-up [D10], then as above); "
+                              "some hundred images want 0.03, or it learns them by heart", at_least=0)
     lr_step: int = opt(5, "joint epochs between two cuts of the learning rates", above=0)
     lr_gamma: float = opt(None, "factor of a cut (default 0.5; official 0.1)", above=0)
     finetune_lr: float = opt(None, "learning rate of the last layer (default 1e-4; official 5e-5)", above=0)
@@ -533,10 +529,8 @@ def reached(progress, phase):
 
 
 def temperature_of(phase, epoch, cfg):
-    """Temperature `epoch` epochs into a phase, a fraction within one; they count from the warm-up on.
-
-    official: from 1 [D10]. geometric [D21]: from 1 to 0.001 over the warm-up and half of the joint phase.
-    """
+    """Temperature so many epochs into a phase, or fractions of one; they count from the warm-up's start on
+    (official: from 1 [D10]). geometric [D21]: 1 to 0.001 over the warm-up and half of the joint phase."""
     epoch += cfg.warmup_epochs if phase == "joint" else 0
     if cfg.tau == "geometric":
         return 0.001 ** min(1.0, epoch / (cfg.warmup_epochs + cfg.joint_epochs / 2 or 1))
@@ -681,8 +675,7 @@ def check_config(cfg):
         raise UserError(f"--slots {cfg.slots} with --prototypes {cfg.prototypes}: a class cannot hold more "
                         "prototypes than the pool has; raise --prototypes or lower --slots.")
     if cfg.prototypes_from == "patches" and not cfg.pretrain_epochs:
-        raise UserError("--prototypes-from patches with --pretrain-epochs 0: patches of an untrained add-on "
-                        "layer tell nothing apart; give a few epochs, or --prototypes-from random.")
+        raise UserError("--prototypes-from patches with --pretrain-epochs 0: give it some epochs.")
 
 
 def augment(image, kind):
@@ -725,10 +718,8 @@ def start_from_patches(net, sets, progress, cfg, machine, most=50_000):
 
 
 class PlainClassifier(nn.Module):
-    """The baseline: mean over the cells, linear layer. Returns logits (B,C), None, None: see ProtoPool.
-
-    With add-on layers [D20]: the maximum over the cells of their map, linear layer.
-    """
+    """The baseline: mean over the cells (with an add-on layer [D20] maximum over its cells), linear layer.
+    Returns logits (B,C), None, None: see ProtoPool."""
 
     def __init__(self, backbone, num_classes, add_on_layers=None):
         super().__init__()
