@@ -6,6 +6,9 @@ Idea   A logit is the sum of the K slots of its class. A slot is a distribution 
        classes share; Gumbel-softmax turns it into a choice of one. A prototype scores by how much its best
        patch stands out from the rest of the image (focal similarity), and it ends as a patch of a training
        image: this looks like that.
+Found  With the paper's start chance fills the slots. On toy birds q hears L_orth 430 times louder than the
+       cross-entropy while tau is 1, then tau falls 185-fold and 98 % of the choices stand. Images choose if
+       prototypes start as training patches (0.3 times; [D20]) and tau falls slowly [D21], as in preset toy.
 
 Try    python protopool.py                                         # toy birds, under two minutes on a CPU
 Train  python protopool.py --preset cub-r50-inat --data CUB_200_2011 --weights BBN_CHECKPOINT.pth
@@ -18,7 +21,7 @@ f        features()          B,D,h,w    backbone and 1x1 add-on layer           
 p_i      prototypes          M,D        the pool                                               Sec. 3
 q        q                   C,K,M      logits of the slots' distributions                     Sec. 3
 y        assignment          C,K,M      Gumbel-softmax of q; it is the q_k of Eq. (2)          Supp. 8
-tau      temperature()       scalar     1, then 1 / sqrt(3.4e4 epoch), 0.001 from epoch 30     Supp. 8
+tau      temperature_of()    scalar     1, then 1 / sqrt(3.4e4 epoch), 0.001 from epoch 30     Supp. 8
 eta      noise               C,K,M      standard Gumbel samples, the same for a whole batch    Sec. 3
 g_p(z)   log_similarity()    B,M,h,w    log((d2 + 1) / (d2 + eps)), d2 = |z - p|^2             footnote 5
 g_p      focal_similarity()  B,M        maximum over cells - mean over cells                   Eq. (1)
@@ -46,19 +49,27 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
      the prototypes uniformly from [0, 1).
 [D9] Table 5 reads as one chain with vertical flips. The code has one of the three warps and left-right flips
      only, and stores 30 changed copies of every image, as ProtoPNet does: hence --passes-per-epoch. We take
-     the skew of "< 45 degrees" as a tilt that changes a side by up to a fifth.
+     the skew of "< 45 degrees" as a tilt that changes a side by up to a fifth. All batches are full: images
+     left at the end of an epoch begin the next.
 [D10] Table 6 has 10 epochs of warm-up without decay; the code trains 9, and decays the add-on layer.
 [D11] Table 6 decays the "prototypical pool" too; the code leaves prototypes and q alone, and so do we in
      both readings: a q whose softmax is saturated has no other gradient, and Adam would walk it to 0.
-[D12] We stop early by the cross-entropy of a validation split, as the accuracy of few images is coarse, and
-     project the best weights. The code stops by loss and accuracy of the test split and projects the last.
+[D12] We stop early by the cross-entropy of a validation split, counted from the joint phase on, and project
+     the best weights. The code stops by loss and accuracy of the test split, counted from the warm-up on,
+     and projects the last.
 [D13] A sigmoid follows the 1x1 convolution, as in the code and in ProtoPNet; the paper does not mention it.
 [D14] The text starts at tau = 1, the formula at infinity: tau = 1 in epoch 0.
 [D15] Mix-up "50% : 50%" is Beta(0.5, 0.5), as in the code; there L_clst and L_sep see the first image only.
 [D16] Batch norm stays in eval mode while the backbone is frozen; the code lets its statistics drift.
 [D17] Prototypes in nobody's slot are pruned at the projection; the code overwrites them with zeros.
-[D18] Toy birds have no pretrained backbone: --pretrain-epochs trains it as a plain classifier first.
+[D18] Toy birds have no pretrained backbone: a plain classifier is trained first (one with --weights slowly).
 [D19] CUB is cut to its boxes, test images too, as ProtoPNet prepared it. Cars are whole: no source says.
+[D20] --prototypes-from patches, ours: [D18] trains the add-on layer too, under a maximum over its cells, and
+     greedy k-means++ chooses patches of its map. A larger --w-orth goes with it, against repeated slots.
+[D21] --tau geometric, ours: from 1 to 0.001 over the warm-up and half of the joint phase, a bit every step.
+[D22] L_clst, L_sep: a class that repeats a prototype has fewer than K of its own; the code fills them up.
+[D23] Fine-tuning leaves weights below 0: a slot of another class begins at 0 and mostly speaks against, and
+     Adam's steps are as long for a small gradient. --positive, ours, puts them back to 0 after every step.
 """
 
 import copy
@@ -82,6 +93,7 @@ from common.classification import (clean_loader, evaluate, open_splits, steps_pe
 from common.files import list_images
 from common.loaders import BatchesFrom, to_device
 from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401: boxes for callers
+from common.patches import spread_patches, training_patches
 from common.run import RunConfig, UserError, opt
 from common.tables import Table, beside_paper, check_rows, train_from, train_rows, write_table
 from common.transforms import coin, uniform, warp_matrix
@@ -106,6 +118,10 @@ class Config(RunConfig):
     prototypes: int = opt(202, "M, size of the pool; those in no slot are pruned at the projection", above=0)
     slots: int = opt(10, "K, slots of a class", above=0)
     depth: int = opt(256, "D, channels of features and prototypes", above=0)
+    prototypes_from: str = opt("random", "start: random, or training patches far from each other, once "
+                               "--pretrain-epochs are over [D20]", choices=("random", "patches"))
+    tau: str = opt(None, "how the temperature falls, see temperature() (default: as in the reading)",
+                   choices=("paper", "official", "geometric"))
     gumbel: bool = opt(True, "off = plain softmax in training (Table 4)")
     focal: bool = opt(True, "off = maximum alone, as in ProtoPNet (Table 4)")
     w_cluster: float = opt(0.8, "weight of L_clst", at_least=0)
@@ -128,12 +144,12 @@ class Config(RunConfig):
                          "it where an epoch has few steps, or the slots freeze before they learn", above=0)
     backbone_lr: float = opt(5e-5, "learning rate of the backbone in the joint phase", above=0)
     weight_decay: float = opt(1e-3, "of backbone and add-on layer in the joint phase [D11]", at_least=0)
-    add_on_decay: float = opt(None, "weight decay of the add-on layer (default: none in the warm-up [D10], "
-                              "then --weight-decay); some hundred images want 0.03, or it learns them by "
-                              "heart", at_least=0)
+    add_on_decay: float = opt(None, "of the add-on layer (default: 0 in the warm-up [D10], then as above); "
+                              "some hundred images want 0.03, or it learns them by heart", at_least=0)
     lr_step: int = opt(5, "joint epochs between two cuts of the learning rates", above=0)
     lr_gamma: float = opt(None, "factor of a cut (default 0.5; official 0.1)", above=0)
     finetune_lr: float = opt(None, "learning rate of the last layer (default 1e-4; official 5e-5)", above=0)
+    positive: bool = opt(False, "keep the last layer's weights at 0 or above in fine-tuning [D23]")
     augment: str = opt(None, "chain = all of Table 5, single = one of its warps, flip = left-right only "
                        "(default chain; official single)", choices=("chain", "single", "flip", "none"))
     mixup: bool = opt(True, "mix-up in training (Table 5)")
@@ -156,16 +172,17 @@ class Config(RunConfig):
 
 READINGS = {                                                         # [D6] [D7] [D9] [D10]
     "paper": dict(warmup_epochs=10, finetune_epochs=15, finetune_lr=1e-4, lr_gamma=0.5, augment="chain",
-                  finetune_mixup=False),
+                  finetune_mixup=False, tau="paper"),
     "official": dict(warmup_epochs=9, finetune_epochs=25, finetune_lr=5e-5, lr_gamma=0.1, augment="single",
-                     finetune_mixup=True),
+                     finetune_mixup=True, tau="official"),
 }
 CUB = dict(dataset="cub", prototypes=202, depth=256)                 # Sec. 4, Supp. 8
 CARS = dict(dataset="cars", prototypes=195, depth=128)
 PRESETS = {
-    "toy": dict(backbone="tiny", weights="none", size=96, prototypes=30, slots=5, depth=64, batch_size=40,
-                passes_per_epoch=4, pretrain_epochs=4, warmup_epochs=3, joint_epochs=8, finetune_epochs=10,
-                slot_lr=0.02, backbone_lr=5e-4, augment="flip", mixup=False, workers=0),     # ours
+    "toy": dict(backbone="tiny", weights="none", size=96, prototypes=36, slots=5, depth=64, batch_size=40,
+                passes_per_epoch=4, pretrain_epochs=4, warmup_epochs=8, joint_epochs=4, finetune_epochs=10,
+                prototypes_from="patches", tau="geometric", w_orth=1.5, slot_lr=0.01, backbone_lr=5e-4,
+                augment="flip", mixup=False, workers=0),             # ours
     "cub-small": CUB | dict(backbone="mobilenet_v2", prototypes=40, depth=128, batch_size=20,
                             passes_per_epoch=4, warmup_epochs=8, joint_epochs=4, lr=5e-4, slot_lr=0.02,
                             backbone_lr=1e-4, add_on_decay=0.03, w_cluster=0.1, w_separation=-0.01,
@@ -179,17 +196,6 @@ PRESETS = {
     "cars-r50": CARS | dict(backbone="resnet50"),
     "cars-d121": CARS | dict(backbone="densenet121", prototypes=202),              # as printed in Table 7
 }
-
-
-def check_config(cfg):
-    """UserError for a setting that cannot work, before anything is read or written."""
-    run.check_options(cfg)
-    run.check_batch_size(cfg.batch_size)
-    batch = run.batch_of_process(cfg)
-    check_side(lambda: build_extractor(cfg.backbone), cfg.size, "--size", cfg.backbone, batch)
-    if cfg.slots > cfg.prototypes:
-        raise UserError(f"--slots {cfg.slots} with --prototypes {cfg.prototypes}: a class cannot hold more "
-                        "prototypes than the pool has; raise --prototypes or lower --slots.")
 
 
 # ---- slots: which class holds which prototype (Sec. 3, Supp. 8) -------------------------------------------
@@ -217,7 +223,7 @@ def assign(q, tau, noise=None, reading="paper"):
     Supp. 8: tau does not divide the noise, so that the noise loses its influence as tau falls.
     official [D3]: softmax(2 (q / tau + noise)), and softmax(q) without noise at tau = infinity.
     """
-    if reading == "official" and math.isinf(tau):
+    if math.isinf(tau):
         return q.softmax(-1)
     logits = q / tau if noise is None else q / tau + noise
     return (logits * 2 if reading == "official" else logits).softmax(-1)
@@ -285,28 +291,29 @@ def orthogonality_loss(x, reading="paper"):
     return (all_pairs - unit.square().sum()) / 2 / slots
 
 
-def own_prototypes(assignment):
-    """(C,M) bool: the K prototypes of each class with the largest assignment summed over its slots."""
+def own_prototypes(assignment, reading="paper"):
+    """(C,M) bool: the K prototypes of each class with the largest assignment summed over its slots, if that
+    is half of the even share K / M or more: of a repeated prototype none is left for the K-th [D22]."""
     share = assignment.detach().sum(1)                               # (C,M)
-    largest = share.topk(assignment.shape[1]).indices                # (C,K)
-    return torch.zeros_like(share, dtype=torch.bool).scatter_(1, largest, True)
+    largest, index = share.topk(assignment.shape[1])                 # (C,K)
+    enough = largest > (-1 if reading == "official" else 0.5 * share.mean(1, keepdim=True))
+    return torch.zeros_like(share, dtype=torch.bool).scatter_(1, index, enough)
 
 
-def cluster_cost(min_d2, labels, assignment):
+def cluster_cost(min_d2, labels, assignment, reading="paper"):
     """L_clst: squared distance of the nearest patch to the nearest own prototype, mean over the batch.
 
     min_d2 (B,M): minimum over the cells; labels (B,). No gradient reaches the assignment. As in ProtoPNet.
     """
-    of_class = own_prototypes(assignment)[labels]                    # (B,M)
+    of_class = own_prototypes(assignment, reading)[labels]           # (B,M)
     return min_d2.masked_fill(~of_class, math.inf).amin(1).mean()
 
 
-def separation_cost(min_d2, labels, assignment):
-    """L_sep: the same for the nearest of the other prototypes; its weight is negative. 0 if K = M."""
-    if assignment.shape[1] == assignment.shape[2]:
-        return 0 * min_d2.sum()
-    of_class = own_prototypes(assignment)[labels]                    # (B,M)
-    return min_d2.masked_fill(of_class, math.inf).amin(1).mean()
+def separation_cost(min_d2, labels, assignment, reading="paper"):
+    """L_sep: the same for the nearest of the other prototypes; its weight is negative. 0 if all are own."""
+    of_class = own_prototypes(assignment, reading)[labels]           # (B,M)
+    nearest = min_d2.masked_fill(of_class, math.inf).amin(1)
+    return nearest.masked_fill(of_class.all(1), 0).mean()
 
 
 # ---- model (Sec. 3, Fig. 3) -------------------------------------------------------------------------------
@@ -416,8 +423,8 @@ def losses_of(model, x, labels, tau, cfg):
     losses = dict(ce=mixed_cost(lambda target: F.cross_entropy(logits, target), labels, others, lam))
     if y is not None:
         lam = 1.0 if official else lam                               # [D15]
-        near = mixed_cost(lambda target: cluster_cost(min_d2, target, y), labels, others, lam)
-        far = mixed_cost(lambda target: separation_cost(min_d2, target, y), labels, others, lam)
+        near = mixed_cost(lambda target: cluster_cost(min_d2, target, y, cfg.reading), labels, others, lam)
+        far = mixed_cost(lambda target: separation_cost(min_d2, target, y, cfg.reading), labels, others, lam)
         slots = getattr(model, "module", model).q if official else y               # [D4]
         losses |= dict(cluster=cfg.w_cluster * near, separation=cfg.w_separation * far,
                        orth=cfg.w_orth * orthogonality_loss(slots, cfg.reading))
@@ -461,8 +468,11 @@ def build_optimizer(net, phase, cfg, device):
         add_on = net.add_on_layers
         add_on_decay = add_on_decay if cfg.add_on_decay is None else cfg.add_on_decay
         groups = [dict(params=[net.prototypes], lr=cfg.lr), dict(params=[net.q], lr=cfg.slot_lr)]     # [D11]
+    elif net.add_on_layers:                                          # [D20]
+        groups = [dict(params=net.add_on_layers.parameters(), lr=cfg.lr)]
     if phase != "warmup":
-        groups += [dict(params=net.backbone.parameters(), lr=cfg.backbone_lr if joint else cfg.lr,
+        scratch = cfg.weights == "none" and not joint                # [D18]
+        groups += [dict(params=net.backbone.parameters(), lr=cfg.lr if scratch else cfg.backbone_lr,
                         weight_decay=decay)]
     groups += [dict(params=add_on.parameters(), lr=cfg.lr, weight_decay=add_on_decay)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
@@ -519,9 +529,12 @@ def reached(progress, phase):
 
 
 def temperature_of(phase, epoch, cfg):
-    """Temperature of an epoch; they count from the start of the warm-up (official: from 1 [D10])."""
-    first = (cfg.warmup_epochs if phase == "joint" else 0) + (cfg.reading == "official")
-    return temperature(first + epoch, cfg.reading)
+    """Temperature so many epochs into a phase, or fractions of one; they count from the warm-up's start on
+    (official: from 1 [D10]). geometric [D21]: 1 to 0.001 over the warm-up and half of the joint phase."""
+    epoch += cfg.warmup_epochs if phase == "joint" else 0
+    if cfg.tau == "geometric":
+        return 0.001 ** min(1.0, epoch / (cfg.warmup_epochs + cfg.joint_epochs / 2 or 1))
+    return temperature(int(epoch) + (cfg.tau == "official"), cfg.tau)
 
 
 def project(net, sets, progress, cfg, machine):
@@ -593,12 +606,14 @@ def train_phase(net, phase, sets, progress, cfg, machine):
     val_loader = clean_loader(sets["val"], cfg, *machine)
     log = run.Log(cfg.out, progress, machine)
     while progress["epoch"] < epochs and progress["stale"] < cfg.patience:
-        tau = temperature_of(phase, progress["epoch"], cfg)
         net.train(not finetune)
         net.backbone.train(not frozen)                               # [D16]
-        for _ in tqdm(range(steps), desc=phase, leave=False, disable=machine.quiet):
+        for step in tqdm(range(steps), desc=phase, leave=False, disable=machine.quiet):
+            tau = temperature_of(phase, progress["epoch"] + step / steps, cfg)
             if finetune:
                 log.add(update(optimizer, finetune_losses(net, model, *next(batches), cfg)))
+                if cfg.positive:
+                    net.last_layer.weight.data.clamp_(min=0)
             else:
                 protopool_figures.film(net, progress, phase, tau)
                 log.add(train_step(model, optimizer, *next(batches), tau, cfg))
@@ -646,6 +661,7 @@ def train(cfg, machine, until=""):
     train_phase(plain, "pretrain", sets, progress, cfg, machine)     # [D18]
     if until == "pretrain":
         return None
+    start_from_patches(net, sets, progress, cfg, machine)
     train_phase(net, "warmup", sets, progress, cfg, machine)
     train_phase(net, "joint", sets, progress, cfg, machine)
     if cfg.classifier == "protopool":
@@ -655,6 +671,19 @@ def train(cfg, machine, until=""):
 
 
 # ==== from here on: data, evaluation, using a trained run, the paper's tables ==============================
+
+def check_config(cfg):
+    """UserError for a setting that cannot work, before anything is read or written."""
+    run.check_options(cfg)
+    run.check_batch_size(cfg.batch_size)
+    batch = run.batch_of_process(cfg)
+    check_side(lambda: build_extractor(cfg.backbone), cfg.size, "--size", cfg.backbone, batch)
+    if cfg.slots > cfg.prototypes:
+        raise UserError(f"--slots {cfg.slots} with --prototypes {cfg.prototypes}: a class cannot hold more "
+                        "prototypes than the pool has; raise --prototypes or lower --slots.")
+    if cfg.prototypes_from == "patches" and not cfg.pretrain_epochs:
+        raise UserError("--prototypes-from patches with --pretrain-epochs 0: give it some epochs.")
+
 
 def augment(image, kind):
     """Table 5: uint8 (3,S,S) -> the same, and the matrix (3,3) of one projective warp for training_input.
@@ -681,16 +710,32 @@ def augment(image, kind):
     return image, warp_matrix(matrix, mirrored, upside_down)
 
 
-class PlainClassifier(nn.Module):
-    """The baseline: mean over the cells, linear layer. Returns logits (B,C), None, None: see ProtoPool."""
+def start_from_patches(net, sets, progress, cfg, machine, most=50_000):
+    """[D20]: the pool becomes patches of training images, chosen among `most`; in a resumed run the same."""
+    if cfg.prototypes_from == "random" or cfg.classifier == "linear" or reached(progress, "warmup"):
+        return
+    generator = torch.Generator().manual_seed(cfg.seed)
+    loader = clean_loader(sets["train"], cfg, machine.device)
+    patches = training_patches(net.eval().features, loader, machine.device, most, generator)
+    net.prototypes.data.copy_(spread_patches(patches, cfg.prototypes, generator))
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast(net.prototypes.data, 0)          # sums may differ between GPUs
 
-    def __init__(self, backbone, num_classes):
+
+class PlainClassifier(nn.Module):
+    """The baseline: mean over the cells (with an add-on layer [D20] maximum over its cells), linear layer.
+    Returns logits (B,C), None, None: see ProtoPool."""
+
+    def __init__(self, backbone, num_classes, add_on_layers=None):
         super().__init__()
-        self.backbone = backbone
-        self.last_layer = nn.Linear(backbone.channels, num_classes)
+        self.backbone, self.add_on_layers = backbone, add_on_layers
+        channels = add_on_layers[0].out_channels if add_on_layers else backbone.channels
+        self.last_layer = nn.Linear(channels, num_classes)
 
     def forward(self, x, tau=None):
-        return self.last_layer(self.backbone(x).mean((2, 3))), None, None
+        z = self.backbone(x)
+        pooled = self.add_on_layers(z).amax((2, 3)) if self.add_on_layers else z.mean((2, 3))
+        return self.last_layer(pooled), None, None
 
 
 def build_models(progress, cfg, device, weights="none"):
@@ -701,6 +746,8 @@ def build_models(progress, cfg, device, weights="none"):
     if cfg.classifier == "protopool":                                # fewer prototypes once they are pruned
         net = ProtoPool(backbone, num_classes, progress.get("num_prototypes", cfg.prototypes), cfg.slots,
                         cfg.depth, cfg.reading, cfg.gumbel, cfg.focal)
+        if cfg.prototypes_from == "patches":                         # [D20]
+            plain = PlainClassifier(backbone, num_classes, net.add_on_layers)
     return [model.to(device, memory_format=torch.channels_last) for model in (plain, net)]
 
 
@@ -891,7 +938,9 @@ def main(cfg):
     if cfg.table:
         table = table_of(cfg)
         check_rows(table.rows, cfg, check_config, ("classifier",))
-        later = ("w_orth", "gumbel", "focal", "prototypes", "slots")  # nothing to the pretraining [D18]
+        later = ("w_orth", "gumbel", "focal")                        # options after the pretraining [D18]
+        if cfg.prototypes_from == "random":                          # else the add-on layer knows them [D20]
+            later += ("prototypes", "slots")
         row = partial(train_from, partial(train, until="pretrain"), later, train, cfg)
         results = train_rows(table.rows, cfg, row if cfg.pretrain_epochs else train, machine)
         write_table(cfg.table, table, results, cfg, machine, f"reading {cfg.reading}, test accuracy in %")

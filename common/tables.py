@@ -143,7 +143,7 @@ def train_from(first, later, train, usual, cfg, machine):
     def begin(cfg, machine):
         first(cfg, machine)
         if machine.rank == 0:
-            write_json(Path(cfg.out) / "metrics.json", dict(finished=True))
+            write_json(Path(cfg.out) / "metrics.json", settings_of(cfg) | dict(finished=True))
     shared, = row_configs("shared", {}, replace(usual, seed=cfg.seed, seeds=1))
     finished_row(begin, shared, machine)
     start_run(cfg, machine)

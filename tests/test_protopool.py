@@ -66,11 +66,14 @@ def test_each_phase_moves_what_it_trains_and_nothing_else(tmp_path, reading, bat
     cfg = config(tmp_path, "--reading", reading, "--batch-size", batch, "--mixup")
     plain, net, sets, progress = begin(cfg)
     learning = {"add_on_layers", "prototypes", "q"}
-    for phase, expected in dict(pretrain={"backbone"}, warmup=learning, joint=learning | {"backbone"},
+    for phase, expected in dict(pretrain={"backbone", "add_on_layers"}, patches={"prototypes"},
+                                warmup=learning, joint=learning | {"backbone"},
                                 project={"prototypes", "q", "fixed"}, finetune={"last_layer"}).items():
         before = copy.deepcopy(net.state_dict())
         if phase == "project":
             protopool.project(net, sets, progress, cfg, MACHINE)
+        elif phase == "patches":                                        # [D20]
+            protopool.start_from_patches(net, sets, progress, cfg, MACHINE)
         else:
             protopool.train_phase(plain if phase == "pretrain" else net, phase, sets, progress, cfg, MACHINE)
         moved = {name for name, value in net.state_dict().items() if not same(value, before[name])}
@@ -89,7 +92,8 @@ def test_each_phase_moves_what_it_trains_and_nothing_else(tmp_path, reading, bat
 def test_joint_training_stops_with_patience_and_projects_the_weights_of_its_reading(tmp_path, reading):
     """The loss on val decides. paper: its best weights are projected; official: the last [D12]. A run that is
     interrupted while it waits goes on waiting."""
-    argv = ("--reading", reading, "--patience", 2, "--lr", 0.05, "--backbone-lr", 0.05, "--joint-epochs")
+    argv = ("--reading", reading, "--patience", 2, "--lr", 0.05, "--backbone-lr", 0.05, "--tau", "paper",
+            "--joint-epochs")
     cfg = config(tmp_path / "whole", *argv, 12)
     _, net, sets, progress = begin(cfg)
     protopool.train_phase(net, "joint", sets, progress, cfg, MACHINE)
@@ -126,6 +130,11 @@ def test_fine_tuning_without_mix_up_works_on_the_slots_of_the_clean_images(tmp_p
     mixed = list(protopool.slot_batches(net, sets, 0, 4, config(tmp_path, "--finetune-mixup"), MACHINE))
     assert all(0 < lam < 1 and sorted(labels) == sorted(others) for _, labels, others, lam in mixed)
     assert torch.cdist(torch.cat([batch[0] for batch in mixed]), slots).amin(1).max() > 1e-3
+    for argv in ((), ("--positive",)):
+        cfg = config(tmp_path, "--finetune-lr", 0.5, *argv)
+        _, net, sets, progress = begin(cfg)
+        protopool.train_phase(net, "finetune", sets, progress, cfg, MACHINE)
+        assert (net.last_layer.weight.min() < 0) == (not argv)          # [D23]
 
 
 def photos(folder):
@@ -401,6 +410,7 @@ def test_augmentation_warps_flips_half_the_time_and_shows_no_border(kind):
     (["--dataset", "imagefolder"], ["--data"]), (["--preset", "cub-r34"], ["--data"]),
     (["--dataset", "imagefolder", "--data", "nowhere"], ["nowhere", "train/"]),
     (["--slots", "9", "--prototypes", "8"], ["--slots 9", "--prototypes 8"]),
+    (["--prototypes-from", "patches", "--pretrain-epochs", "0"], ["--pretrain-epochs 0", "--prototypes-from"]),
     (["--table", "4", "--classifier", "linear"], ["--table", "--classifier linear"]),
     (["--compare", "one", "two"], ["holds no run"]), (["--explain", "x.png"], ["holds no run"]),
     (["--ensemble", "nowhere"], ["nowhere holds no run"]),

@@ -8,7 +8,7 @@ training image (Eq. 3), and the last layer learns alone.
 
 The references are loops and plain formulas in float64 and share no line with the script. B images, D channels
 and C classes. Two readings: `paper` is the printed formula, `official` what the authors' code has instead;
-the script's header explains [D1] to [D19].
+the script's header explains [D1] to [D23].
 """
 import copy
 import math
@@ -20,6 +20,7 @@ from torch import nn
 
 import protopool
 from common import run
+from common.patches import spread_patches
 from protopool import (ProtoPool, Source, assign, cluster_cost, focal_similarity, gumbel_noise, harden,
                        log_similarity, orthogonality_loss, project_prototypes, separation_cost,
                        slot_similarity, squared_distances, temperature)
@@ -69,6 +70,10 @@ def test_temperature_falls_from_1_to_a_thousandth():
         for phase, epoch, expected in (("warmup", 0, warmup), ("joint", 5, joint)):
             found = protopool.temperature_of(phase, epoch, preset("cub-r34", reading=reading))
             assert found == pytest.approx(expected, rel=1e-3)
+    cfg = preset("cub-r34", tau="geometric", warmup_epochs=3, joint_epochs=6)          # [D21]: 6 epochs
+    for phase, epoch, expected in (("warmup", 0, 1), ("warmup", 2, 0.1), ("joint", 0, 0.001 ** 0.5),
+                                   ("joint", 1, 0.01), ("joint", 3, 0.001), ("joint", 5.5, 0.001)):
+        assert protopool.temperature_of(phase, epoch, cfg) == pytest.approx(expected)
 
 
 def slow_assign(q, tau, noise, factor=1):
@@ -220,11 +225,15 @@ def test_observation_2_zero_only_if_no_prototype_is_in_two_slots():
 
 
 def slow_costs(min_d2, labels, y):
-    """Own prototypes: the K with the largest share in the slots of the class. Nearest own, nearest other."""
+    """Own prototypes: the K with the largest share in the slots of the class, if it is half of the even share
+    K / M or more [D22]. Nearest own, nearest other."""
     nearest, slots = [], y.shape[1]
     for distances, label in zip(min_d2, labels):
-        order = sum(y[label]).argsort(descending=True)
-        nearest.append(torch.stack([distances[order[:slots]].min(), distances[order[slots:]].min()]))
+        share = sum(y[label])
+        order = share.argsort(descending=True).tolist()
+        own = [m for m in order[:slots] if share[m] >= slots / len(order) / 2]
+        others = [m for m in order if m not in own]
+        nearest.append(torch.stack([distances[own].min(), distances[others].min()]))
     return sum(nearest) / len(nearest)
 
 
@@ -237,17 +246,24 @@ def test_cluster_and_separation_costs_are_the_loop_and_train_no_slot():
     labels, y = torch.arange(8).flip(0) % C, normal(C, K, M, seed=3).softmax(-1).requires_grad_()
     assert_same(lambda d2: both_costs(d2, labels, y), lambda d2: slow_costs(d2, labels, y), normal(8, M) ** 2)
     assert not both_costs(normal(8, M), labels, y).requires_grad
-    all_own = normal(C, K, K).softmax(-1)
+    all_own = torch.eye(K).double().repeat(C, 1, 1)
     assert_same(lambda d2: separation_cost(d2, labels, all_own), lambda d2: 0 * d2.sum(), normal(8, K).abs())
 
 
-@pytest.mark.parametrize("slots", [[0, 1, 4], [2, 2, 5], [3, 3, 3], None])
-def test_own_and_other_prototypes_are_a_partition_even_with_ties(slots):
-    """With a prototype in two slots, fewer than K have a share. Still K are own, none is on both sides."""
+@both_readings
+@pytest.mark.parametrize("slots, own", [([0, 1, 4], {0, 1, 4}), ([2, 2, 5], {2, 5}), ([3, 3, 3], {3}),
+                                        (None, None)])
+def test_own_prototypes_are_those_that_the_class_holds(reading, slots, own):
+    """[D22]: with a prototype in two slots, fewer than K. official fills them up; so do ties of all M."""
     y = nn.functional.one_hot(torch.tensor([slots]), M).double() if slots else torch.full((1, 3, M), 1 / M)
-    probes = [both_costs(min_d2[None], torch.tensor([0]), y).tolist() for min_d2 in 1 - torch.eye(M)]
-    own = {p for p, costs in enumerate(probes) if costs == [0, 1]}      # p alone is at distance 0
-    assert len(own) == 3 and own >= set(slots or []) and probes.count([1, 0]) == M - 3
+    found = protopool.own_prototypes(y, reading)[0].nonzero().flatten().tolist()
+    if own and reading == "paper":
+        assert set(found) == own
+    else:
+        assert len(found) == 3 and set(found) >= (own or set())
+    probes = [[cost(min_d2[None], torch.tensor([0]), y, reading) for cost in (cluster_cost, separation_cost)]
+              for min_d2 in 1 - torch.eye(M)]                           # one prototype alone is at distance 0
+    assert probes == [[0, 1] if m in found else [1, 0] for m in range(M)]
 
 
 # ---- the model: Sec. 3, Fig. 3 -------------------------------------------------------------------
@@ -410,7 +426,7 @@ def test_optimizers_follow_table_6(reading, linear, phase, add_on_decay):
     parts = dict(prototypes=(0.1, 0), q=(0.2, 0), add_on_layers=(0.1, add_on_decay or layer[1]))
     if linear:
         net, parts = protopool.PlainClassifier(Backbone(), 3), dict(last_layer=layer)
-    parts["backbone"] = dict(pretrain=(0.1, 0), joint=(0.3, 0.4)).get(phase)
+    parts["backbone"] = dict(pretrain=(0.3, 0), joint=(0.3, 0.4)).get(phase)
     if phase == "finetune":
         parts = dict(last_layer=(0.6, 0.4 if official else 0))
     optimizer, scheduler = protopool.build_optimizer(net, phase, cfg, CPU)
@@ -447,6 +463,30 @@ def test_presets_and_readings_are_the_printed_recipes(reading, name):
     cfg = preset(name, reading=reading)
     assert {option: getattr(cfg, option) for option in expected} == expected
     assert preset(name, reading=reading, lr_gamma=0.3).lr_gamma == 0.3
+
+
+# ---- prototypes that start as patches [D20] ---------------------------------------------------------------
+
+def slow_spread(patches, count, generator, tries):
+    """Greedy k-means++: of the rows drawn by squared distance, the one that leaves the smallest sum."""
+    drawn, chosen = torch.randint(len(patches), (1,), generator=generator).tolist(), []
+    while True:
+        left = [torch.stack([min((z - patches[i]).square().sum() for i in (*chosen, row)) for z in patches])
+                for row in drawn]
+        best = int(np.argmin([chance.sum() for chance in left]))
+        chosen.append(drawn[best])
+        if len(chosen) == count:
+            return patches[chosen]
+        drawn = torch.multinomial(left[best] + 1e-12, tries, replacement=True, generator=generator).tolist()
+
+
+def test_spread_patches_is_greedy_k_means():
+    patches = torch.randint(-4, 5, (30, 3), generator=torch.Generator().manual_seed(0)).float()
+    for seed in range(3):
+        one, two = (torch.Generator().manual_seed(seed) for _ in range(2))
+        assert torch.equal(spread_patches(patches, 6, one, 4), slow_spread(patches, 6, two, 4))
+    found = spread_patches(torch.eye(5).repeat(7, 1), 5, one)
+    assert torch.equal(found.sort(0).values, torch.eye(5).sort(0).values)                  # each of the five
 
 
 # ---- projection: Eq. 3 ---------------------------------------------------------------------------
