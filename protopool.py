@@ -88,8 +88,8 @@ from tqdm import tqdm
 
 from common import figures, images, protopool_figures, run, speed
 from common.backbones import EXTRACTORS, build_extractor, check_side
-from common.classification import (clean_loader, evaluate, open_splits, steps_per_epoch, training_batches,
-                                   training_view)
+from common.classification import (PlainClassifier, clean_loader, evaluate, open_splits, steps_per_epoch,
+                                   training_batches, training_view)
 from common.files import list_images
 from common.loaders import BatchesFrom, to_device
 from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401: boxes for callers
@@ -638,8 +638,7 @@ def train_phase(net, phase, sets, progress, cfg, machine):
 
 
 def train(cfg, machine, until=""):
-    """All phases of Table 6, then the report. Returns what metrics.json holds; None in further processes.
-    until="pretrain" ends after that phase.
+    """All phases of Table 6 (or the pretraining alone), and the report -> what metrics.json holds, in rank 0.
 
     progress, in every checkpoint: phase, epoch (finished in this phase), iteration (over all phases), best
     (cross-entropy on val), stale (epochs since), film (Fig. 5), classes, what run.Log keeps; from the
@@ -720,22 +719,6 @@ def start_from_patches(net, sets, progress, cfg, machine, most=50_000):
     net.prototypes.data.copy_(spread_patches(patches, cfg.prototypes, generator))
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(net.prototypes.data, 0)          # sums may differ between GPUs
-
-
-class PlainClassifier(nn.Module):
-    """The baseline: mean over the cells (with an add-on layer [D20] maximum over its cells), linear layer.
-    Returns logits (B,C), None, None: see ProtoPool."""
-
-    def __init__(self, backbone, num_classes, add_on_layers=None):
-        super().__init__()
-        self.backbone, self.add_on_layers = backbone, add_on_layers
-        channels = add_on_layers[0].out_channels if add_on_layers else backbone.channels
-        self.last_layer = nn.Linear(channels, num_classes)
-
-    def forward(self, x, tau=None):
-        z = self.backbone(x)
-        pooled = self.add_on_layers(z).amax((2, 3)) if self.add_on_layers else z.mean((2, 3))
-        return self.last_layer(pooled), None, None
 
 
 def build_models(progress, cfg, device, weights="none"):
@@ -903,7 +886,8 @@ def evaluate_ensemble(cfg, device):
 
 COLUMNS = {"before projection": "accuracy_before_projection", "right after it": "accuracy_after_projection",
            "fine-tuned": "accuracy", "prototypes used": "prototypes_used", "empty slots": "empty_slots",
-           "repeated slots": "repeated_slots"}
+           "repeated slots": "repeated_slots", "true slots": "true_slots",
+           "graph correlation": "graph_correlation"}
 TABLE3 = {"cub-r34": (80.8, 80.3), "cub-r50-inat": (85.9, 85.5), "cub-r152": (81.2, 81.5),
           "cars-r34": (89.1, 89.3), "cars-r50": (88.4, 88.9)}        # preset: printed before and after it
 TABLE4 = beside_paper("Table 4: what each novelty adds", COLUMNS, ("paper CUB", "paper Cars"), {
@@ -912,6 +896,7 @@ TABLE4 = beside_paper("Table 4: what each novelty adds", COLUMNS, ("paper CUB", 
     "w/o Gumbel-softmax": (dict(gumbel=False), 80.3, 64.5),
     "w/o both": (dict(gumbel=False, w_orth=0.0), 65.1, 30.8),
     "w/o focal similarity": (dict(focal=False), 85.3, 88.8)})
+DIGITS = {"graph correlation": 2}
 
 
 def table_of(cfg):
@@ -943,7 +928,8 @@ def main(cfg):
             later += ("prototypes", "slots")
         row = partial(train_from, partial(train, until="pretrain"), later, train, cfg)
         results = train_rows(table.rows, cfg, row if cfg.pretrain_epochs else train, machine)
-        write_table(cfg.table, table, results, cfg, machine, f"reading {cfg.reading}, test accuracy in %")
+        about = f"reading {cfg.reading}, test accuracy in %"
+        write_table(cfg.table, table._replace(digits=DIGITS), results, cfg, machine, about)
         if machine.rank == 0:
             protopool_figures.draw_table(table, results, partial(load_run, device=machine.device), cfg)
         return results

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import BatchSampler
 
@@ -48,6 +49,22 @@ def training_batches(view, start, stop, cfg, machine):
     """Iterator over the augmented batches x, labels of the iterations start..stop-1, on the device."""
     loader = train_loader(view, cfg.batch_size, cfg.seed, start, stop, cfg.workers, *machine)
     return (training_input(batch, machine.device) for batch in loader)
+
+
+class PlainClassifier(nn.Module):
+    """The baseline: mean over the cells of a backbone's map, or maximum over those of add-on layers on it,
+    then a linear layer. Images (B,3,H,W) -> logits (B,C), None, None: as many as a network of prototypes."""
+
+    def __init__(self, backbone, num_classes, add_on_layers=None):
+        super().__init__()
+        self.backbone, self.add_on_layers = backbone, add_on_layers
+        channels = add_on_layers[0].out_channels if add_on_layers else backbone.channels
+        self.last_layer = nn.Linear(channels, num_classes)
+
+    def forward(self, x, tau=None):                                    # tau: for a network with slots
+        z = self.backbone(x)
+        pooled = self.add_on_layers(z).amax((2, 3)) if self.add_on_layers else z.mean((2, 3))
+        return self.last_layer(pooled), None, None
 
 
 @torch.inference_mode()
