@@ -177,14 +177,14 @@ READINGS = {                                                         # [D6] [D7]
 CUB = dict(dataset="cub", prototypes=202, depth=256)                 # Sec. 4, Supp. 8
 CARS = dict(dataset="cars", prototypes=195, depth=128)
 PRESETS = {
-    "toy": dict(backbone="tiny", weights="none", size=96, prototypes=36, slots=5, depth=64, batch_size=40,
+    "toy": dict(backbone="tiny", weights="none", size=96, prototypes=30, slots=5, depth=64, batch_size=40,
                 passes_per_epoch=4, pretrain_epochs=4, warmup_epochs=8, joint_epochs=4, finetune_epochs=10,
                 prototypes_from="patches", tau="geometric", w_orth=1.5, slot_lr=0.01, backbone_lr=5e-4,
                 augment="flip", mixup=False, workers=0),             # ours
-    "cub-small": CUB | dict(backbone="mobilenet_v2", prototypes=40, depth=128, batch_size=20,
-                            passes_per_epoch=4, warmup_epochs=8, joint_epochs=4, lr=5e-4, slot_lr=0.02,
-                            backbone_lr=1e-4, add_on_decay=0.03, w_cluster=0.1, w_separation=-0.01,
-                            augment="single", mixup=False),          # ours, for some 20 classes
+    "cub-small": CUB | dict(backbone="mobilenet_v2", prototypes=80, depth=128, batch_size=20,
+                            passes_per_epoch=4, warmup_epochs=8, joint_epochs=12, tau="geometric", lr=5e-4,
+                            slot_lr=0.02, backbone_lr=1e-4, add_on_decay=0.03, w_cluster=0.1,
+                            w_separation=-0.01, augment="single", mixup=False),      # ours, for 20 classes
     "cub-r34": CUB,
     "cub-r50-inat": CUB | dict(backbone="resnet50_inat"),            # --weights: the BBN checkpoint
     "cub-r152": CUB | dict(backbone="resnet152"),
