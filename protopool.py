@@ -177,7 +177,7 @@ READINGS = {                                                         # [D6] [D7]
 CUB = dict(dataset="cub", prototypes=202, depth=256)                 # Sec. 4, Supp. 8
 CARS = dict(dataset="cars", prototypes=195, depth=128)
 PRESETS = {
-    "toy": dict(backbone="tiny", weights="none", size=96, prototypes=30, slots=5, depth=64, batch_size=40,
+    "toy": dict(backbone="tiny", weights="none", size=96, prototypes=36, slots=5, depth=64, batch_size=40,
                 passes_per_epoch=4, pretrain_epochs=4, warmup_epochs=8, joint_epochs=4, finetune_epochs=10,
                 prototypes_from="patches", tau="geometric", w_orth=1.5, slot_lr=0.01, backbone_lr=5e-4,
                 augment="flip", mixup=False, workers=0),             # ours

@@ -3,7 +3,7 @@ import torch
 
 
 @torch.no_grad()
-def training_patches(features, loader, device, seed, most=20_000):
+def training_patches(features, loader, device, seed, most=50_000):
     """Vectors of the maps features(x), (B,D,h,w), of a loader's images: (N,D). As many of each image, drawn
     at random, as make about `most` in all."""
     generator = torch.Generator().manual_seed(seed)
@@ -16,7 +16,7 @@ def training_patches(features, loader, device, seed, most=20_000):
     return torch.cat(rows)
 
 
-def spread_patches(patches, count, seed, tries=30):
+def spread_patches(patches, count, seed, tries=6):
     """Greedy k-means++: `count` rows of patches (N,D), far from each other. -> (count,D)
 
     Each is the best of `tries`, drawn by the squared distance to the nearest row chosen before: the one that
