@@ -49,14 +49,12 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
      the prototypes uniformly from [0, 1).
 [D9] Table 5 reads as one chain with vertical flips. The code has one of the three warps and left-right flips
      only, and stores 30 changed copies of every image, as ProtoPNet does: hence --passes-per-epoch. We take
-     the skew of "< 45 degrees" as a tilt that changes a side by up to a fifth. All batches are full: images
-     left at the end of an epoch begin the next.
+     the skew of "< 45 degrees" as a tilt that changes a side by up to a fifth. Our batches are always full.
 [D10] Table 6 has 10 epochs of warm-up without decay; the code trains 9, and decays the add-on layer.
 [D11] Table 6 decays the "prototypical pool" too; the code leaves prototypes and q alone, and so do we in
      both readings: a q whose softmax is saturated has no other gradient, and Adam would walk it to 0.
-[D12] We stop early by the cross-entropy of a validation split, counted from the joint phase on, and project
-     the best weights. The code stops by loss and accuracy of the test split, counted from the warm-up on,
-     and projects the last.
+[D12] We stop the joint phase by the cross-entropy of a validation split, and project the best weights. The
+     code stops by loss and accuracy of the test split, counts from the warm-up on, and projects the last.
 [D13] A sigmoid follows the 1x1 convolution, as in the code and in ProtoPNet; the paper does not mention it.
 [D14] The text starts at tau = 1, the formula at infinity: tau = 1 in epoch 0.
 [D15] Mix-up "50% : 50%" is Beta(0.5, 0.5), as in the code; there L_clst and L_sep see the first image only.
@@ -183,10 +181,10 @@ PRESETS = {
                 passes_per_epoch=4, pretrain_epochs=4, warmup_epochs=8, joint_epochs=4, finetune_epochs=10,
                 prototypes_from="patches", tau="geometric", w_orth=1.5, slot_lr=0.01, backbone_lr=5e-4,
                 augment="flip", mixup=False, workers=0),             # ours
-    "cub-small": CUB | dict(backbone="mobilenet_v2", prototypes=40, depth=128, batch_size=20,
-                            passes_per_epoch=4, warmup_epochs=8, joint_epochs=4, lr=5e-4, slot_lr=0.02,
-                            backbone_lr=1e-4, add_on_decay=0.03, w_cluster=0.1, w_separation=-0.01,
-                            augment="single", mixup=False),          # ours, for some 20 classes
+    "cub-small": CUB | dict(backbone="mobilenet_v2", prototypes=80, depth=128, batch_size=20,
+                            passes_per_epoch=4, warmup_epochs=8, joint_epochs=12, tau="geometric", lr=5e-4,
+                            slot_lr=0.02, backbone_lr=1e-4, add_on_decay=0.03, w_cluster=0.1,
+                            w_separation=-0.01, augment="single", mixup=False),      # ours, for 20 classes
     "cub-r34": CUB,
     "cub-r50-inat": CUB | dict(backbone="resnet50_inat"),            # --weights: the BBN checkpoint
     "cub-r152": CUB | dict(backbone="resnet152"),
@@ -471,9 +469,8 @@ def build_optimizer(net, phase, cfg, device):
     elif net.add_on_layers:                                          # [D20]
         groups = [dict(params=net.add_on_layers.parameters(), lr=cfg.lr)]
     if phase != "warmup":
-        scratch = cfg.weights == "none" and not joint                # [D18]
-        groups += [dict(params=net.backbone.parameters(), lr=cfg.lr if scratch else cfg.backbone_lr,
-                        weight_decay=decay)]
+        rate = cfg.backbone_lr if joint or cfg.weights != "none" else cfg.lr       # [D18]
+        groups += [dict(params=net.backbone.parameters(), lr=rate, weight_decay=decay)]
     groups += [dict(params=add_on.parameters(), lr=cfg.lr, weight_decay=add_on_decay)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999), fused=device.type == "cuda")
     return optimizer, StepLR(optimizer, cfg.lr_step, cfg.lr_gamma if joint else 1.0)         # [D6]
@@ -675,8 +672,8 @@ def check_config(cfg):
     """UserError for a setting that cannot work, before anything is read or written."""
     run.check_options(cfg)
     run.check_batch_size(cfg.batch_size)
-    batch = run.batch_of_process(cfg)
-    check_side(lambda: build_extractor(cfg.backbone), cfg.size, "--size", cfg.backbone, batch)
+    extractor = partial(build_extractor, cfg.backbone)
+    check_side(extractor, cfg.size, "--size", cfg.backbone, run.batch_of_process(cfg))
     if cfg.slots > cfg.prototypes:
         raise UserError(f"--slots {cfg.slots} with --prototypes {cfg.prototypes}: a class cannot hold more "
                         "prototypes than the pool has; raise --prototypes or lower --slots.")
@@ -709,14 +706,13 @@ def augment(image, kind):
     return image, warp_matrix(matrix, mirrored, upside_down)
 
 
-def start_from_patches(net, sets, progress, cfg, machine, most=50_000):
-    """[D20]: the pool becomes patches of training images, chosen among `most`; in a resumed run the same."""
+def start_from_patches(net, sets, progress, cfg, machine):
+    """[D20]: the pool becomes patches of training images, the same in all processes and in a resumed run."""
     if cfg.prototypes_from == "random" or cfg.classifier == "linear" or reached(progress, "warmup"):
         return
-    generator = torch.Generator().manual_seed(cfg.seed)
     loader = clean_loader(sets["train"], cfg, machine.device)
-    patches = training_patches(net.eval().features, loader, machine.device, most, generator)
-    net.prototypes.data.copy_(spread_patches(patches, cfg.prototypes, generator))
+    patches = training_patches(net.eval().features, loader, machine.device, cfg.seed)
+    net.prototypes.data.copy_(spread_patches(patches, cfg.prototypes, cfg.seed))
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(net.prototypes.data, 0)          # sums may differ between GPUs
 

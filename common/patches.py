@@ -3,9 +3,10 @@ import torch
 
 
 @torch.no_grad()
-def training_patches(features, loader, device, most, generator):
+def training_patches(features, loader, device, seed, most=50_000):
     """Vectors of the maps features(x), (B,D,h,w), of a loader's images: (N,D). As many of each image, drawn
-    at random, as make `most` or a little fewer in all."""
+    at random, as make about `most` in all."""
+    generator = torch.Generator().manual_seed(seed)
     few = max(1, most // len(loader.dataset))
     rows = []
     for x, _ in loader:
@@ -15,12 +16,13 @@ def training_patches(features, loader, device, most, generator):
     return torch.cat(rows)
 
 
-def spread_patches(patches, count, generator, tries=6):
+def spread_patches(patches, count, seed, tries=6):
     """Greedy k-means++: `count` rows of patches (N,D), far from each other. -> (count,D)
 
     Each is the best of `tries`, drawn by the squared distance to the nearest row chosen before: the one that
     leaves the smallest sum of such distances (Arthur and Vassilvitskii, SODA 2007).
     """
+    generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(patches), (1,), generator=generator)
     nearest = torch.full((len(patches),), 1e30, device=patches.device)
     chosen = []

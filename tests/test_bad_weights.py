@@ -113,8 +113,7 @@ def test_a_window_as_large_as_the_image_changes_nothing(trained, few_toys, no_fi
 @pytest.mark.parametrize("name, argv, words", [
     ("cbp_occl", "--backbone mit_b0 --crop 16", "--crop 16: mit_b0 needs 29"),
     ("cbp_occl", "--backbone mit_b0 --window 20", "--window 20: mit_b0 needs 29"),
-    ("cbp_occl", "--window 8", "--window 8: too small"),
-    ("cbp_occl", "--backbone mit_b0 --size 20", "is 20 x 20 pixels at the network, but mit_b0 needs 29"),
+    ("cbp_occl", "--size 20", "--size 20: too small"), ("cbp_occl", "--window 8", "--window 8: too small"),
     ("cbp_occl", "--floor 1", "above --lr"), ("scaleprotoseg", "--input-scales 0.001", "a crop of 48 to 0"),
     ("scaleprotoseg", "--batch-size 1 --crop 4 --output-stride 8", "one image at a time"),
     ("protopool", "--backbone resnet34 --weights none --batch-size 1", "--size 32: resnet34 needs 33"),

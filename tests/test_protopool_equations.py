@@ -483,9 +483,9 @@ def slow_spread(patches, count, generator, tries):
 def test_spread_patches_is_greedy_k_means():
     patches = torch.randint(-4, 5, (30, 3), generator=torch.Generator().manual_seed(0)).float()
     for seed in range(3):
-        one, two = (torch.Generator().manual_seed(seed) for _ in range(2))
-        assert torch.equal(spread_patches(patches, 6, one, 4), slow_spread(patches, 6, two, 4))
-    found = spread_patches(torch.eye(5).repeat(7, 1), 5, one)
+        generator = torch.Generator().manual_seed(seed)
+        assert torch.equal(spread_patches(patches, 6, seed, 4), slow_spread(patches, 6, generator, 4))
+    found = spread_patches(torch.eye(5).repeat(7, 1), 5, seed)
     assert torch.equal(found.sort(0).values, torch.eye(5).sort(0).values)                  # each of the five
 
 
