@@ -1,13 +1,14 @@
 """Weights, costs, windows, sizes: what fits is used, and what does not is told before training."""
 import argparse
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from commands import SCRIPTS, SHORT, copy_of, done, mistake, numbers, read, same
 
-from common import segmentation, speed
+from common import segmentation, speed, survey
 from common.backbones import build_dense, build_extractor, build_network
 from common.run import UserError, read_checkpoint
 
@@ -121,3 +122,10 @@ def test_a_window_as_large_as_the_image_changes_nothing(trained, few_toys, no_fi
 def test_a_size_that_a_network_cannot_take_is_told_before_training(few_toys, tmp_path, name, argv, words):
     said = mistake(name, "--out", tmp_path / "out", *SHORT[name], *argv.split())
     assert words in said and not (tmp_path / "out").exists()
+
+
+def test_an_image_that_is_too_small_for_the_network_is_named():
+    cfg, data = SimpleNamespace(backbone="mit_b0", size=0), SimpleNamespace(paths=None, name_of=str)
+    sizes, net = torch.tensor([[64, 64], [30, 20]]), build_network("mit_b0", "segformer", 2)
+    with pytest.raises(UserError, match="^1 is 20 x 30 pixels at the network, but mit_b0 needs 29"):
+        survey.check_images(data, sizes, cfg, net)

@@ -410,7 +410,7 @@ def test_augmentation_warps_flips_half_the_time_and_shows_no_border(kind):
     (["--dataset", "imagefolder"], ["--data"]), (["--preset", "cub-r34"], ["--data"]),
     (["--dataset", "imagefolder", "--data", "nowhere"], ["nowhere", "train/"]),
     (["--slots", "9", "--prototypes", "8"], ["--slots 9", "--prototypes 8"]),
-    (["--prototypes-from", "patches", "--pretrain-epochs", "0"], ["--pretrain-epochs 0", "--prototypes-from"]),
+    (["--prototypes-from", "patches", "--pretrain-epochs", "0"], ["--pretrain-epochs 0"]),
     (["--table", "4", "--classifier", "linear"], ["--table", "--classifier linear"]),
     (["--compare", "one", "two"], ["holds no run"]), (["--explain", "x.png"], ["holds no run"]),
     (["--ensemble", "nowhere"], ["nowhere holds no run"]),

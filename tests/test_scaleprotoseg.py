@@ -436,7 +436,7 @@ def test_mistakes_with_a_run(base, runs, pictures, tmp_path, no_figures):
             (begun, ["--failure", "sky"], "--resume"), (begun, ["--eval-only"], "--resume")):
         assert words in mistake(NAME, "--out", folder, *argv)
     for stage1, argv, words in (
-            (base, ["--depth", 7], "--depth 6, not 7"), (base, ["--data", more], "other classes (5) than the data (6)"),
+            (base, ["--depth", 7], "--depth 6, not 7"), (base, ["--data", more], "(5) than the data (6)"),
             (runs["protoseg"], [], "--method protoseg"), (begun, [], "stage1.pt")):
         assert words in mistake(NAME, "--out", out, *on(pictures, "--stage1", stage1, *argv))
     for values, words in (([0, 1, 2, 3], "pruning left no prototype"), ([255] * 4, "no pixel is labelled")):
