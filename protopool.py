@@ -63,7 +63,8 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
 [D18] Toy birds have no pretrained backbone: a plain classifier is trained first (one with --weights slowly).
 [D19] CUB is cut to its boxes, test images too, as ProtoPNet prepared it. Cars are whole: no source says.
 [D20] --prototypes-from patches, ours: [D18] trains the add-on layer too, under a maximum over its cells, and
-     greedy k-means++ chooses patches of its map. A larger --w-orth goes with it, against repeated slots.
+     greedy k-means++ chooses patches of its map. A larger --w-orth goes with it, against repeated slots, and
+     a backbone whose cells see a part and not the whole bird: what they see else names the class.
 [D21] --tau geometric, ours: from 1 to 0.001 over the warm-up and half of the joint phase, a bit every step.
 [D22] L_clst, L_sep: a class that repeats a prototype has fewer than K of its own; the code fills them up.
 [D23] Fine-tuning leaves weights below 0: a slot of another class begins at 0 and mostly speaks against, and
@@ -177,10 +178,10 @@ READINGS = {                                                         # [D6] [D7]
 CUB = dict(dataset="cub", prototypes=202, depth=256)                 # Sec. 4, Supp. 8
 CARS = dict(dataset="cars", prototypes=195, depth=128)
 PRESETS = {
-    "toy": dict(backbone="tiny", weights="none", size=96, prototypes=36, slots=5, depth=64, batch_size=40,
-                passes_per_epoch=4, pretrain_epochs=4, warmup_epochs=8, joint_epochs=4, finetune_epochs=10,
-                prototypes_from="patches", tau="geometric", w_orth=1.5, slot_lr=0.01, backbone_lr=5e-4,
-                augment="flip", mixup=False, workers=0),             # ours
+    "toy": dict(backbone="tiny_local", weights="none", size=96, prototypes=36, slots=5, depth=64,
+                batch_size=40, passes_per_epoch=4, pretrain_epochs=4, warmup_epochs=8, joint_epochs=4,
+                finetune_epochs=10, prototypes_from="patches", tau="geometric", w_orth=1.5, slot_lr=0.01,
+                backbone_lr=5e-4, augment="flip", mixup=False, workers=0),             # ours
     "cub-small": CUB | dict(backbone="mobilenet_v2", prototypes=80, depth=128, batch_size=20,
                             passes_per_epoch=4, warmup_epochs=8, joint_epochs=12, tau="geometric", lr=5e-4,
                             slot_lr=0.02, backbone_lr=1e-4, add_on_decay=0.03, w_cluster=0.1,

@@ -73,8 +73,8 @@ GOES_WITH = {
     "mlp": TRANSFORMERS, "deeplabv2": RESNETS, "deeplabv3plus": RESNETS,
 }
 DILATED = ("fcn", "deeplabv2", "deeplabv3plus")                # heads whose backbone has an output_stride
-EXTRACTORS = ("tiny", "mobilenet_v2", "resnet34", "resnet50", "resnet50_inat", "resnet152", "densenet121",
-              "densenet161")
+EXTRACTORS = ("tiny", "tiny_local", "mobilenet_v2", "resnet34", "resnet50", "resnet50_inat", "resnet152",
+              "densenet121", "densenet161")
 DENSE = ("resnet101", "resnet50", "mobilenet_v2", "unet", "tiny")
 
 
@@ -303,8 +303,9 @@ def build_extractor(backbone, weights="none"):
 
     h, w = H, W / 32, rounded up (7 for 224; DenseNet: 1 less for some sizes); tiny: H, W / 8, rounded up.
     These are torchvision's networks up to the global pooling, DenseNet's last ReLU included; tiny is the
-    first two stages of TinyBackbone; resnet50_inat is a resnet50 for the checkpoint of BBN (Zhou et al.
-    2020), BBN.iNaturalist2017.res50.180epoch.best_model.pth, of which it takes the conventional branch.
+    first two stages of TinyBackbone, of which a cell sees 63 pixels a side; tiny_local lacks the last block,
+    and a cell sees 31; resnet50_inat is a resnet50 for the checkpoint of BBN (Zhou et al. 2020),
+    BBN.iNaturalist2017.res50.180epoch.best_model.pth, of which it takes the conventional branch.
 
     weights: as in build_network. Raises UserError for another backbone, and for weights that cannot be
     read or do not fit.
@@ -312,9 +313,11 @@ def build_extractor(backbone, weights="none"):
     if backbone not in EXTRACTORS:
         raise UserError(f"backbone {backbone} is not available: choose one of {', '.join(EXTRACTORS)}")
     name = backbone.removesuffix("_inat")
-    net = TinyBackbone() if name == "tiny" else torchvision.models.get_model(name, weights=None)
-    if backbone == "tiny":
-        extractor = net.stages[:2]
+    is_tiny = name in ("tiny", "tiny_local")
+    net = TinyBackbone() if is_tiny else torchvision.models.get_model(name, weights=None)
+    if is_tiny:
+        second = net.stages[1] if name == "tiny" else net.stages[1][:1]
+        extractor = nn.Sequential(net.stages[0], second)
         extractor.channels = net.dims[1]
         load_weights(net, weights, backbone, cuts=[extractor])
         return extractor
