@@ -6,8 +6,8 @@ Idea   A logit is the sum of the K slots of its class. A slot is a distribution 
        classes share; Gumbel-softmax turns it into a choice of one. A prototype scores by how much its best
        patch stands out from the rest of the image (focal similarity), and it ends as a patch of a training
        image: this looks like that.
-Found  With the paper's start chance fills the slots. On toy birds q hears L_orth 430 times louder than the
-       cross-entropy while tau is 1, then tau falls 185-fold and 98 % of the choices stand. Images choose if
+Found  With the paper's start chance fills the slots. On toy birds q first hears L_orth 430 times louder than
+       the cross-entropy, then tau falls 185-fold, and 98 % of the choices stand. Images choose if
        prototypes start as training patches (0.3 times; [D20]) and tau falls slowly [D21], as in preset toy.
 
 Try    python protopool.py                                         # toy birds, under two minutes on a CPU
@@ -182,10 +182,10 @@ PRESETS = {
                 batch_size=40, passes_per_epoch=4, pretrain_epochs=4, warmup_epochs=8, joint_epochs=4,
                 finetune_epochs=10, prototypes_from="patches", tau="geometric", w_orth=1.5, slot_lr=0.01,
                 backbone_lr=5e-4, augment="flip", mixup=False, workers=0),             # ours
-    "cub-small": CUB | dict(backbone="mobilenet_v2", prototypes=80, depth=128, batch_size=20,
-                            passes_per_epoch=4, warmup_epochs=8, joint_epochs=12, tau="geometric", lr=5e-4,
-                            slot_lr=0.02, backbone_lr=1e-4, add_on_decay=0.03, w_cluster=0.1,
-                            w_separation=-0.01, augment="single", mixup=False),      # ours, for 20 classes
+    "cub-small": CUB | dict(backbone="mobilenet_v2", prototypes=40, depth=128, batch_size=20,
+                            passes_per_epoch=4, warmup_epochs=8, joint_epochs=4, lr=5e-4, slot_lr=0.02,
+                            backbone_lr=1e-4, add_on_decay=0.03, w_cluster=0.1, w_separation=-0.01,
+                            augment="single", mixup=False),          # ours, for some 20 classes
     "cub-r34": CUB,
     "cub-r50-inat": CUB | dict(backbone="resnet50_inat"),            # --weights: the BBN checkpoint
     "cub-r152": CUB | dict(backbone="resnet152"),
