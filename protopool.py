@@ -66,6 +66,7 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
      greedy k-means++ chooses patches of its map. A larger --w-orth goes with it, against repeated slots, and
      a backbone whose cells see a part and not the whole bird: what they see else names the class.
 [D21] --tau geometric, ours: from 1 to 0.001 over the warm-up and half of the joint phase, a bit every step.
+     Preset toy has [D20] and [D21] in both readings.
 [D22] L_clst, L_sep: a class that repeats a prototype has fewer than K of its own; the code fills them up.
 [D23] Fine-tuning leaves weights below 0: a slot of another class begins at 0 and mostly speaks against, and
      Adam's steps are as long for a small gradient. --positive, ours, puts them back to 0 after every step.
