@@ -25,8 +25,8 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)            # of 
 
 @contextlib.contextmanager
 def opened(path, page=None):
-    """Pillow image, not yet decoded. UserError: a missing or damaged file, or a TIFF of several pages if
-    `page` does not say which one."""
+    """Pillow image, not yet decoded. UserError: a missing or damaged file, or one of several pages or frames
+    if `page` does not say which one."""
     try:
         if Path(path).is_fifo():                         # which would be waited for
             raise FileNotFoundError

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common import figures, metrics, run
 from common.classification import clean_loader, open_splits
-from common.files import read_image
+from common.files import read_image, some_of
 from common.images import CleanView, network_input
 from common.loaders import make_loader, to_device
 from common.metrics import activation_box, activation_boxes
@@ -123,8 +123,8 @@ def origin(m, sources, classes):
 def told(m, sources, held, classes, c, most=3):
     """origin(), and which classes besides c hold the prototype, in words."""
     others = [classes[k] for k in held[:, m].nonzero().flatten().tolist() if k != c]
-    names = ", ".join(others[:most]) + (f" and {len(others) - most} more" if len(others) > most else "")
-    return f"{origin(m, sources, classes)}, {f'shared with {names}' if others else 'not shared'}"
+    shared = f"shared with {some_of(others, most)}" if others else "not shared"
+    return f"{origin(m, sources, classes)}, {shared}"
 
 
 def framed(patch, is_true):

@@ -490,6 +490,7 @@ def start_run(cfg, machine):
             print(f"the earlier run in {out} was moved to {aside}")
             START.update(aside=aside)
         write_json(out / "config.json", asdict(cfg))
+        START.update(config=number_of_config(out))
     if machine.rank == 0:
         if cfg.resume and not (out / "last.pt").exists():
             print(f"note: {out} has no checkpoint yet: the run begins anew")
@@ -509,8 +510,9 @@ def is_foreign(out):
 
 
 def undo_start():
-    """After a mistake before the first checkpoint: the run folder is as it was before start_run."""
-    if not START:
+    """After a mistake before the first checkpoint: the run folder is as it was before start_run, unless
+    another run has begun there."""
+    if not START or START.get("config") != number_of_config(START["out"]):
         return
     out, aside = START["out"], START.get("aside")
     for name in ("config.json", "log.csv"):             # all that a run has written by then

@@ -135,17 +135,19 @@ def check_training(data, pixels, strokes):
 def tell_shared(train, others):
     """Notes on images that are trained on and scored on, be they the same file or copies of it."""
     def sizes(data):
-        return {path.stat().st_size for path, *_ in data.paths or ()}
+        return [path.stat().st_size for path, *_ in data.paths or ()]
 
-    def images(data, like):
-        for path, _, *page in data.paths or ():          # alike: size of the file, page, first bytes
-            if path.stat().st_size in like:
+    def images(data, sizes, like):
+        for size, (path, _, *page) in zip(sizes, data.paths or ()):
+            if size in like:                             # alike: size of the file, page, first bytes
                 with open(path, "rb") as file:
-                    yield (path.stat().st_size, *page, zlib.crc32(file.read(2 ** 16))), path
+                    yield (size, *page, zlib.crc32(file.read(2 ** 16))), path
+    ours = sizes(train)
     for data in {data.split: data for data in others}.values():
-        like = sizes(train) & sizes(data)
-        learned = dict(images(train, like))
-        shared = [path for key, path in images(data, like) if key in learned]
+        theirs = sizes(data)
+        like = {*ours} & {*theirs}
+        learned = dict(images(train, ours, like))
+        shared = [path for key, path in images(data, theirs, like) if key in learned]
         if shared:
             print(f"note: {len(shared)} images of {data.split} are also in {train.split}, such as "
                   f"{shared[0]}: scores there are of images that were trained on")

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from common.run import (UserError, flag_of, read_json, replacing, settings_of, start_run,
-                        write_json)
+from common.run import UserError, flag_of, read_json, replacing, settings_of, start_run, write_json
 
 
 class Table(NamedTuple):

@@ -113,6 +113,10 @@ def test_a_run_that_changed_on_disk_is_told(trained, tmp_path, name):
     assert "config.json holds a wrong value: --lr fast" in mistake(name, "--out", out, "--eval-only")
     with pytest.raises(run.UserError, match="another run has begun in"):
         log.row("", {}, {}, "")
+    run.start_run(run.make_config(cbp_occl.Config, cbp_occl.PRESETS, out=tmp_path / "new"), log.machine)
+    run.write_json(tmp_path / "new" / "config.json", config)           # by another run
+    run.undo_start()
+    assert read(tmp_path / "new" / "config.json") == config
     with pytest.raises(run.UserError, match="cannot be written .*: choose another"):
         run.write_json(tmp_path / ("x" * 300), {})
 
