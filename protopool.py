@@ -48,8 +48,8 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
 [D8] Supp. 8 draws all but the last layer by Xavier normal; the code the add-on layer by Kaiming normal and
      the prototypes uniformly from [0, 1).
 [D9] Table 5 reads as one chain with vertical flips. The code has one of the three warps and left-right flips
-     only, and stores 30 changed copies of every image, as ProtoPNet does: hence --passes-per-epoch. We take
-     the skew of "< 45 degrees" as a tilt that changes a side by up to a fifth. Our batches are always full.
+     only, and stores 30 changed copies of every image, as ProtoPNet does: hence --passes-per-epoch. The skew
+     of "< 45 degrees" is a tilt that changes a side by up to a fifth. Our batches are always full.
 [D10] Table 6 has 10 epochs of warm-up without decay; the code trains 9, and decays the add-on layer.
 [D11] Table 6 decays the "prototypical pool" too; the code leaves prototypes and q alone, and so do we in
      both readings: a q whose softmax is saturated has no other gradient, and Adam would walk it to 0.
@@ -70,6 +70,8 @@ projects the last weights [D12]; with --select-on-test it also stops as the code
 [D22] L_clst, L_sep: a class that repeats a prototype has fewer than K of its own; the code fills them up.
 [D23] Fine-tuning leaves weights below 0: a slot of another class begins at 0 and mostly speaks against, and
      Adam's steps are as long for a small gradient. --positive, ours, puts them back to 0 after every step.
+[D24] --prototype-noise, ours: a training step sees the prototypes with normal noise of this size, so that
+     what is learned does not hang on where exactly one lies, which the projection changes.
 """
 
 import copy
@@ -105,8 +107,7 @@ from common.transforms import coin, uniform, warp_matrix
 class Config(RunConfig):
     dataset: str = opt("toy_birds", "reader of --data", choices=images.DATASETS)
     full_images: bool = opt(False, "cub: take whole pictures, not cut to their bounding boxes [D19]")
-    val_fraction: float = opt(0.1, "share of a class's training images kept for early stopping", at_least=0,
-                              at_most=0.5)
+    val_fraction: float = opt(0.1, "share of a class's images for early stopping", at_least=0, at_most=0.5)
     select_on_test: bool = opt(False, "stop and choose on the test split, as the authors did; optimistic")
     backbone: str = opt("resnet34", "network before the 1x1 add-on layer", choices=EXTRACTORS)
     weights: str = opt("imagenet", "of the backbone: imagenet (a download), file, URL, or none", source=True)
@@ -122,6 +123,7 @@ class Config(RunConfig):
                                "--pretrain-epochs are over [D20]", choices=("random", "patches"))
     tau: str = opt(None, "how the temperature falls, see temperature() (default: as in the reading)",
                    choices=("paper", "official", "geometric"))
+    prototype_noise: float = opt(0.0, "deviation of noise on prototypes in training [D24]", at_least=0)
     gumbel: bool = opt(True, "off = plain softmax in training (Table 4)")
     focal: bool = opt(True, "off = maximum alone, as in ProtoPNet (Table 4)")
     w_cluster: float = opt(0.8, "weight of L_clst", at_least=0)
@@ -133,15 +135,12 @@ class Config(RunConfig):
     passes_per_epoch: int = opt(30, "passes over the training images that make an epoch [D9]: schedule, "
                                 "temperature and early stopping count in epochs", above=0)
     pretrain_epochs: int = opt(0, "epochs as a plain classifier at first [D18]", at_least=0, schedule=True)
-    warmup_epochs: int = opt(None, "epochs with a frozen backbone (default 10; official 9)", at_least=0,
-                             schedule=True)
+    warmup_epochs: int = opt(None, "frozen backbone (default 10; official 9)", at_least=0, schedule=True)
     joint_epochs: int = opt(60, "epochs of the whole network, at most", at_least=0, schedule=True)
     patience: int = opt(12, "joint training stops after so many epochs without a lower val loss", above=0)
-    finetune_epochs: int = opt(None, "epochs of the last layer alone (default 15; official 25)", at_least=0,
-                               schedule=True)
+    finetune_epochs: int = opt(None, "last layer (default 15; official 25)", at_least=0, schedule=True)
     lr: float = opt(1.5e-3, "Adam learning rate of add-on layer and prototypes", above=0)
-    slot_lr: float = opt(1.5e-3, "learning rate of q; the paper's 2,247 steps at tau = 1 move q by 3: raise "
-                         "it where an epoch has few steps, or the slots freeze before they learn", above=0)
+    slot_lr: float = opt(1.5e-3, "learning rate of q: raise it where an epoch has few steps", above=0)
     backbone_lr: float = opt(5e-5, "learning rate of the backbone in the joint phase", above=0)
     weight_decay: float = opt(1e-3, "of backbone and add-on layer in the joint phase [D11]", at_least=0)
     add_on_decay: float = opt(None, "of the add-on layer (default: 0 in the warm-up [D10], then as above); "
@@ -325,10 +324,10 @@ class ProtoPool(nn.Module):
     """
 
     def __init__(self, backbone, num_classes, num_prototypes, slots, depth, reading="paper", gumbel=True,
-                 focal=True):
+                 focal=True, noise=0.0):
         super().__init__()
         self.backbone = backbone
-        self.reading, self.gumbel, self.focal = reading, gumbel, focal
+        self.reading, self.gumbel, self.focal, self.noise = reading, gumbel, focal, noise
         self.add_on_layers = nn.Sequential(nn.Conv2d(backbone.channels, depth, 1), nn.Sigmoid())     # [D13]
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, depth))         # p_i
         self.q = nn.Parameter(torch.empty(num_classes, slots, num_prototypes))
@@ -365,7 +364,10 @@ class ProtoPool(nn.Module):
         return torch.where(self.fixed, self.q, hard)
 
     def forward(self, x, tau=None):
-        d2 = squared_distances(self.features(x), self.prototypes)    # (B,M,h,w)
+        p = self.prototypes                                          # (M,D)
+        if tau is not None and self.noise:                           # [D24]
+            p = p + self.noise * torch.randn_like(p)
+        d2 = squared_distances(self.features(x), p)                  # (B,M,h,w)
         with torch.autocast(x.device.type, enabled=False):           # float32: see squared_distances
             y = self.hard_assignment() if tau is None else self.soft_assignment(tau, gumbel_noise(self.q))
             slots = slot_similarity(d2, y, self.reading, self.focal).flatten(1)    # (B,C*K)
@@ -642,7 +644,6 @@ def train(cfg, machine, until=""):
     progress, in every checkpoint: phase, epoch (finished in this phase), iteration (over all phases), best
     (cross-entropy on val), stale (epochs since), film (Fig. 5), classes, what run.Log keeps; from the
     projection on also num_prototypes, soft (C,K,M), pruned, prototypes_before (M,D), sources (keep_sources).
-    A prototype then has one number everywhere, its row in net.prototypes; those that were pruned come last.
     """
     sets = open_splits(cfg)
     resumes = cfg.resume and (Path(cfg.out) / "last.pt").exists()    # killed before the first: start again
@@ -726,7 +727,7 @@ def build_models(progress, cfg, device, weights="none"):
     net = plain = PlainClassifier(backbone, num_classes)
     if cfg.classifier == "protopool":                                # fewer prototypes once they are pruned
         net = ProtoPool(backbone, num_classes, progress.get("num_prototypes", cfg.prototypes), cfg.slots,
-                        cfg.depth, cfg.reading, cfg.gumbel, cfg.focal)
+                        cfg.depth, cfg.reading, cfg.gumbel, cfg.focal, cfg.prototype_noise)
         if cfg.prototypes_from == "patches":                         # [D20]
             plain = PlainClassifier(backbone, num_classes, net.add_on_layers)
     return [model.to(device, memory_format=torch.channels_last) for model in (plain, net)]

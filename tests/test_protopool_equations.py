@@ -310,7 +310,7 @@ def test_initial_values():
 @pytest.mark.parametrize("focal", [True, False])
 def test_test_time_takes_hard_slots_through_the_last_layer(reading, focal):
     """[D5]: what softmax(q / 0.001) puts above 0.5; official: argmax q. Two winners are none, in `paper`."""
-    net, x = small_net(reading, focal=focal).eval(), torch.randn(B, 3, 8, 12)
+    net, x = small_net(reading, focal=focal, noise=0.3).eval(), torch.randn(B, 3, 8, 12)       # [D24] rests
     net.last_layer.weight.data = torch.randn(3, 6)
     net.q.data[1, 0], net.q.data[2, 1] = torch.tensor([5.0, 5, 0, 0, 0, 0, 0, 0]), 0
     net.q.data[2, 1, 3] = 0.005                                         # little, but 5 times tau
@@ -328,13 +328,14 @@ def test_test_time_takes_hard_slots_through_the_last_layer(reading, focal):
 
 
 @both_readings
-@pytest.mark.parametrize("gumbel", [True, False])
-def test_a_training_pass_samples_one_assignment_for_the_whole_batch(reading, gumbel):
-    """Without Gumbel-softmax (Table 4): softmax(q), no temperature, no noise."""
-    net, x = small_net(reading, sharp=0.01, gumbel=gumbel).eval(), torch.randn(B, 3, 8, 12)
+@pytest.mark.parametrize("gumbel, sd", [(True, 0.0), (False, 0.0), (True, 0.3)])
+def test_a_training_pass_samples_one_assignment_for_the_whole_batch(reading, gumbel, sd):
+    """Without Gumbel-softmax (Table 4): softmax(q), no temperature, no noise. [D24]: one noise on prototypes."""
+    net, x = small_net(reading, sharp=0.01, gumbel=gumbel, noise=sd).eval(), torch.randn(B, 3, 8, 12)
     torch.manual_seed(1)
     logits, _, y = net(x, tau=0.03)
     torch.manual_seed(1)
+    net.prototypes.data += sd * torch.randn(8, 6) if sd else 0
     noise, factor = gumbel_noise(net.q), 2 if reading == "official" else 1
     assert_near(y, slow_assign(net.q, 0.03, noise, factor) if gumbel else slow_assign(net.q, 1, 0), 1e-5)
     assert_near(logits, slow_logits(net, x, y), 2e-4)
