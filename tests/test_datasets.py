@@ -136,10 +136,10 @@ def test_workers_change_neither_samples_nor_counts_nor_the_shared_generator(fold
     assert alone[0]["image"].shape == (4, 3, 24, 24) and alone[0]["mask"].shape == (4, 24, 24)
     for a, b in zip(alone, helped, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in ("image", "mask", "index"))
-    counts = [sum((data.read(i)[1] == c).sum().item() for i in range(5)) for c in range(4)]
+    counts = torch.tensor([[(data.read(i)[1] == c).sum() for c in range(4)] for i in range(5)])
     found = survey.read_all(data, SimpleNamespace(workers=2), run.Machine(torch.device("cpu")))
-    assert found[0][:4].tolist() == counts
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(found[0][:4], counts.sum(0)) and torch.equal(found[1], counts > 0)
+    assert list(map(tuple, found[2].tolist())) == SIZES and torch.equal(torch.get_rng_state(), before)
 
 
 def test_batches_resume_ranks_partition_them_and_every_epoch_has_every_sample_once():

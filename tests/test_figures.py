@@ -129,14 +129,6 @@ def test_bars_are_as_high_as_their_values_and_missing_ones_leave_a_gap(drawn):
     assert len(words_in(picture[-30:])) == 4                              # names do not touch
 
 
-def heights_of(picture):
-    """Heights in pixels of the ten bars, at the middle of their bins, of each histogram."""
-    axes = np.flatnonzero(where(picture, INK).sum(1) > 600)
-    middles = np.flatnonzero(where(picture, INK)[axes[0]])[0] + 32 + 64 * np.arange(10)
-    panels = [picture[axis - 150:axis, middles] for axis in axes]
-    return [where(panel, colour).sum(0).tolist() for panel, colour in zip(panels, (FIRST, SECOND))]
-
-
 def test_curves_go_through_their_points_and_deviations_reach_as_far(drawn):
     picture = drawn(save_curves, {"a": [10, 30, 20]}, [1, 2, 5], deviations={"a": [0, 8, 0]})
     ink = where(picture[60:-60], FIRST)                                   # without the legend
