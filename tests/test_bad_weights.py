@@ -10,7 +10,7 @@ from commands import SCRIPTS, SHORT, copy_of, done, mistake, numbers, read, same
 
 from common import segmentation, speed, survey
 from common.backbones import build_dense, build_extractor, build_network
-from common.run import UserError, read_checkpoint
+from common.run import UserError
 
 whole, backbone_of = (lambda net: net), (lambda net: net.backbone)
 tiny, mobile = partial(build_network, "tiny", "mlp", 3), partial(build_network, "mobilenet_v2", "fcn", 3)
@@ -35,15 +35,6 @@ def test_a_first_part_of_the_names_is_taken_off_and_said_so(tmp_path, capsys, ma
     assert f"called {prefix}*" in told and "decode_head" in told
     with pytest.raises(UserError, match="another network"):
         build_network("mit_b0", "mlp", 3, weights=path)
-
-
-def test_the_checkpoint_of_one_script_starts_another(trained, capsys):
-    path = trained("cbp_occl") / "last.pt"
-    state = read_checkpoint(path)["model"]
-    for build in (build_dense, build_extractor):
-        for name, value in build("tiny", str(path)).state_dict().items():
-            assert torch.equal(value, state["network.backbone.stages." + name.removeprefix("stages.")])
-    assert "left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content, words", [
