@@ -91,17 +91,6 @@ def test_windows_are_mmsegmentations_and_none_where_the_image_fits(height, width
     assert len(segmentation.in_windows(forward, x, max(height, width))) == 1
 
 
-@pytest.mark.parametrize("name", sorted({*SCRIPTS} - {"protopool"}))
-def test_a_window_as_large_as_the_image_changes_nothing(trained, few_toys, no_figures, tmp_path, name):
-    out = copy_of(trained(name), tmp_path / "run")
-    before = numbers(read(out / "metrics.json"))
-    for window, equal in ((128, True), (48, False)):
-        done(name, "--out", out, "--eval-only", "--window", window)
-        after = numbers(read(out / f"eval-test-window-{window}" / "metrics.json"))
-        assert after.pop("evaluated")["window"] == window
-        assert (after == {key: value for key, value in before.items() if key != "evaluated"}) == equal
-
-
 @pytest.mark.parametrize("name, argv, words", [
     ("cbp_occl", "--backbone mit_b0 --crop 16", "--crop 16: mit_b0 needs 29"),
     ("cbp_occl", "--backbone mit_b0 --window 20", "--window 20: mit_b0 needs 29"),

@@ -275,14 +275,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(no_figures, tmp_path, name):
 
 @every_script
 def test_checkpoints_and_settings_of_other_scripts_are_refused(trained, no_figures, tmp_path, name):
-    for folder in ("foreign", "broken", "other"):
+    for folder in ("foreign", "broken", "larger", "other"):
         (tmp_path / folder).mkdir()
         shutil.copy(trained(name) / "config.json", tmp_path / folder)
     run.save_checkpoint(tmp_path / "foreign" / "last.pt", dict(model=nn.Linear(2, 2)), dict(step=3, log=[]))
     (tmp_path / "broken" / "last.pt").write_bytes(b"half a file")
+    saved = run.read_checkpoint(trained(name) / "last.pt")
+    saved["model"]["more.weight"] = torch.ones(1)
+    torch.save(saved, tmp_path / "larger" / "last.pt")
     run.write_json(tmp_path / "other" / "config.json", dict(preset="toy", colour="red"))
     for folder, words in (("foreign", "not a checkpoint of this script"), ("broken", "cannot be read"),
-                          ("other", "not a config of this script")):
+                          ("larger", "does not fit this model"), ("other", "not a config of this script")):
         for option in ("--eval-only", "--resume"):
             before = files(tmp_path / folder)
             sentence = mistake(name, "--out", tmp_path / folder, option)

@@ -162,17 +162,6 @@ def test_memory_is_the_loop(classes, slots, batch, momentum):
     assert memory.full and not list(memory.parameters())
 
 
-def test_memory_by_hand():
-    """Slots (1,0), (0,1): (0.6,0.8) moves the second, which is not normalised again. Directions count."""
-    memory, one = PrototypeMemory(1, 2, 2), torch.ones(1, 1, dtype=torch.bool)
-    for p in ([1.0, 0.0], [0.0, 1.0], [0.6, 0.8]):
-        memory.update(torch.tensor([[p]]), one)
-    assert_near(memory.bank[0], [[1, 0], [0.01 * 0.6, 0.99 + 0.01 * 0.8]])
-    memory.bank.copy_(torch.tensor([[[0.0, 0.1], [0.8, 0.6]]]))         # products 0.1, 0.6; cosines 1, 0.6
-    memory.update(torch.tensor([[[0.0, 1.0]]]), one)
-    assert_near(memory.bank[0], [[0, 0.099 + 0.01], [0.8, 0.6]])
-
-
 # ---- augmentation, Eq. (6) to (8) -------------------------------------------------------------------------
 
 def slow_augment(features, keys, weights):
@@ -268,14 +257,6 @@ def test_consistency_is_the_loop_with_slopes_to_both_sides(reading):
     both = [normal(2, 3, 3, 2, seed=seed, size=2).requires_grad_() for seed in (0, 1)]
     assert_near(consistency_loss(*both, reading), slow_consistency(*map(array, both), reading))
     assert gradcheck(lambda a, b: consistency_loss(a, b, reading), both)
-
-
-def test_consistency_by_hand():
-    """p = (1, 3) / 4 and p_aug = (1, 1) / 2."""
-    logits = torch.tensor([0, math.log(3)]).reshape(1, 2, 1, 1)
-    expected = dict(paper=math.log(2), official=math.log(math.exp(0.25) + math.exp(0.75)) - 0.5, mse=1 / 16)
-    for reading, value in expected.items():
-        assert_near(consistency_loss(logits, torch.zeros(1, 2, 1, 1), reading), value)
 
 
 # ---- phases and losses (Sec. 3.3.3, 3.4) ------------------------------------------------------------------
