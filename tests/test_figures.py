@@ -8,7 +8,7 @@ from common.figures import (heatmap, overlay, palette, save_bars, save_curves, s
                             save_matrix)
 
 LOW, HIGH = [0, 0, 4], [252, 255, 164]                                    # ends of the heat map
-BLUE, WHITE, RED, INK = [33, 102, 172], [255, 255, 255], [178, 24, 43], [30, 30, 30]
+BLUE, WHITE, RED = [33, 102, 172], [255, 255, 255], [178, 24, 43]
 FIRST, SECOND = [0, 114, 178], [230, 159, 0]                              # colours of two series
 
 

@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from common.metrics import (ConfusionMatrix, activation_box, activation_boxes, part_consistency, part_truth,

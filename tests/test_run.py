@@ -1,12 +1,11 @@
-"""common/run.py and tables.py: options, exit codes, run folders, rows of tables, learning rate."""
+"""common/run.py and tables.py: options, run folders, rows of tables, learning rate."""
 from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
 
 import json
 import pytest
 import torch
 
-from commands import call, read
+from commands import read
 from common import run, tables
 from common.run import RunConfig, UserError, opt
 

@@ -5,7 +5,6 @@ command writes what the functions return, or nothing; a sample equals Sec. 4.2 d
 """
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import datasets as ds
-from common import loaders, run, survey, transforms
+from common import loaders, transforms
 from common import strokes as st
 from data import prepare_scribbles as prepare
 from trees import draw, message, write
