@@ -61,6 +61,11 @@ def test_by_hand_rates_are_of_the_whole_split_and_a_class_only_predicted_counts_
     assert empty["iou"] == [None] * 2 and empty["absent"] == [0, 1] and math.isnan(empty["miou"])
     confusion.matrix += 2 ** 24                                           # float32 has no 2^24 + 1
     assert confusion.totals()[0].tolist() == [2 ** 24 + 3, 2 ** 24 + 1, 2 ** 24, 2 ** 24]
+    with pytest.raises(ValueError, match="resize the logits"):
+        confusion.update(labels, predictions[:, :, :2])
+    confusion.all_reduce()
+    with pytest.raises(RuntimeError, match="start a new ConfusionMatrix"):
+        confusion.update(labels, predictions)
 
 
 @pytest.mark.gpu
