@@ -20,7 +20,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from common import heads
 from common.backbones import GOES_WITH, TinyBackbone, build_dense, build_extractor, build_network
 from common.mit import MixBlock
-from trees import message
+from trees import message, saved
 
 FINE = dict(last_stride=1)
 
@@ -209,18 +209,13 @@ def released(name):
     return randomise(own.get(name, partial(torchvision.models.get_model, name))()).eval()
 
 
-def saved(content, folder):
-    torch.save(content, folder / "w.pth")
-    return folder / "w.pth"
-
-
 @pytest.mark.parametrize("name, head, last, output_stride", [
     ("tiny", "", "stages.3", 4), ("tiny", "", "stages.3", 8), ("mobilenet_v2", "", "features.17", 16),
     ("mobilenet_v2", "fcn", "features.17", 8), ("resnet50", "fcn", "layer4", 8)])
 def test_dilated_networks_have_the_strided_values_on_a_finer_grid(tmp_path, name, head, last, output_stride):
     torch.manual_seed(3)
     net, image = released(name), torch.randn(1, 3, 97, 70)
-    options = dict(weights=saved(net.state_dict(), tmp_path), output_stride=output_stride)
+    options = dict(weights=saved(tmp_path, net.state_dict()), output_stride=output_stride)
     if head:
         fine = build_network(name, head, 3, **options).eval().backbone(image)[3]
     else:
@@ -279,7 +274,7 @@ def bbn(resnet):
     ("tiny", lambda state: {"state_dict": state, "epoch": 180}, "stages.2", (48, 8, 12))])
 def test_extractors_give_what_the_next_part_of_a_released_network_sees(tmp_path, name, convert, pool, shape):
     net, seen = released(name.removesuffix("_inat")), []
-    extractor = build_extractor(name, saved(convert(net.state_dict()), tmp_path)).eval()
+    extractor = build_extractor(name, saved(tmp_path, convert(net.state_dict()))).eval()
     net.get_submodule(pool).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with torch.no_grad():
         features, _ = extractor(x := torch.randn(2, 3, 64, 96)), net(x)
@@ -305,14 +300,14 @@ def huggingface(state):
     return state | {"decode_head.batch_norm.bias": torch.ones(3), "head.bias": torch.zeros(1000)}
 
 
-MIT, TINY = partial(build_network, "mit_b0", "mlp", 5, head_channels=8), partial(build_extractor, "tiny")
+MIT = partial(build_network, "mit_b0", "mlp", 5, head_channels=8)
 
 
 @pytest.mark.parametrize("build, name, convert", [
     (MIT, "mit_b0", huggingface), (partial(build_network, "swin_t", "upernet", 5), "swin_t", dict)])
 def test_a_file_fills_the_backbone_that_it_belongs_to(tmp_path, build, name, convert):
     own = released(name).state_dict()
-    body = build(weights=saved(convert(dict(own)), tmp_path)).backbone
+    body = build(weights=saved(tmp_path, convert(dict(own)))).backbone
     loaded = [*getattr(body, "stages", body).state_dict().values()]
     expected = [value for key, value in own.items() if not key.startswith(("head.", "norm."))]
     assert len(loaded) == len(expected) and all(map(torch.equal, loaded, expected))
@@ -322,14 +317,11 @@ def test_a_file_fills_the_backbone_that_it_belongs_to(tmp_path, build, name, con
     (MIT, "mit_b0", lambda state: {k.replace("block1.", "block5."): v for k, v in state.items()},
      r"40 missing: (block1\S+ ){4}block1\S+ \.\.\.; 40 unexpected: (block5\S+ ){4}block5\S+ \.\.\.\)"),
     (MIT, "mit_b0", lambda state: state | {"norm3.bias": torch.zeros(7)}, "1 of another shape: norm3.bias"),
-    (MIT, "tiny", lambda state: {"layers.0.0.projection.weight": torch.zeros(8)}, "mmsegmentation"),
-    (TINY, "tiny", list, "no state dict")])
+    (MIT, "tiny", lambda state: {"layers.0.0.projection.weight": torch.zeros(8)}, "mmsegmentation")])
 def test_a_file_that_does_not_belong_is_named_and_refused(tmp_path, build, name, change, words):
-    path = saved(change(released(name).state_dict()), tmp_path)
+    path = saved(tmp_path, change(released(name).state_dict()))
     said = message(build, weights=path)
     assert str(path) in said and re.search(words, said)
-    path.write_bytes(path.read_bytes()[:500])                           # a download that broke off
-    assert f"{path}: cannot read" in message(build, weights=path)
 
 
 def test_a_url_fills_a_network_and_has_a_cache_entry_of_its_own(monkeypatch):

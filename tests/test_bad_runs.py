@@ -67,15 +67,12 @@ def test_a_table_takes_no_flag_that_its_rows_set_and_checks_all_rows_first(tmp_p
     assert re.search(words, sentence) and not (tmp_path / "out").exists(), sentence
 
 
-def test_stage_1_brings_its_settings_and_refuses_others(trained, tmp_path):
+def test_stage_1_brings_its_settings(trained, tmp_path):
     first = trained("scaleprotoseg")
     short = " ".join(SHORT["scaleprotoseg"]).replace("--crop 48", "").replace("--prototypes 2", "").split()
     done("scaleprotoseg", "--out", tmp_path, *short, "--stage1", first, "--w-entropy", 0.3)
     ours, theirs = read(tmp_path / "config.json"), read(first / "config.json")
     assert {key for key in ours if ours[key] != theirs[key]} == {"out", "stage1", "w_entropy"}
-    for flag, value in (("--crop", 64), ("--seed", 1)):
-        sentence = mistake("scaleprotoseg", "--out", tmp_path / "x", *short, "--stage1", first, flag, value)
-        assert f"{flag} {theirs[flag[2:]]}, not {value}" in sentence and not (tmp_path / "x").exists()
 
 
 # ---- scores ----
@@ -90,8 +87,10 @@ def test_scores_of_another_split_do_not_replace_those_of_the_run(trained, tmp_pa
     assert (other["split"], own["split"]) == ("val", "test")
     miou = other["miou"]["plain"]["plain"] if name == "pfa_scribble" else other["miou"]
     assert miou == pytest.approx(float(last.get("val_plain") or last.get("val_miou") or last["miou"]))
-    done(name, "--out", out, "--eval-only", "--window", 32)
-    assert (out / "metrics.json").read_bytes() == before and (out / "eval-test-window-32").is_dir()
+    for window, equal in ((128, True), (48, False)):                    # the images have 128 pixels a side
+        done(name, "--out", out, "--eval-only", "--window", window)
+        assert (out / "metrics.json").read_bytes() == before
+        assert (read(out / f"eval-test-window-{window}" / "metrics.json")["iou"] == own["iou"]) == equal
     done(name, "--out", out, "--eval-only")
     assert same(numbers(read(out / "metrics.json")), numbers(own))
 

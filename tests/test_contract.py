@@ -220,15 +220,9 @@ def test_a_table_has_a_value_a_seed_and_keeps_what_is_done(no_figures, tmp_path,
 
 def outside(field):
     """Values that an option's limits exclude."""
-    limits = field.metadata
-    if limits["above"] is not None:
-        yield limits["above"]
-    if limits["at_least"] is not None:
-        yield limits["at_least"] - 1
-    if limits["below"] is not None:
-        yield limits["below"]
-    if limits["at_most"] is not None:
-        yield limits["at_most"] + 1
+    beyond = dict(above=0, at_least=-1, below=0, at_most=1)             # how far from the limit
+    limits = {name: field.metadata[name] for name in beyond}
+    return [limit + beyond[name] for name, limit in limits.items() if limit is not None]
 
 
 @every_script
@@ -243,7 +237,7 @@ def test_every_option_refuses_values_outside_its_limits_and_choices(name):
             checked += 1
     assert checked >= 20
     numeric = [f for f in fields(script.Config) if f.type in (int, float) and f.name != "seed"]
-    assert [f.name for f in numeric if not list(outside(f)) and not f.metadata["choices"]] == []
+    assert [f.name for f in numeric if not outside(f) and not f.metadata["choices"]] == []
 
 
 @every_script
@@ -275,14 +269,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(no_figures, tmp_path, name):
 
 @every_script
 def test_checkpoints_and_settings_of_other_scripts_are_refused(trained, no_figures, tmp_path, name):
-    for folder in ("foreign", "broken", "other"):
+    for folder in ("foreign", "broken", "larger", "other"):
         (tmp_path / folder).mkdir()
         shutil.copy(trained(name) / "config.json", tmp_path / folder)
     run.save_checkpoint(tmp_path / "foreign" / "last.pt", dict(model=nn.Linear(2, 2)), dict(step=3, log=[]))
     (tmp_path / "broken" / "last.pt").write_bytes(b"half a file")
+    saved = run.read_checkpoint(trained(name) / "last.pt")
+    saved["model"]["more.weight"] = torch.ones(1)
+    torch.save(saved, tmp_path / "larger" / "last.pt")
     run.write_json(tmp_path / "other" / "config.json", dict(preset="toy", colour="red"))
     for folder, words in (("foreign", "not a checkpoint of this script"), ("broken", "cannot be read"),
-                          ("other", "not a config of this script")):
+                          ("larger", "does not fit this model"), ("other", "not a config of this script")):
         for option in ("--eval-only", "--resume"):
             before = files(tmp_path / folder)
             sentence = mistake(name, "--out", tmp_path / folder, option)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import datasets as ds
-from common import files, loaders, run, survey, toy_scenes, transforms
+from common import files, loaders, run, survey, transforms
 from data import prepare_cocostuff10k as prepare
 from trees import draw, message, write
 
@@ -31,15 +31,11 @@ def pairs(image, mask, values, *names):
     return tree | {mask.format(name): values for name in names}
 
 
-def test_fitted_size_and_colours_by_hand():
+def test_fitted_size_by_hand():
     for arguments, size in (((480, 640, 512), (512, 683)), ((100, 1000, 512), (205, 2048)),     # 4 * 512
                             ((333, 500, 512, 1.999), (1023, 1536)),     # int(512 * 1.999) = 1023
                             ((33, 57, 0, 2.0), (66, 114)), ((1, 900, 64, 0.5), (1, 128))):
         assert transforms.fitted_size(*arguments) == size
-    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
-    assert transforms.shift_hue(red, 30).flatten().tolist() == [255, 255, 0]    # 60 degrees on: yellow
-    assert transforms.scale_saturation(red, 0.5).flatten().tolist() == [255, 128, 128]
-    assert transforms.scale_values(red, 0.3, 2.9).flatten().tolist() == [79, 2, 2]      # fractions are cut
 
 
 def in_hsv(image, change):
@@ -136,10 +132,10 @@ def test_workers_change_neither_samples_nor_counts_nor_the_shared_generator(fold
     assert alone[0]["image"].shape == (4, 3, 24, 24) and alone[0]["mask"].shape == (4, 24, 24)
     for a, b in zip(alone, helped, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in ("image", "mask", "index"))
-    counts = [sum((data.read(i)[1] == c).sum().item() for i in range(5)) for c in range(4)]
+    counts = torch.tensor([[(data.read(i)[1] == c).sum() for c in range(4)] for i in range(5)])
     found = survey.read_all(data, SimpleNamespace(workers=2), run.Machine(torch.device("cpu")))
-    assert found[0][:4].tolist() == counts
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(found[0][:4], counts.sum(0)) and torch.equal(found[1], counts > 0)
+    assert list(map(tuple, found[2].tolist())) == SIZES and torch.equal(torch.get_rng_state(), before)
 
 
 def test_batches_resume_ranks_partition_them_and_every_epoch_has_every_sample_once():
@@ -188,6 +184,8 @@ CAMVID = pairs("val/{}.png", "valannot/{}.png", [[0, 10, 11, 255]], "a", "b") | 
 FOLDER = pairs("images/{}.png", "labels/{}.png", [[0, 1]], "my photo 1", "v1.2", "c") | {
     "train.txt": "v1.2\n\nmy photo 1.png\n", "val.txt": "c\n", "classes.txt": "sky\n3D printer\n"}
 PLACES = ["", "VOC2012", "VOCdevkit/VOC2012"]
+DOT = ("<annotation><size><width>3</width><height>2</height></size><polygon><tag>bike</tag>"
+       "<point><X>0</X><Y>-1</Y></point></polygon></annotation>")       # its disc reaches into the image
 
 
 def own(folder, values, names=("07_1", "07_2")):
@@ -206,6 +204,8 @@ def own(folder, values, names=("07_1", "07_2")):
     ("voc", "val", "Own", VOC, [""], ["07_1"], VALUES),                 # scored on the full masks
     *[("voc_scribble", "trainaug", "", VOC | own(place, STROKES), [""], ["07_2", "07_1"], STROKES)
       for place in ds.SCRIBBLE_FOLDERS],
+    ("voc_scribble", "trainaug", "", VOC | {f"pascal_2012/07_{i}.xml": DOT for i in (1, 2)}, [""],
+     ["07_2", "07_1"], [[2, 255, 255], [255, 255, 255]]),               # strokes of ScribbleSup
     ("voc_scribble", "val", "", VOC, [""], ["07_1"], VALUES),
     ("camvid", "val", "", CAMVID, ["", "CamVid"], ["a", "b"], [[0, 10, 255, 255]]),
     ("camvid", "val", "", CAMVID | {"val.txt": "/SegNet/CamVid/val/b.png /SegNet/CamVid/valannot/b.png\n"},
@@ -264,14 +264,6 @@ def test_em_is_cut_twice_into_two_thirds_and_one_third(tmp_path, below, stacks):
         assert "train-labels.tif is missing" in message(ds.open_dataset, "em", tmp_path, "train-1")
 
 
-def test_voc_scribble_reads_the_files_of_scribblesup(tmp_path):
-    dot = ("<annotation><size><width>3</width><height>2</height></size><polygon><tag>bike</tag>"
-           "<point><X>0</X><Y>-1</Y></point></polygon></annotation>")   # its disc reaches into the image
-    write(tmp_path, VOC | {f"pascal_2012/07_{i}.xml": dot for i in (1, 2)})
-    data = ds.open_dataset("voc_scribble", tmp_path, "trainaug")
-    assert data.read(1)[1].tolist() == [[2, 255, 255], [255, 255, 255]]
-
-
 def test_masks_may_lie_in_a_folder_below_root_or_anywhere_else(tmp_path, monkeypatch):
     root = write(tmp_path / "voc", VOC | own("inside", STROKES))
     write(tmp_path, own("mine", STROKES) | own("inside", VALUES) | own("SegmentationClassAug", VALUES))
@@ -285,16 +277,6 @@ def test_masks_may_lie_in_a_folder_below_root_or_anywhere_else(tmp_path, monkeyp
     for mask_dir in ("flat", "deep"):
         data = ds.open_dataset("folder", tmp_path, "train", mask_dir=mask_dir)
         assert data.read_mask(0).tolist() == (RAMP % 2).tolist()
-
-
-def test_toy_scenes_are_those_of_make_scene_and_are_kept():
-    for split, labels, key in (("val", "", "mask"), ("train", "scribbles", "scribbles")):
-        data = ds.open_dataset("toy_scenes", "", split, seed=3, mask_dir=labels)
-        scene, (image, mask) = toy_scenes.make_scene(3, toy_scenes.scene_index(split, 5)), data.read(5)
-        loaders.TrainView(data, size=0, crop=128, scale=(1.0, 1.0))[(5, 0)]     # does not write to it
-        assert data.read(5)[0] is image and (image.permute(1, 2, 0).numpy() == scene["image"]).all()
-        assert (mask.numpy() == scene[key]).all() and torch.equal(data.read_mask(5), mask)
-        assert len(data) == toy_scenes.SPLITS[split] and data.name_of(5) == "0005"
 
 
 # ---- readers: what is missing or broken ------------------------------------------------------------------

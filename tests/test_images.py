@@ -35,14 +35,14 @@ def lines(rows):
 
 def cub():
     """The tree of CUB_200_2011 with three classes, images of 30 x 20 and lists in any order."""
-    places = [(1, 10.0, 8.0, 1), (2, 4.0, 14.5, 1), (5, 0.0, 0.0, 0)]
+    places = [(1, 10.0, 8.0, 1), (2, 4.0, 14.0, 1), (5, 0.0, 0.0, 0), (6, 3.9, 8.0, 1)]
     return {f"images/{name}/{name}_{k}.png": picture() for _, name, k, _ in FILES} | {
         "images.txt": lines((i, f"{name}/{name}_{k}.png") for i, name, k, _ in FILES),
         "classes.txt": lines(BIRDS.items()),
         "image_class_labels.txt": lines((i, key) for i, _, _, key in FILES[::-1]),
         "train_test_split.txt": lines((i, int(k < 4)) for i, _, k, _ in FILES[::-1]),
         "bounding_boxes.txt": lines((i, *BOX) for i, *_ in FILES[::-1]),
-        "parts/parts.txt": lines([(1, "back"), (2, "left eye"), (5, "tail")]),
+        "parts/parts.txt": lines([(1, "back"), (2, "left eye"), (5, "tail"), (6, "wing")]),
         "parts/part_locs.txt": lines([(i, *place) for i, *_ in FILES for place in places][::-1])}
 
 
@@ -72,20 +72,11 @@ def test_cub_is_read_by_its_ids_and_cut_to_its_boxes(tmp_path, below):
     for data, expected in ((train, cut), (test, cut), (whole, picture())):          # test images too
         image, label = data.read(1)
         assert (image.permute(1, 2, 0).numpy() == expected).all() and label == 0
-    places = test.part_locations(0)                                     # y 14.5 is below the box
-    assert test.part_names == ("back", "left eye", "tail") and places.dtype == torch.float32
+    places = test.part_locations(0)                                     # y 14 is below the box, x 3.9 left
+    assert test.part_names == ("back", "left eye", "tail", "wing") and places.dtype == torch.float32
     assert places[0].tolist() == [6, 5, 1] and test.read(0)[0][:2, 5, 6].tolist() == [10, 8]
-    assert places[:, 2].tolist() == [1, 0, 0]
-    assert whole.part_locations(0).tolist() == [[10, 8, 1], [4, 14.5, 1], [0, 0, 0]]
-
-
-def test_a_part_is_visible_inside_the_box_alone(tmp_path):
-    places = {(4, 3): 1, (24.9, 13.9): 1, (3.9, 8): 0, (10, 2.9): 0, (25, 8): 0, (10, 14): 0}
-    trained = [i for i, _, k, _ in FILES if k < 4]
-    table = lines((i, 1, *place, 1) for i, place in zip(trained, places))
-    write(tmp_path, cub() | {"parts/parts.txt": "1 back\n", "parts/part_locs.txt": table})
-    data = im.open_images("cub", tmp_path, "train", val_fraction=0)
-    assert [data.part_locations(i)[0, 2] for i in range(6)] == list(places.values())
+    assert places[:, 2].tolist() == [1, 0, 0, 0]
+    assert whole.part_locations(0)[:3].tolist() == [[10, 8, 1], [4, 14, 1], [0, 0, 0]]
 
 
 def test_cub_may_be_a_subset_without_boxes_and_parts(tmp_path):

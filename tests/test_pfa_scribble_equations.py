@@ -162,17 +162,6 @@ def test_memory_is_the_loop(classes, slots, batch, momentum):
     assert memory.full and not list(memory.parameters())
 
 
-def test_memory_by_hand():
-    """Slots (1,0), (0,1): (0.6,0.8) moves the second, which is not normalised again. Directions count."""
-    memory, one = PrototypeMemory(1, 2, 2), torch.ones(1, 1, dtype=torch.bool)
-    for p in ([1.0, 0.0], [0.0, 1.0], [0.6, 0.8]):
-        memory.update(torch.tensor([[p]]), one)
-    assert_near(memory.bank[0], [[1, 0], [0.01 * 0.6, 0.99 + 0.01 * 0.8]])
-    memory.bank.copy_(torch.tensor([[[0.0, 0.1], [0.8, 0.6]]]))         # products 0.1, 0.6; cosines 1, 0.6
-    memory.update(torch.tensor([[[0.0, 1.0]]]), one)
-    assert_near(memory.bank[0], [[0, 0.099 + 0.01], [0.8, 0.6]])
-
-
 # ---- augmentation, Eq. (6) to (8) -------------------------------------------------------------------------
 
 def slow_augment(features, keys, weights):
@@ -268,14 +257,6 @@ def test_consistency_is_the_loop_with_slopes_to_both_sides(reading):
     both = [normal(2, 3, 3, 2, seed=seed, size=2).requires_grad_() for seed in (0, 1)]
     assert_near(consistency_loss(*both, reading), slow_consistency(*map(array, both), reading))
     assert gradcheck(lambda a, b: consistency_loss(a, b, reading), both)
-
-
-def test_consistency_by_hand():
-    """p = (1, 3) / 4 and p_aug = (1, 1) / 2."""
-    logits = torch.tensor([0, math.log(3)]).reshape(1, 2, 1, 1)
-    expected = dict(paper=math.log(2), official=math.log(math.exp(0.25) + math.exp(0.75)) - 0.5, mse=1 / 16)
-    for reading, value in expected.items():
-        assert_near(consistency_loss(logits, torch.zeros(1, 2, 1, 1), reading), value)
 
 
 # ---- phases and losses (Sec. 3.3.3, 3.4) ------------------------------------------------------------------
@@ -428,17 +409,13 @@ def test_optimizer_and_schedule(reading, policy):
         scheduler.step()
 
 
-@pytest.mark.parametrize("backbone, head, strides", [
-    ("mit_b0", "mlp", (4, 8, 16, 16)), ("mobilenet_v2", "deeplabv2", (4, 8, 8, 8)),
-    ("mobilenet_v2", "deeplabv3plus", (4, 8, 16, 16))])
-def test_size_of_the_features_and_the_classifier_behind_them(backbone, head, strides):
-    """A.1, [D13]: the last patch embedding of MiT has stride 1; DeepLabv2 sums dilated convolutions."""
-    net = pfa.build_model(settings(backbone=backbone, head=head, head_channels=16), N)
-    x, stride = torch.rand(1, 3, 64, 96), 8 if head == "deeplabv2" else 4
-    assert [tuple(f.shape[2:]) for f in net.network.backbone(x)] == [(64 // s, 96 // s) for s in strides]
-    assert net.eval()(x)[0].shape == (1, 16, 64 // stride, 96 // stride)
-    dilations = [module.dilation[0] for module in net.classifier.modules() if isinstance(module, nn.Conv2d)]
-    assert dilations == ([6, 12, 18, 24] if head == "deeplabv2" else [1])
+@pytest.mark.parametrize("head, stride, dilations", [
+    ("deeplabv2", 8, [6, 12, 18, 24]), ("deeplabv3plus", 16, [1])])
+def test_the_deeplabs_have_strides_of_their_own_and_deeplabv2_dilates(head, stride, dilations):
+    net = pfa.build_model(settings(backbone="mobilenet_v2", head=head), N)      # [D13]
+    assert net.network.backbone(torch.rand(1, 3, 64, 96))[3].shape[2:] == (64 // stride, 96 // stride)
+    layers = [module for module in net.classifier.modules() if isinstance(module, nn.Conv2d)]
+    assert [layer.dilation[0] for layer in layers] == dilations
 
 
 # ---- constants --------------------------------------------------------------------------------------------

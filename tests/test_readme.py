@@ -2,14 +2,12 @@
 import importlib
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
-from commands import SCRIPTS
+from commands import ROOT, SCRIPTS
 from common import run
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 USES_A_RUN = {"--predict", "--explain", "--compare", "--failure", "--draw", "--eval-only", "--class",
               "--infer", "--class-scores"}                             # they need the run in --out

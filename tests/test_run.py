@@ -1,12 +1,11 @@
-"""common/run.py and tables.py: options, exit codes, run folders, rows of tables, learning rate."""
+"""common/run.py and tables.py: options, run folders, rows of tables, learning rate."""
 from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
 
 import json
 import pytest
 import torch
 
-from commands import call, read
+from commands import read
 from common import run, tables
 from common.run import RunConfig, UserError, opt
 
@@ -42,12 +41,6 @@ def parse(*argv):
 
 # ---- options ----
 
-def test_flags_beat_preset_beats_defaults():
-    assert (parse().iterations, parse().lr, parse().flip) == (50, 0.1, True)
-    cfg = parse("--preset", "big", "--lr", "0.25", "--no-flip")
-    assert (cfg.iterations, cfg.lr, cfg.flip, cfg.preset) == (8000, 0.25, False, "big")
-
-
 def test_schedule_shortens_every_stage_in_proportion_once_and_nothing_else(tmp_path):
     cfg = parse("--preset", "big", "--schedule", "0.1", "--out", tmp_path)
     assert (cfg.iterations, cfg.warmup, cfg.finetune, cfg.lr) == (800, 10, 200, 0.5)
@@ -56,41 +49,6 @@ def test_schedule_shortens_every_stage_in_proportion_once_and_nothing_else(tmp_p
     assert asdict(replace(cfg, seed=1)) == asdict(cfg) | dict(seed=1)     # a copy is not scaled again
     run.start_run(cfg, CPU)
     assert asdict(parse("--out", tmp_path, "--resume")) == asdict(cfg) | dict(resume=True)
-
-
-def test_a_list_option_takes_one_or_more_words():
-    parse().parts.append("tail")
-    assert (parse().parts, parse().predict) == (["head", "wing"], [])     # no Config changes the default
-    assert parse("--quantiles", "0.5", "1").quantiles == [0.5, 1.0]
-
-
-@pytest.mark.parametrize("argv, words", [
-    (["--iteratons", "1"], "did you mean --iterations?"), (["--iter", "5"], "--iter 5"),
-    (["--parts"], "--parts"), (["--preset", "small"], "small")])
-def test_a_wrong_flag_is_one_sentence_and_exit_code_2(argv, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(*argv)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and words in message
-
-
-@pytest.mark.parametrize("error, code, said", [
-    (UserError("mask a.png is broken."), 2, "script.py: mask a.png is broken.\n"),
-    (KeyboardInterrupt(), 130, "--resume"), (torch.OutOfMemoryError(), 2, "--batch-size")])
-def test_exit_codes_without_traceback(error, code, said):
-    def main(cfg):
-        raise error
-    ended = call(SimpleNamespace(__name__="script", __doc__="", main=main, Config=Config, PRESETS=PRESETS))
-    assert ended.returncode == code and said in ended.stderr and ended.stderr.count("\n") == 1
-
-
-def refuse(batch):
-    raise UserError("image 0.png is truncated: download it again.")
-
-
-def test_a_sentence_from_a_loader_worker_arrives_as_it_was():
-    with pytest.raises(UserError, match="^image 0.png is truncated: download it again.$"):
-        list(torch.utils.data.DataLoader([0], num_workers=1, collate_fn=refuse))
 
 
 # ---- run folder ----
@@ -127,20 +85,6 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(out / "rows")
     with pytest.raises(UserError, match="the folder that you work in"):
         run.start_run(parse("--out", out), CPU)
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_checkpoints_of_other_networks_are_refused(tmp_path):
-    def checkpoint(path, value):
-        run.save_checkpoint(path, dict(model=torch.nn.Linear(4, 5)), value)
-    path = tmp_path / "file"
-    for write in (run.write_json, checkpoint):
-        path.write_text("whole")
-        with pytest.raises(TypeError):
-            write(path, dict(bad=(number for number in ())))              # no file holds a generator
-        assert path.read_text() == "whole"
-    checkpoint(path, dict(iteration=1))
-    with pytest.raises(UserError, match="file does not fit this model"):
-        run.load_checkpoint(path, dict(model=torch.nn.Linear(4, 4)), CPU.device)
 
 
 # ---- rows of tables ----

@@ -5,7 +5,6 @@ command writes what the functions return, or nothing; a sample equals Sec. 4.2 d
 """
 import json
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import datasets as ds
-from common import loaders, run, survey, transforms
+from common import loaders, transforms
 from common import strokes as st
 from data import prepare_scribbles as prepare
 from trees import draw, message, write
@@ -188,20 +187,6 @@ def folder_of(root, masks):
              for i, mask in enumerate(masks)}
     write(root, tree | {"classes.txt": "class0\nclass1\nclass2\nclass3"})
     return ds.open_dataset("folder", root, "train")
-
-
-def test_survey_by_hand_and_scribbles_that_teach_nothing_are_refused(tmp_path):
-    masks = [canvas(4, 5, (0, 0, 1, 0, 5), (2, 2, 3, 0, 4)), canvas(4, 5), canvas(4, 5, (0, 1, 3, 1, 2)),
-             canvas(4, 5, (2, 0, 1, 0, 1), (3, 1, 2, 0, 1))]
-    argv = SimpleNamespace(workers=1), run.Machine(torch.device("cpu"))
-    data = folder_of(tmp_path / "a", masks)
-    pixels, labels, sizes = survey.read_all(data, *argv)
-    assert labels.sum(0).tolist() == [2, 0, 2, 1] and labels.any(1).tolist() == [True, False, True, True]
-    assert pixels.tolist() == np.bincount(np.stack(masks).flatten(), minlength=256).tolist()
-    assert sizes.tolist() == [[4, 5]] * 4
-    data = folder_of(tmp_path / "b", [0 * canvas(4, 5), canvas(4, 5)])
-    words = "p0.png.: .*class0 alone .* 255 elsewhere"
-    assert re.search(words, message(survey.survey, data, [], *argv, True))
 
 
 def bilinear_at(image, y, x):

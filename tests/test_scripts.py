@@ -3,16 +3,14 @@ import importlib
 import re
 import sys
 from dataclasses import fields
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from commands import SCRIPTS, done
+from commands import ROOT, SCRIPTS, done
 from common.run import flag_of
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LEAST_DEPARTURES = {"cbp_occl": 13, "protopool": 18, "scaleprotoseg": 13, "pfa_scribble": 17}
 EQUATIONS = dict(cbp_occl=range(3, 9), protopool=range(1, 4), scaleprotoseg=[10], pfa_scribble=range(1, 11))

@@ -1,4 +1,4 @@
-"""Trees of small files for the readers, and the sentence with which they refuse one."""
+"""Small files for the readers, and the sentence with which they refuse one."""
 import numpy as np
 import pytest
 import torch
@@ -17,6 +17,13 @@ def write(root, tree):
             array = np.asarray(content)
             Image.fromarray(array if array.dtype == np.uint16 else array.astype(np.uint8)).save(root / path)
     return root
+
+
+def saved(folder, content):
+    """The path of a file of weights: what torch.save makes of the content, or bytes as they are."""
+    path = folder / "w.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    return path
 
 
 def message(call, *args, **kwargs):
