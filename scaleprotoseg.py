@@ -42,22 +42,24 @@ Where we do something else, or had to choose ([D*] marks the line):
      run says so. The code moves them all to one corner of the first image.
 [D5] A class without prototypes has no groups; its logit comes from the other classes' groups alone.
 [D6] EM: entropy weight 0.25 as printed in Sec. 7; the code has 0.05. The two cuts are ours (seeds 1 and 2).
+     The U-Net has batch norm, as in the code; Sec. 7 says the original one, which has none.
 [D7] ProtoSeg's pruning leaves void pixels out on all data sets (the code forgets to on three of them).
 [D8] Consistency and stability binarise above quantiles over the pixels of the class; 0.7, 0.8, 0.9 are ours:
      the paper's are not known. The background has no keypoint (in the code it has), and images in which a
      class has none are left out. All classes of Pascal with parts count; the code drops cow. A part that
-     fewer than 5 images show does not count for consistency (ours).
+     fewer than 5 images show does not count for consistency. The curve, ceiling and chance are ours.
 [D9] Validation sees whole images; the code crops and scales them at random. The last weights are kept.
 [D10] Where the backbone is frozen batch norm is in eval mode, also where it is trained (U-Net, tiny).
-[D11] The plain network is trained as the others are (Adam, no CRF); Table 6's had SGD, and a CRF at the end.
+[D11] The plain network has the budget and the optimizer of the others (Adam, no CRF); the printed 71.40 and
+     77.69 are of DeepLabv2's own recipe (SGD; the latter with a CRF at the end, as in Table 6).
 [D12] Sec. 11 leaves open how IoUs are averaged: ours is a mean over the images that hold the class in 10 or
      more cells of the common grid; of fewer cells any two maps pick the same. We take --equivariance images
      of the projection split, the paper all training images.
 [D13] Toy scenes have no pretrained backbone: tiny is trained from scratch in the joint phase.
 [D14] Projection and analyses are in float32; all else on CUDA is in bfloat16 up to the ASPP maps.
+[D15] A loss is a mean over a batch of 10; in the code over 2 images, five times (as with --micro-batch 2).
 """
 
-import itertools
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -67,14 +69,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 from common import datasets, figures, files, loaders, run, segmentation, speed, survey
 from common import scaleprotoseg_figures as gallery, scaleprotoseg_measures as measures
 from common.backbones import DENSE, build_dense, check_sides, norm_parameters
 from common.loaders import to_device
-from common.metrics import row_quantile
 from common.parts import check_parts
 from common.run import RunConfig, UserError, opt
 from common.scaleprotoseg_measures import part_presence     # noqa: F401 (others import it from this file)
@@ -585,7 +585,7 @@ def train_step(model, net, optimizer, scheduler, x, labels, phase, cfg):
     """One iteration; returns the terms of the loss, detached, on the device. model: net, or DDP around it.
     The batch goes through in parts of --micro-batch images, whose gradients add up."""
     sums = {}
-    size = cfg.micro_batch or len(x)
+    size = cfg.micro_batch or len(x)                                 # [D15]
     parts = list(zip(x.split(size), labels.split(size)))
     optimizer.zero_grad(set_to_none=True)
     for k, (part, target) in enumerate(parts, 1):
@@ -931,15 +931,18 @@ def report(net, cfg, sets, progress, machine):
         iou = dict(zip(data.classes, score["iou"]))
         entries[stage] = dict(miou=score["miou"], pixel_acc=score["pixel_acc"], iou=iou)
     if cfg.method != "deeplab":
-        entries |= progress["counts"] | measures.analyse(net, data, cfg, device)
+        entries |= progress["counts"] | measures.projection(progress)
+        entries |= measures.analyse(net, data, cfg, device)
         if net.groups is not None and cfg.equivariance:
-            entries["equivariance"] = equivariance(net, sets["project"], cfg, device)
+            entries["equivariance"] = measures.equivariance(net, sets["project"], cfg, device)    # Eq. (10)
     iterations = {phase: getattr(cfg, phase) for phase in PHASES[cfg.method] if phase != "project"}
     entries |= run.facts(cfg, net, progress, machine, "method", "threshold") | dict(
         images_per_second=measures.images_per_second(net, data, cfg, device), split=cfg.test_split,
         iterations=iterations, finished=is_finished(cfg, progress))
     run.write_json(Path(cfg.out) / "metrics.json", entries)
     gallery.draw_figures(gallery.Drawing(net, cfg, progress, device, data, sets["project"]), entries)
+    for line in measures.told(entries, cfg):
+        print(line)
     text = ", ".join(f"{stage} {score['miou']:.1f}" for stage, score in scores.items())
     text += f"; {entries['prototypes']} prototypes" if "prototypes" in entries else ""
     text += f", {entries['group_average']:.1f} a group" if "group_average" in entries else ""
@@ -951,45 +954,6 @@ def report(net, cfg, sets, progress, machine):
 def is_finished(cfg, progress):
     last = PHASES[cfg.method][-1]
     return progress["phase"] == last and progress["iteration"] == getattr(cfg, last)
-
-
-@torch.no_grad()
-def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_cells=10):
-    """Eq. (10): prototypes of two scales that light up alike if the image's size makes up for their rates.
-
-    With r(s) = rate s / rate 1, prototype i of scale s sees the image shrunk by r(t), prototype j of scale
-    t > s sees it shrunk by r(s). Both maps go to the larger one's grid and are binarised at a quantile p_th
-    over the class's cells. A pair is quasi-equivariant if its mean IoU is above `least`, the paper's IoU_th.
-    Returns {p_th: dict} with Fig. 7's ratios in percent and the pairs (i, j, IoU).
-    """
-    ratios = [rate / cfg.rates[0] for rate in cfg.rates]
-    count = min(cfg.equivariance, len(data))
-    chosen = Subset(loaders.TestView(data, 0), [k * len(data) // count for k in range(count)])  # [D12]
-    P = len(net.prototypes)
-    images = torch.zeros(P, P, device=device)                        # in which i and j are compared
-    iou = images.repeat(len(quantiles), 1, 1)                        # sums over these images
-    loader = loaders.eval_loader(chosen, cfg.workers, device)
-    for batch in tqdm(loader, desc="equivariance", leave=False, disable=None):
-        x, mask = to_device(batch, device, "image", "mask")
-        maps = [net.similarity(measures.shrunk(x, ratio))[0] for ratio in ratios]     # (P,h,w) each
-        for s, t in itertools.combinations(range(len(ratios)), 2):
-            large = maps[s]                                          # image shrunk by r(s): for scale t
-            small = segmentation.resized(maps[t][None], large.shape[1:])[0]               # for scale s
-            labels = nearest_label(mask, large.shape[1:])[0]
-            for c in labels.unique().tolist():
-                inside = labels == c
-                i, j = (((net.prototype_class == c) & (net.prototype_scale == k)).nonzero()[:, 0]
-                        for k in (s, t))
-                if inside.sum() < least_cells or not len(i) or not len(j):                # [D12]
-                    continue
-                images[i[:, None], j] += 1
-                for k, q in enumerate(quantiles):
-                    a, b = ((values >= row_quantile(values, q)[:, None]).float()
-                            for values in (small[i][:, inside], large[j][:, inside]))     # (n,cells)
-                    both = a @ b.T                                   # cells that are active in both
-                    iou[k, i[:, None], j] += both / (a.sum(1)[:, None] + b.sum(1) - both)
-    iou = (iou / images.clamp(min=1)).cpu()                          # [D12]
-    return {f"{q:g}": measures.equivariance_ratios(net, iou[k], least) for k, q in enumerate(quantiles)}
 
 
 # ---- use a trained run -----------------------------------------------------------------------------------
