@@ -97,6 +97,7 @@ class Config(RunConfig):
     parts: str = opt("", "part annotations of the test split (data/README.md); toy: none", runtime=True)
     backbone: str = opt("resnet101", "network before the ASPP", choices=DENSE)
     weights: str = opt("imagenet", "backbone weights: imagenet (downloaded), file, URL or none", source=True)
+    log_prior: bool = opt(False, "ours: a logit gets the log of its class's share of the training pixels")
     frozen_bn: bool = opt(True, "batch norm keeps its pretrained statistics and scales (Sec. 6)")
     output_stride: int = opt(8, "pixels a side of a cell of the feature map; the U-Net has 1", above=0)
     unet_width: int = opt(64, "channels of the U-Net's first level; 16 for a CPU", above=0)
@@ -413,6 +414,7 @@ class DeepLab(nn.Module):
         self.backbone, self.summed, self.input_scales = backbone, summed, input_scales
         self.frozen_bn = frozen_bn
         self.frozen = False                                          # True: the backbone is not trained now
+        self.register_buffer("log_prior", None)                      # (C,) with --log-prior
         self.aspp = nn.ModuleList(nn.Conv2d(backbone.channels, num_channels, 3, padding=rate, dilation=rate)
                                   for rate in rates)
         for conv in self.aspp:
@@ -441,8 +443,12 @@ class DeepLab(nn.Module):
             largest = torch.maximum(largest, grown)
         return [*maps, largest] if self.training and self.input_scales else [largest]
 
+    def with_prior(self, logits):
+        """(B,C,h,w) -> the same, plus the log prior of each class if there is one."""
+        return logits if self.log_prior is None else logits + self.log_prior[:, None, None]
+
     def forward(self, x):
-        return [(maps, None) for maps in self.maps(x)]
+        return [(self.with_prior(maps), None) for maps in self.maps(x)]
 
     @torch.no_grad()
     def final_logits(self, x, cfg):
@@ -480,8 +486,8 @@ class ScaleProtoSeg(DeepLab):
     def logits(self, similarity, alpha=0.0):
         """(B,P,h,w) -> (B,C,h,w), by the groups if there are any."""
         if self.groups is not None:
-            return self.groups(similarity, alpha)
-        return on_maps(self.last_layer.weight, similarity)
+            return self.with_prior(self.groups(similarity, alpha))
+        return self.with_prior(on_maps(self.last_layer.weight, similarity))
 
     def forward(self, x):
         d2 = [self.distances(maps) for maps in self.maps(x)]
@@ -506,7 +512,7 @@ class ScaleProtoSeg(DeepLab):
         logits = [on_maps(head, similarity), on_maps(self.last_layer.weight, similarity)]
         if self.groups is not None:
             logits += [self.groups(similarity), self.groups(similarity, cfg.threshold)]
-        return logits
+        return [self.with_prior(maps) for maps in logits]
 
     @torch.no_grad()
     def keep(self, index):
@@ -544,15 +550,19 @@ def first_prototypes(cfg, num_classes):
 
 def build_model(cfg, progress, weights="none"):
     """The network of cfg.method for what progress says of classes, prototypes and groups."""
-    width = dict(width=cfg.unet_width) if cfg.backbone == "unet" else {}
+    width = dict(width=cfg.unet_width) if cfg.backbone == "unet" else {}                  # [D6]
     backbone = build_dense(cfg.backbone, weights, cfg.output_stride, **width)             # [D1]
     num_classes = len(progress["classes"])
     if cfg.method == "deeplab":
-        return DeepLab(backbone, num_classes, cfg.rates, True, cfg.input_scales, cfg.frozen_bn)     # [D11]
-    net = ScaleProtoSeg(backbone, cfg.depth, cfg.rates, cfg.method == "protoseg", cfg.input_scales,
-                        cfg.frozen_bn, progress["prototype_class"], progress["prototype_scale"], num_classes)
-    if progress["phase"].startswith("group"):
-        net.start_groups(cfg.groups)
+        net = DeepLab(backbone, num_classes, cfg.rates, True, cfg.input_scales, cfg.frozen_bn)      # [D11]
+    else:
+        net = ScaleProtoSeg(backbone, cfg.depth, cfg.rates, cfg.method == "protoseg", cfg.input_scales,
+                            cfg.frozen_bn, progress["prototype_class"], progress["prototype_scale"],
+                            num_classes)
+        if progress["phase"].startswith("group"):
+            net.start_groups(cfg.groups)
+    if cfg.log_prior:
+        net.log_prior = torch.zeros(num_classes)                     # see prepare; a checkpoint has it
     return net
 
 
@@ -767,6 +777,9 @@ def prepare(cfg, sets, machine):
     if not resumes:
         progress |= dict(pixels=survey.survey(sets["train"], sets.values(), cfg, machine, net=net),
                          images=run.code_of_names(sets["train"]))
+        if cfg.log_prior:
+            pixels = progress["pixels"].clamp(min=1)                 # a class without any counts as one
+            net.log_prior = (pixels / pixels.sum()).log()
     run.start_run(cfg, machine)
     torch.manual_seed(cfg.seed + 1 + machine.rank)
     if resumes:

@@ -148,10 +148,15 @@ def test_after_projection_every_prototype_is_a_patch_of_its_class(base, pictures
 
 
 def test_phases_of_no_iterations_are_passed_over(pictures, tmp_path, no_figures):
-    """Some in the preset em, with its backbone; here the last phase too. Prototypes of one scale."""
-    none = ["--warmup", 0, "--finetune", 0, "--group-joint", 0]
+    """Some in the preset em, with its backbone; here the last phase too. Prototypes of one scale. The log
+    prior is that of the training masks; the ghost, which is in none, has that of a pixel."""
+    none = ["--warmup", 0, "--finetune", 0, "--group-joint", 0, "--log-prior"]
     unet = ["--backbone", "unet", "--unet-width", 4, "--output-stride", 8, "--rates", 1, "--micro-batch", 3]
-    done(NAME, "--out", tmp_path, *on(pictures, *none, *unet))
+    interrupt(NAME, 2, "--out", tmp_path, *on(pictures, *none, *unet))
+    done(NAME, "--out", tmp_path, "--resume")
+    masks = np.stack([np.asarray(Image.open(pictures / f"masks/train/{k}.png")) for k in range(4)])
+    pixels = np.bincount(masks[masks < 255], minlength=5).clip(1)
+    assert load(tmp_path)[0].log_prior.numpy() == pytest.approx(np.log(pixels / pixels.sum()), rel=1e-5)
     assert {row["phase"] for row in log_of(tmp_path)} == {"joint", "project", "group_warmup"}
     before = numbers(read(tmp_path / "metrics.json"))
     done(NAME, "--out", tmp_path, "--eval-only")
