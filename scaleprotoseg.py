@@ -42,22 +42,24 @@ Where we do something else, or had to choose ([D*] marks the line):
      run says so. The code moves them all to one corner of the first image.
 [D5] A class without prototypes has no groups; its logit comes from the other classes' groups alone.
 [D6] EM: entropy weight 0.25 as printed in Sec. 7; the code has 0.05. The two cuts are ours (seeds 1 and 2).
+     The U-Net has batch norm, as in the code; Sec. 7 says the original one, which has none.
 [D7] ProtoSeg's pruning leaves void pixels out on all data sets (the code forgets to on three of them).
 [D8] Consistency and stability binarise above quantiles over the pixels of the class; 0.7, 0.8, 0.9 are ours:
      the paper's are not known. The background has no keypoint (in the code it has), and images in which a
      class has none are left out. All classes of Pascal with parts count; the code drops cow. A part that
-     fewer than 5 images show does not count for consistency (ours).
+     fewer than 5 images show does not count for consistency. The curve, ceiling and chance are ours.
 [D9] Validation sees whole images; the code crops and scales them at random. The last weights are kept.
 [D10] Where the backbone is frozen batch norm is in eval mode, also where it is trained (U-Net, tiny).
-[D11] The plain network is trained as the others are (Adam, no CRF); Table 6's had SGD, and a CRF at the end.
+[D11] The plain network has the budget and the optimizer of the others (Adam, no CRF); the printed 71.40 and
+     77.69 are of DeepLabv2's own recipe (SGD; the latter with a CRF at the end, as in Table 6).
 [D12] Sec. 11 leaves open how IoUs are averaged: ours is a mean over the images that hold the class in 10 or
      more cells of the common grid; of fewer cells any two maps pick the same. We take --equivariance images
      of the projection split, the paper all training images.
 [D13] Toy scenes have no pretrained backbone: tiny is trained from scratch in the joint phase.
 [D14] Projection and analyses are in float32; all else on CUDA is in bfloat16 up to the ASPP maps.
+[D15] A loss is a mean over a batch of 10; in the code over 2 images, five times (as with --micro-batch 2).
 """
 
-import itertools
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -67,14 +69,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 from common import datasets, figures, files, loaders, run, segmentation, speed, survey
 from common import scaleprotoseg_figures as gallery, scaleprotoseg_measures as measures
 from common.backbones import DENSE, build_dense, check_sides, norm_parameters
 from common.loaders import to_device
-from common.metrics import row_quantile
 from common.parts import check_parts
 from common.run import RunConfig, UserError, opt
 from common.scaleprotoseg_measures import part_presence     # noqa: F401 (others import it from this file)
@@ -97,6 +97,7 @@ class Config(RunConfig):
     parts: str = opt("", "part annotations of the test split (data/README.md); toy: none", runtime=True)
     backbone: str = opt("resnet101", "network before the ASPP", choices=DENSE)
     weights: str = opt("imagenet", "backbone weights: imagenet (downloaded), file, URL or none", source=True)
+    log_prior: bool = opt(False, "ours: a logit gets the log of its class's share of the training pixels")
     frozen_bn: bool = opt(True, "batch norm keeps its pretrained statistics and scales (Sec. 6)")
     output_stride: int = opt(8, "pixels a side of a cell of the feature map; the U-Net has 1", above=0)
     unet_width: int = opt(64, "channels of the U-Net's first level; 16 for a CPU", above=0)
@@ -413,6 +414,7 @@ class DeepLab(nn.Module):
         self.backbone, self.summed, self.input_scales = backbone, summed, input_scales
         self.frozen_bn = frozen_bn
         self.frozen = False                                          # True: the backbone is not trained now
+        self.register_buffer("log_prior", None)                      # (C,) with --log-prior
         self.aspp = nn.ModuleList(nn.Conv2d(backbone.channels, num_channels, 3, padding=rate, dilation=rate)
                                   for rate in rates)
         for conv in self.aspp:
@@ -441,8 +443,12 @@ class DeepLab(nn.Module):
             largest = torch.maximum(largest, grown)
         return [*maps, largest] if self.training and self.input_scales else [largest]
 
+    def with_prior(self, logits):
+        """(B,C,h,w) -> the same, plus the log prior of each class if there is one."""
+        return logits if self.log_prior is None else logits + self.log_prior[:, None, None]
+
     def forward(self, x):
-        return [(maps, None) for maps in self.maps(x)]
+        return [(self.with_prior(maps), None) for maps in self.maps(x)]
 
     @torch.no_grad()
     def final_logits(self, x, cfg):
@@ -480,8 +486,8 @@ class ScaleProtoSeg(DeepLab):
     def logits(self, similarity, alpha=0.0):
         """(B,P,h,w) -> (B,C,h,w), by the groups if there are any."""
         if self.groups is not None:
-            return self.groups(similarity, alpha)
-        return on_maps(self.last_layer.weight, similarity)
+            return self.with_prior(self.groups(similarity, alpha))
+        return self.with_prior(on_maps(self.last_layer.weight, similarity))
 
     def forward(self, x):
         d2 = [self.distances(maps) for maps in self.maps(x)]
@@ -506,7 +512,7 @@ class ScaleProtoSeg(DeepLab):
         logits = [on_maps(head, similarity), on_maps(self.last_layer.weight, similarity)]
         if self.groups is not None:
             logits += [self.groups(similarity), self.groups(similarity, cfg.threshold)]
-        return logits
+        return [self.with_prior(maps) for maps in logits]
 
     @torch.no_grad()
     def keep(self, index):
@@ -544,15 +550,19 @@ def first_prototypes(cfg, num_classes):
 
 def build_model(cfg, progress, weights="none"):
     """The network of cfg.method for what progress says of classes, prototypes and groups."""
-    width = dict(width=cfg.unet_width) if cfg.backbone == "unet" else {}
+    width = dict(width=cfg.unet_width) if cfg.backbone == "unet" else {}                  # [D6]
     backbone = build_dense(cfg.backbone, weights, cfg.output_stride, **width)             # [D1]
     num_classes = len(progress["classes"])
     if cfg.method == "deeplab":
-        return DeepLab(backbone, num_classes, cfg.rates, True, cfg.input_scales, cfg.frozen_bn)     # [D11]
-    net = ScaleProtoSeg(backbone, cfg.depth, cfg.rates, cfg.method == "protoseg", cfg.input_scales,
-                        cfg.frozen_bn, progress["prototype_class"], progress["prototype_scale"], num_classes)
-    if progress["phase"].startswith("group"):
-        net.start_groups(cfg.groups)
+        net = DeepLab(backbone, num_classes, cfg.rates, True, cfg.input_scales, cfg.frozen_bn)      # [D11]
+    else:
+        net = ScaleProtoSeg(backbone, cfg.depth, cfg.rates, cfg.method == "protoseg", cfg.input_scales,
+                            cfg.frozen_bn, progress["prototype_class"], progress["prototype_scale"],
+                            num_classes)
+        if progress["phase"].startswith("group"):
+            net.start_groups(cfg.groups)
+    if cfg.log_prior:
+        net.log_prior = torch.zeros(num_classes)                     # see prepare; a checkpoint has it
     return net
 
 
@@ -585,7 +595,7 @@ def train_step(model, net, optimizer, scheduler, x, labels, phase, cfg):
     """One iteration; returns the terms of the loss, detached, on the device. model: net, or DDP around it.
     The batch goes through in parts of --micro-batch images, whose gradients add up."""
     sums = {}
-    size = cfg.micro_batch or len(x)
+    size = cfg.micro_batch or len(x)                                 # [D15]
     parts = list(zip(x.split(size), labels.split(size)))
     optimizer.zero_grad(set_to_none=True)
     for k, (part, target) in enumerate(parts, 1):
@@ -767,6 +777,9 @@ def prepare(cfg, sets, machine):
     if not resumes:
         progress |= dict(pixels=survey.survey(sets["train"], sets.values(), cfg, machine, net=net),
                          images=run.code_of_names(sets["train"]))
+        if cfg.log_prior:
+            pixels = progress["pixels"].clamp(min=1)                 # a class without any counts as one
+            net.log_prior = (pixels / pixels.sum()).log()
     run.start_run(cfg, machine)
     torch.manual_seed(cfg.seed + 1 + machine.rank)
     if resumes:
@@ -931,15 +944,18 @@ def report(net, cfg, sets, progress, machine):
         iou = dict(zip(data.classes, score["iou"]))
         entries[stage] = dict(miou=score["miou"], pixel_acc=score["pixel_acc"], iou=iou)
     if cfg.method != "deeplab":
-        entries |= progress["counts"] | measures.analyse(net, data, cfg, device)
+        entries |= progress["counts"] | measures.projection(progress)
+        entries |= measures.analyse(net, data, cfg, device)
         if net.groups is not None and cfg.equivariance:
-            entries["equivariance"] = equivariance(net, sets["project"], cfg, device)
+            entries["equivariance"] = measures.equivariance(net, sets["project"], cfg, device)    # Eq. (10)
     iterations = {phase: getattr(cfg, phase) for phase in PHASES[cfg.method] if phase != "project"}
     entries |= run.facts(cfg, net, progress, machine, "method", "threshold") | dict(
         images_per_second=measures.images_per_second(net, data, cfg, device), split=cfg.test_split,
         iterations=iterations, finished=is_finished(cfg, progress))
     run.write_json(Path(cfg.out) / "metrics.json", entries)
     gallery.draw_figures(gallery.Drawing(net, cfg, progress, device, data, sets["project"]), entries)
+    for line in measures.told(entries, cfg):
+        print(line)
     text = ", ".join(f"{stage} {score['miou']:.1f}" for stage, score in scores.items())
     text += f"; {entries['prototypes']} prototypes" if "prototypes" in entries else ""
     text += f", {entries['group_average']:.1f} a group" if "group_average" in entries else ""
@@ -951,45 +967,6 @@ def report(net, cfg, sets, progress, machine):
 def is_finished(cfg, progress):
     last = PHASES[cfg.method][-1]
     return progress["phase"] == last and progress["iteration"] == getattr(cfg, last)
-
-
-@torch.no_grad()
-def equivariance(net, data, cfg, device, quantiles=(0.6, 0.7), least=0.5, least_cells=10):
-    """Eq. (10): prototypes of two scales that light up alike if the image's size makes up for their rates.
-
-    With r(s) = rate s / rate 1, prototype i of scale s sees the image shrunk by r(t), prototype j of scale
-    t > s sees it shrunk by r(s). Both maps go to the larger one's grid and are binarised at a quantile p_th
-    over the class's cells. A pair is quasi-equivariant if its mean IoU is above `least`, the paper's IoU_th.
-    Returns {p_th: dict} with Fig. 7's ratios in percent and the pairs (i, j, IoU).
-    """
-    ratios = [rate / cfg.rates[0] for rate in cfg.rates]
-    count = min(cfg.equivariance, len(data))
-    chosen = Subset(loaders.TestView(data, 0), [k * len(data) // count for k in range(count)])  # [D12]
-    P = len(net.prototypes)
-    images = torch.zeros(P, P, device=device)                        # in which i and j are compared
-    iou = images.repeat(len(quantiles), 1, 1)                        # sums over these images
-    loader = loaders.eval_loader(chosen, cfg.workers, device)
-    for batch in tqdm(loader, desc="equivariance", leave=False, disable=None):
-        x, mask = to_device(batch, device, "image", "mask")
-        maps = [net.similarity(measures.shrunk(x, ratio))[0] for ratio in ratios]     # (P,h,w) each
-        for s, t in itertools.combinations(range(len(ratios)), 2):
-            large = maps[s]                                          # image shrunk by r(s): for scale t
-            small = segmentation.resized(maps[t][None], large.shape[1:])[0]               # for scale s
-            labels = nearest_label(mask, large.shape[1:])[0]
-            for c in labels.unique().tolist():
-                inside = labels == c
-                i, j = (((net.prototype_class == c) & (net.prototype_scale == k)).nonzero()[:, 0]
-                        for k in (s, t))
-                if inside.sum() < least_cells or not len(i) or not len(j):                # [D12]
-                    continue
-                images[i[:, None], j] += 1
-                for k, q in enumerate(quantiles):
-                    a, b = ((values >= row_quantile(values, q)[:, None]).float()
-                            for values in (small[i][:, inside], large[j][:, inside]))     # (n,cells)
-                    both = a @ b.T                                   # cells that are active in both
-                    iou[k, i[:, None], j] += both / (a.sum(1)[:, None] + b.sum(1) - both)
-    iou = (iou / images.clamp(min=1)).cpu()                          # [D12]
-    return {f"{q:g}": measures.equivariance_ratios(net, iou[k], least) for k, q in enumerate(quantiles)}
 
 
 # ---- use a trained run -----------------------------------------------------------------------------------

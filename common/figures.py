@@ -450,6 +450,20 @@ def save_bars(path, series, names, title="", unit="%", deviations=None):
 def save_curves(path, series, x, title="", below="", unit="%", deviations=None):
     """Curves over numbers x, rising. series: {name: a value for each x}; deviations: see save_bars; below:
     what x is."""
+    save_panels(path, {title: series}, x, below=below, unit=unit, deviations=deviations)
+
+
+def save_panels(path, panels, x, title="", below="", unit="%", deviations=None):
+    """Curves as in save_curves, below each other: {heading: series}."""
+    pieces = []
+    for heading, series in panels.items():
+        legend, canvas = curve_pieces(series, x, below, unit, deviations)
+        pieces += [text_piece(heading, canvas.width, size=18), legend, canvas]
+    save_stack(path, [text_piece(title, pieces[0].width, size=18), *pieces])
+
+
+def curve_pieces(series, x, below, unit, deviations):
+    """The legend and the picture of save_curves."""
     spread = {key: (deviations or {}).get(key, [0.0] * len(x)) for key in series}
     known = [v + sign * d for key in series for v, d in zip(series[key], spread[key]) for sign in (1, -1)]
     ticks = round_ticks(min(known), max(known) if max(known) > min(known) else min(known) + 1.0)
@@ -482,8 +496,7 @@ def save_curves(path, series, x, title="", below="", unit="%", deviations=None):
             draw.ellipse((column - 4, y - 4, column + 4, y + 4), fill=colour)
     draw.line((left, axis, left + width + 20, axis), fill=INK)
     swatches = [(SERIES[s % len(SERIES)], name) for s, name in enumerate(series)]
-    head = text_piece(title, canvas.width, size=18)
-    save_stack(path, [head, legend_piece(swatches, canvas.width), canvas])
+    return legend_piece(swatches, canvas.width), canvas
 
 
 def save_histogram(path, series, bins=20, low=None, high=None, title="", log=False):

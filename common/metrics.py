@@ -104,6 +104,20 @@ def row_quantile(values, q):
     return torch.lerp(below, above, place - low)
 
 
+def counted_quantiles(values, counts, quantiles):
+    """row_quantile for each of Q quantiles, of rows in which values[r,k] stands counts[r,k] times. values
+    (R,n), counts int64 (R,n) -> (Q,R); a row of counts 0 gets any number. Never waits for the device."""
+    if values.device.type == "mps":                                  # which lacks float64
+        return counted_quantiles(values.cpu(), counts.cpu(), quantiles).to("mps")
+    values, order = values.sort(1)
+    ends = counts.gather(1, order).cumsum(1)                         # (R,n): ranks below are values up to k
+    place = torch.stack([q * (ends[:, -1].double() - 1) for q in quantiles], 1)           # (R,Q)
+    low = place.long()
+    ranks = torch.cat([low, low + 1], 1).clamp(max=ends[:, -1:] - 1)                      # (R,2Q)
+    below, above = values.gather(1, torch.searchsorted(ends, ranks, right=True)).chunk(2, 1)
+    return torch.lerp(below, above, (place - low).to(values.dtype)).T
+
+
 # ---- parts: does a prototype's region hold the same part of the object? --------------------------------
 # N images, M prototypes, P annotated parts. inside bool (N,M,P): the part is visible in the region.
 

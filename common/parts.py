@@ -154,12 +154,18 @@ def read_keypoint_file(path):
 
 class PartMaps:
     """Parts of which there are maps: read(i) gives the part ids and class ids of an image, uint8 (H,W)."""
+    last = None, None                                    # the image asked for last, what read gave
+
+    def maps(self, i):
+        if self.last[0] != i:                            # whoever wants keypoints wants the map, too
+            self.last = i, self.read(i)
+        return self.last[1]
 
     def keypoints(self, i):
-        return torch.from_numpy(part_centroids(*self.read(i))) if self.has(i) else torch.zeros(0, 4)
+        return torch.from_numpy(part_centroids(*self.maps(i))) if self.has(i) else torch.zeros(0, 4)
 
     def part_map(self, i):
-        return torch.from_numpy(self.read(i)[0]) if self.has(i) else None
+        return torch.from_numpy(self.maps(i)[0]) if self.has(i) else None
 
 
 class ToyParts(PartMaps):

@@ -19,7 +19,7 @@ from common.figures import cell_block, framed, heat, in_colours, legend_of, thum
 from common.metrics import row_quantile
 from common.regions import connected_components
 from common.run import UserError
-from common.scaleprotoseg_measures import shrunk
+from common.scaleprotoseg_measures import moved_far, shrunk
 from common.segmentation import labels_of_cells, network_input, resized
 from common.survey import of_masks
 from common.transforms import normalise
@@ -76,7 +76,9 @@ class Drawing:
             marked = figures.draw_box(image, cell_block(cell, similarity.shape, mask.shape), width=1)
             patch = thumbnail(marked[:, y0:y1, x0:x1])
             rate = f", rate {self.cfg.rates[self.scale_of(p)]}" if self.cfg.method == "scaleprotoseg" else ""
-            caption = f"p{p}, {self.classes[self.class_of(p)]}{rate}"
+            far = moved_far(self.progress["sources"])
+            moved = f", moved far: {far[p]:.1f}" if p in far else ""
+            caption = f"p{p}, {self.classes[self.class_of(p)]}{rate}{moved}"
             self.tiles[p] = dict(patch=(patch, caption), boxed=(framed(image, box), caption),
                                  heat=(heat(image, similarity), "activation"))
         return self.tiles[p]
@@ -178,6 +180,8 @@ def draw_figures(d, entries):
             draw_groups(d, c, i, folder)
     draw_nearest_patches(d, shown, used, folder)
     draw_nearest_prototypes(d, folder)
+    if entries.get("part_metrics"):
+        draw_part_metrics(entries["part_metrics"], folder)
     if "equivariance" in entries:
         draw_equivariance(d, entries["equivariance"], folder)
 
@@ -190,7 +194,7 @@ def draw_prototypes(d, c, used, folder):
         for p in range(len(used)):
             if (d.class_of(p), d.scale_of(p)) == (c, s):
                 picture, caption = d.tile(p)["boxed"]
-                row += [(picture, caption if used[p] else f"{caption} (in no group)"), d.tile(p)["heat"]]
+                row += [(picture, caption if used[p] else f"{caption} (no group)"), d.tile(p)["heat"]]
         rows += [row[k:k + 6] for k in range(0, len(row), 6)]
     if rows:
         figures.save_grid(folder / f"prototypes-{d.file_name(c)}.png", rows, cell=170,
@@ -264,6 +268,22 @@ def draw_nearest_prototypes(d, folder, images=2, patches=3):
         figures.save_grid(folder / f"nearest_prototypes-{n + 1}.png", rows, cell=150,
                           title=f"Random patches of {d.test.name_of(i)}, the prototypes nearest to them, "
                           "and the region around the patch that each of these lights up (Fig. 20 to 25)")
+
+
+def draw_part_metrics(curve, folder):
+    """part_metrics.png: what prototypes know of parts, over the quantile above which a map is active."""
+    names = dict(hit_rate="Hit rate: images in which a prototype lights up on its best part, mean",
+                 consistency="Consistency: prototypes whose hit rate is above 80 %",
+                 stability="Stability: parts that a prototype lights up on stay the same under noise")
+    kinds = {"": "prototypes", "_ceiling": "true parts", "_chance": "random maps",
+             "_empty": "no part lit, before nor after"}
+    panels = {}
+    for name, heading in names.items():
+        rows = {text: [scores.get(name + kind) for scores in curve.values()] for kind, text in kinds.items()}
+        panels[heading] = {text: row for text, row in rows.items() if None not in row}
+    figures.save_panels(folder / "part_metrics.png", {text: rows for text, rows in panels.items() if rows},
+                        [float(q) for q in curve],
+                        below="quantile over the pixels of the class: above it a prototype's map is lit")
 
 
 def draw_equivariance(d, ratios, folder, most=8):

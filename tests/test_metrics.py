@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.metrics import (ConfusionMatrix, activation_box, activation_boxes, part_consistency, part_truth,
-                            row_quantile, variant_truth)
+from common.metrics import (ConfusionMatrix, activation_box, activation_boxes, counted_quantiles,
+                            part_consistency, part_truth, row_quantile, variant_truth)
 
 
 def random_maps(seed, num_classes, shape=(2, 6, 7)):
@@ -86,6 +86,15 @@ def test_row_quantile_is_torchs_and_takes_more_than_16_million_values():
     for q in (0.3, 0.8, 1):
         torch.testing.assert_close(row_quantile(values, q), values.quantile(q, 1))
     assert row_quantile(torch.arange(2.0 ** 24 + 1)[None], 0.5) == 2 ** 23             # torch.quantile stops
+
+
+def test_counted_quantiles_are_those_of_values_that_stand_there_so_often():
+    values, counts = (random_maps(seed, n, (40, 30))[0] for seed, n in ((0, 9), (1, 4)))
+    counts[:4], counts[0, 7] = 0, 1                                     # one value, and rows without any
+    found = counted_quantiles(values / 7, counts, [0.1, 0.5, 0.99])
+    for row, count, those in zip(values / 7, counts, found.T):
+        repeated = row.repeat_interleave(count)
+        assert not len(repeated) or those.tolist() == pytest.approx(np.quantile(repeated, [0.1, 0.5, 0.99]))
 
 
 # ---- parts: N images, M prototypes, P parts, C classes of 3 slots ----

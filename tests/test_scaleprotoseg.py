@@ -79,7 +79,7 @@ def runs(trained, tmp_path_factory):
 # ---- a run of each method ----
 
 STAGE_1 = ["stage1_projected", "stage1_finetuned"]
-PICTURES = {"examples.png", "prototypes", "nearest_patches.png", "nearest_prototypes"}
+PICTURES = {"examples.png", "prototypes", "part_metrics.png", "nearest_patches.png", "nearest_prototypes"}
 TERMS = dict(warmup="ce diversity", joint="ce diversity", project="", finetune="ce l1",
              group_warmup="ce l1 entropy", group_joint="ce l1 entropy")
 
@@ -95,7 +95,7 @@ def test_a_run_leaves_the_scores_and_figures_of_its_method(runs, method, stages,
         rates = [rate for rate in stage["iou"].values() if rate is not None]
         assert list(stage["iou"]) == [*toy_scenes.CLASSES] and stage["miou"] == pytest.approx(np.mean(rates))
     assert ("pruned" in metrics, "group_overlap" in metrics) == (method != "deeplab", method == NAME)
-    assert method != NAME or {"consistency", "stability", "purity", "largest_part"} <= set(metrics)
+    assert method == "deeplab" or {"part_metrics", "stability", "purity", "largest_part"} <= set(metrics)
     if method == "protoseg":
         dropped = metrics["of_absent_classes"] + metrics["duplicates"] + metrics["pruned"]
         assert metrics["pruned"] > 0 and metrics["prototypes"] + dropped == 14 * 4
@@ -139,13 +139,22 @@ def test_after_projection_every_prototype_is_a_patch_of_its_class(base, pictures
     assert metrics["duplicates"] >= 2 and len(net.prototypes) == 20 - 4 - metrics["duplicates"]
     assert "4 of classes without a training pixel (ghost)" in (base / "printed.txt").read_text()
     assert metrics["absent"] == ["kite"] and (net.groups.members[3] == -1).all()
+    distance, cls = np.array([source[3] for source in progress["sources"]]), net.prototype_class.numpy()
+    assert {name: entry["distance"] for name, entry in metrics["projection"].items()} == {
+        CLASSES[c]: pytest.approx(np.median(distance[cls == c])) for c in (0, 1, 2, 4)}
+    assert measures.moved_far([(0, 0, 0, d) for d in (1, 1, 1, 4, 4.1)]) == {4: 4.1}
 
 
 def test_phases_of_no_iterations_are_passed_over(pictures, tmp_path, no_figures):
-    """Some in the preset em, with its backbone; here the last phase too. Prototypes of one scale."""
-    none = ["--warmup", 0, "--finetune", 0, "--group-joint", 0]
+    """Some in the preset em, with its backbone; here the last phase too. Prototypes of one scale. The log
+    prior is that of the training masks; the ghost, which is in none, has that of a pixel."""
+    none = ["--warmup", 0, "--finetune", 0, "--group-joint", 0, "--log-prior"]
     unet = ["--backbone", "unet", "--unet-width", 4, "--output-stride", 8, "--rates", 1, "--micro-batch", 3]
-    done(NAME, "--out", tmp_path, *on(pictures, *none, *unet))
+    interrupt(NAME, 2, "--out", tmp_path, *on(pictures, *none, *unet))
+    done(NAME, "--out", tmp_path, "--resume")
+    masks = np.stack([np.asarray(Image.open(pictures / f"masks/train/{k}.png")) for k in range(4)])
+    pixels = np.bincount(masks[masks < 255], minlength=5).clip(1)
+    assert load(tmp_path)[0].log_prior.numpy() == pytest.approx(np.log(pixels / pixels.sum()), rel=1e-5)
     assert {row["phase"] for row in log_of(tmp_path)} == {"joint", "project", "group_warmup"}
     before = numbers(read(tmp_path / "metrics.json"))
     done(NAME, "--out", tmp_path, "--eval-only")
@@ -286,7 +295,7 @@ def seen_as(net, maps):
 
 def parts_of(classes, points=(), maps=None):
     """Part labels of 3 parts. points: {image: rows of class, part, x, y}; maps: {image: part map (H,W)}."""
-    return SimpleNamespace(classes=classes, num_parts=3, has=lambda i: i in (maps or points),
+    return SimpleNamespace(classes=classes, num_parts=3, has=lambda i: i in (points or maps),
                            keypoints=lambda i: torch.tensor(points[i], dtype=torch.float32).reshape(-1, 4),
                            part_map=lambda i: maps and maps[i].to(torch.uint8))
 
@@ -313,9 +322,10 @@ def test_consistency_and_stability_by_hand():
     data, cfg = Masks(torch.zeros(8, 10).long() for _ in range(6)), TOY(quantiles=[0.7, 0.9, 0.99])
     for mask in data:
         mask[:2, 6:], mask[:2, 5:6] = 1, 255
-    parts = parts_of((0, 2), {i: [(0, 1, 3, 1), (0, 2, 7, 4)] + [(0, 3, 0, 7)] * (i < 3) for i in range(5)})
+    points = [(0, 1, 3, 1), (0, 2, 7, 4), (0, 2, 9, 0)]                 # the last lies on another class
+    parts = parts_of((0, 2), {i: points + [(0, 3, 0, 7)] * (i < 3) for i in range(5)})
     lit = torch.zeros(4, 4, 5)                                          # maps of no part, of part 1, 2, 3
-    lit[1, 0, 1] = lit[2, 2, 3] = lit[3, 3, 0] = 5
+    lit[1, 0, 1] = lit[2, 2, 3] = lit[3, 3, 0] = lit[0, 0, 4] = 5
     clean = [lit[[1, 2, 3, 1, 1]]] * 3 + [lit[[1, 2, 0, 1, 1]], lit[[1, 0, 0, 1, 1]]]
     noisy = [clean[0], lit[[0, 2, 3, 1, 1]], *clean[2:4], lit[[1, 0, 2, 1, 1]]]
     net = grouped_net([[[0.4, 0.3, 0.3, 0]], [[1.0, 0, 0, 0]]], np.ones((2, 2)), (0, 0, 0, 0, 1))
@@ -325,9 +335,29 @@ def test_consistency_and_stability_by_hand():
     for name, expected in (("consistency", (100 / 3, 100 / 3, 0)), ("stability", (260 / 3, 260 / 3, 100))):
         assert found[name] == pytest.approx(np.mean(expected))          # above 99 % of the class is nothing
         assert found[f"{name}_by_quantile"] == pytest.approx(dict(zip(("0.7", "0.9", "0.99"), expected)))
+    assert [*found["part_metrics"]] == ["0.5", "0.6", "0.7", "0.8", "0.9"]
+    for scores in found["part_metrics"].values():                       # no part lit: p2, p1 and p2
+        assert 0 <= scores.pop("consistency_chance") <= scores.pop("hit_rate_chance") <= 100
+        assert scores == pytest.approx(dict(
+            consistency=100 / 3, hit_rate=100 * (1 + 0.8 + 0) / 3, stability=260 / 3,
+            stability_empty=200 / 15, consistency_ceiling=None, hit_rate_ceiling=None))
     net, bare = seen_as(net, clean), parts_of((2,), {0: [(2, 1, 1, 1)]})        # a class without prototypes
     assert measures.part_scores(net, data, bare, cfg, CPU) == dict(consistency=None, stability=None)
     assert measures.part_purity(net, data, bare, cfg, CPU) == {}
+
+
+def test_the_ceiling_is_what_true_parts_reach_on_the_grid_and_random_maps_reach_less():
+    """Rows of 4 cells, the left half part 1, the right half part 2, the centre of each in an inner cell: the
+    mean over neighbours, twice, is 5/6, 2/3, 1/3, 1/6 for one. Above the median are two columns, above
+    higher quantiles the outer one or none. A random map is above q in a share 1 - q of the pictures."""
+    part_map = torch.tensor([[1, 2]] * 16).repeat_interleave(8, 1)
+    parts = parts_of((0,), {i: [(0, 1, 4, 8), (0, 2, 11, 8)] for i in range(60)}, [part_map] * 60)
+    net = seen_as(stub_net(uniform(9, 5), [0] * 9, [0] * 9, 1), [torch.zeros(9, 4, 4)] * 120)
+    found = measures.part_scores(net, Masks([0 * part_map] * 60), parts, TOY(), CPU)
+    for q, scores in found["part_metrics"].items():
+        assert (scores["hit_rate"], scores["consistency_chance"]) == (0, 0)
+        assert scores["hit_rate_ceiling"] == scores["consistency_ceiling"] == 100 * (q == "0.5")
+        assert scores["hit_rate_chance"] == pytest.approx(100 * (1 - float(q)), abs=15)
 
 
 def test_purity_by_hand():
@@ -358,10 +388,11 @@ def test_overlap_of_groups_is_one_ratio_over_all_pictures():
         assert overlap == (expected and pytest.approx(expected))
 
 
-def test_equivariant_prototypes_light_up_alike_when_the_size_makes_up_for_their_rates():
+def test_equivariant_prototypes_light_up_alike_when_the_size_makes_up_for_their_rates(monkeypatch):
     """p0 of scale 0 looks at the picture shrunk by the rate of scale 1; p1, p2, p3 of scale 1 look at it as
     it is, all at ramps. p1, p2 agree with p0 in two of three pictures with 10 cells of their class, p3 in
-    one; the fourth has 9. p4 belongs to another class. Pairs that share p0 are one group."""
+    one; the fourth has 9. p4 belongs to another class. Pairs that share p0 are one group. Beside them a map
+    that rises upwards, independent of p0: sets of a share a of the cells have the IoU a^2 / (2 a - a^2)."""
     masks = [torch.full((80, 160), int(i % 2 or i > 4)) for i in range(8)]       # every second is looked at
     masks[6][8:20, 8:20] = 0
     widths, calls = [], iter(["down right right left right", "right up up up up"] * 2
@@ -376,12 +407,18 @@ def test_equivariant_prototypes_light_up_alike_when_the_size_makes_up_for_their_
     net = stub_net(uniform(5, 5), [0, 0, 0, 0, 1], [0, 1, 1, 1, 1], 4)
     net.start_groups(3)
     net.similarity = similarity
-    found = sps.equivariance(net, Masks(masks), TOY(rates=[6, 12], equivariance=4), CPU)
-    assert widths == [160, 80] * 4
+    monkeypatch.setattr(measures, "random_maps", lambda count, size, *_: -torch.arange(float(
+        size[0]))[:, None].expand(count, *size))
+    found = measures.equivariance(net, Masks(masks), TOY(rates=[6, 12], equivariance=4), CPU)
+    ends = measures.most_active(torch.tensor([[[1.0, 2, 3], [9, 5, 4]]]), torch.arange(6)[None] != 3, [0.5])
+    assert ends.tolist() == [[[0, 0, 1, 0, 1, 1]]]                      # of five cells, the median too
+    assert widths == [160, 80] * 4 and list(found) == ["0.6", "0.7"]
     pairs = [(0, 1, pytest.approx(2 / 3)), (0, 2, pytest.approx(2 / 3))]
-    assert list(found) == ["0.6", "0.7"] and found["0.6"] == found["0.7"] == dict(
-        pairs=pairs, groups=1, groups_to_learned_groups=pytest.approx(100 / 6), prototypes_in_groups=60,
-        classes_with_groups=50)
+    for entry, a in zip(found.values(), (0.4, 0.3)):
+        assert entry == dict(pairs=pairs, groups=1, groups_to_learned_groups=pytest.approx(100 / 6),
+                             prototypes_in_groups=60, classes_with_groups=50, above_chance=100,
+                             mean_iou=pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3), pairs_by_chance=0,
+                             chance_iou=pytest.approx(a * a / (2 * a - a * a)))
 
 
 # ---- tables, mistakes ----

@@ -326,7 +326,8 @@ def slow_logits(net, x, alpha=0.0):
 
 
 def test_logits_of_every_stage_and_after_prototypes_were_dropped():
-    """Stage 1 with its first and its trained last layer, stage 2 before and after the threshold."""
+    """Stage 1 with its first and its trained last layer, stage 2 before and after the threshold; to all
+    of them the log prior is added."""
     net, x = stub_net(uniform(P, D), CLASS, SCALE, C).eval(), normal(1, S * D, 3, 4).float()
     cfg, kept = run.make_config(sps.Config, sps.PRESETS, "toy", threshold=0.3), [5, 7, 6, 8, 9, 10, 11, 0]
     before = net.distances(x)
@@ -339,6 +340,8 @@ def test_logits_of_every_stage_and_after_prototypes_were_dropped():
     net.start_groups(G)
     net.groups.last_layer.weight.data.copy_(normal(C, C * G, seed=2))
     expected += [slow_logits(net, x)[1], slow_logits(net, x, 0.3)[1]]
+    net.log_prior = normal(C).float()
+    expected = [slow + net.log_prior.numpy()[:, None, None] for slow in expected]
     for logits, slow in zip(net.logits_of_stages(x, cfg), expected, strict=True):
         assert_near(logits[0], slow, 1e-4)
     assert_near(net.final_logits(x, cfg)[0], expected[3], 1e-4)
@@ -377,6 +380,8 @@ def test_the_largest_map_over_the_sizes_of_the_input_counts(method):
     else:
         assert_near(logits[:1], slow_logits(net, x[:1])[1][None], 1e-4)
     assert torch.equal(net.final_logits(x, cfg), logits)
+    net.log_prior = torch.arange(logits.shape[1]) - 5.0
+    assert_near(net.final_logits(x, cfg), logits + net.log_prior.view(-1, 1, 1), 1e-6)
 
 
 # ---- a training step (Sec. 6 to 8) ----
