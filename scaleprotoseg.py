@@ -202,21 +202,22 @@ def check_config(cfg):
 
 # ---- prototypes and pixels (Sec. 11; the rest: code) -----------------------------------------------------
 
-def prototype_distances(features, prototypes, prototype_scale):
+def prototype_distances(features, prototypes, prototype_scale, table=None):
     """d2[b,p,y,x] = |f_s(x)[b,:,y,x] - p|^2 with s the scale of p, >= 0.
 
-    features (B,S*D,h,w), prototypes (P,D), prototype_scale (P,) int64 -> (B,P,h,w) float32. One matrix
-    product for all scales: a prototype is a row of S*D numbers, zero outside its scale. Neither autocast nor
-    the TF32 of convolutions: where a pixel equals a prototype, an error of 1e-2 turns g = 9.2 into 4.6.
+    features (B,S*D,h,w), prototypes (P,D), prototype_scale (P,) int64 -> (B,P,h,w) float32. One batched
+    product, of each scale with its own prototypes. table (S,N): members_by_key of the scales, -1 where a
+    scale has fewer than N; a training step passes it in, as making it waits for the GPU. Neither autocast
+    nor the TF32 of convolutions: where a pixel equals a prototype, an error of 1e-2 turns g = 9.2 into 4.6.
     """
     with torch.autocast(features.device.type, enabled=False):
-        z = features.float().flatten(2)                              # (B,S*D,h*w)
-        p = prototypes.float()                                       # (P,D)
-        num_scales = z.shape[1] // p.shape[1]
-        is_scale = F.one_hot(prototype_scale, num_scales).to(p.dtype)                     # (P,S)
-        rows = (is_scale[:, :, None] * p[:, None]).flatten(1)        # (P,S*D)
-        zz = z.unflatten(1, (num_scales, -1)).square().sum(2)        # (B,S,h*w)
-        d2 = is_scale @ zz - 2 * (rows @ z) + p.square().sum(1)[:, None]                  # (B,P,h*w)
+        if table is None:
+            table = members_by_key(prototype_scale, features.shape[1] // prototypes.shape[1])
+        z = features.float().flatten(2).unflatten(1, (len(table), -1))                    # (B,S,D,h*w)
+        p = prototypes.float()[table.clamp(min=0)]                   # (S,N,D)
+        d2 = (-2 * p) @ z + z.square().sum(2, keepdim=True) + p.square().sum(2, keepdim=True)
+        place = table.flatten().argsort()[-len(prototypes):]         # where prototypes 0, 1, ... stand
+        d2 = d2.flatten(1, 2).index_select(1, place)                 # (B,P,h*w)
         return d2.clamp_min(0).unflatten(2, features.shape[2:])
 
 
@@ -461,15 +462,22 @@ class ScaleProtoSeg(DeepLab):
         self.prototypes = nn.Parameter(torch.rand(len(prototype_class), depth))  # in [0, 1], as features
         self.register_buffer("prototype_class", torch.as_tensor(prototype_class))         # (P,)
         self.register_buffer("prototype_scale", torch.as_tensor(prototype_scale))         # (P,)
-        table = pair_table(self.prototype_class, self.prototype_scale)                    # (C,S,K)
-        self.register_buffer("pairs", table, persistent=False)
+        self.register_buffer("of_scale", None, persistent=False)     # (S,N) prototypes of each scale
+        self.register_buffer("pairs", None, persistent=False)        # (C,S,K) ... of each class and scale
+        self.make_tables()
         self.last_layer = nn.Linear(len(prototype_class), num_classes, bias=False)        # w_h_proto
         self.last_layer.weight.data.copy_(initial_head(self.prototype_class, num_classes))
         self.groups = None                                           # until stage 2
 
+    def make_tables(self):
+        """What a training step looks up about the prototypes, made anew whenever some are dropped."""
+        self.of_scale = members_by_key(self.prototype_scale, 1 if self.summed else len(self.aspp))
+        self.pairs = pair_table(self.prototype_class, self.prototype_scale)
+
     def distances(self, maps):
         """(B,S*D,h,w) before the sigmoid -> d2 (B,P,h,w) float32."""
-        return prototype_distances(maps.float().sigmoid(), self.prototypes, self.prototype_scale)
+        z = maps.float().sigmoid()
+        return prototype_distances(z, self.prototypes, self.prototype_scale, self.of_scale)
 
     def similarity(self, x, amp="off"):
         """Images (B,3,H,W) -> g_proto (B,P,h,w) in eval mode."""
@@ -515,7 +523,7 @@ class ScaleProtoSeg(DeepLab):
         self.prototype_class = self.prototype_class[index]
         self.prototype_scale = self.prototype_scale[index]
         self.last_layer.weight = nn.Parameter(self.last_layer.weight[:, index])
-        self.pairs = pair_table(self.prototype_class, self.prototype_scale)
+        self.make_tables()
 
     def start_groups(self, num_groups, seed=0):
         """New groups, drawn on the CPU by the seed alone."""
