@@ -64,7 +64,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import Subset
@@ -73,7 +72,7 @@ from tqdm import tqdm
 from common import datasets, figures, files, loaders, run, segmentation, speed, survey
 from common import scaleprotoseg_figures as gallery, scaleprotoseg_measures as measures
 from common.backbones import DENSE, build_dense, check_sides, norm_parameters
-from common.loaders import to_device
+from common.loaders import of_all_ranks, to_device
 from common.metrics import row_quantile
 from common.parts import check_parts
 from common.run import RunConfig, UserError, opt
@@ -650,9 +649,10 @@ class Source(NamedTuple):
 def project_prototypes(net, loader, device):
     """Every prototype becomes the nearest pixel feature of its own class and scale in the loader's images.
 
-    loader: batches with image (1,3,h,w), mask (1,H,W), index, in order; each goes through the network once.
-    All distances are to the old prototypes, which move after the last image; of equal ones the first wins.
-    Returns P Sources; where no pixel has the class Source(-1, -1, -1, inf), and the prototype stays [D4].
+    loader: batches with image (1,3,h,w), mask (1,H,W), index, in order, this process's share; each goes
+    through the network once. All distances are to the old prototypes, which move after the last image; of
+    equal ones the first image's first cell wins, whatever the number of processes. Returns P Sources; where
+    no pixel has the class Source(-1, -1, -1, inf), and the prototype stays [D4].
     """
     net.eval()
     P, D = net.prototypes.shape
@@ -673,8 +673,12 @@ def project_prototypes(net, loader, device):
         moved = torch.where(closer[:, None], patch, moved)
         image = torch.full_like(row, int(batch["index"]))
         places = torch.where(closer[:, None], torch.stack([image, row, column], 1), places)
-    net.prototypes.copy_(moved)
-    return [Source(*place, distance) for place, distance in zip(places.tolist(), best.tolist())]
+    best, places, moved = (of_all_ranks(x[None]) for x in (best, places, moved))          # (world,P,...)
+    image = places[..., 0].float().masked_fill(best > best.amin(0), math.inf)
+    winner = image.argmin(0), torch.arange(P, device=device)         # of the nearest ones the lowest number
+    net.prototypes.copy_(moved[winner])
+    return [Source(*place, distance) for place, distance in zip(places[winner].tolist(),
+                                                                best[winner].tolist())]
 
 
 def remove_duplicates(prototypes, prototype_class, prototype_scale):
@@ -842,16 +846,15 @@ def log_row(net, data, log, iteration, lr, cfg, machine):
 
 
 def project(net, sets, log, cfg, machine):
-    """The end of stage 1's training: projection, absent classes [D4], duplicates, ProtoSeg's pruning. All
-    processes do the same and end with the first one's prototypes: near ties may differ between GPUs."""
+    """The end of stage 1's training: projection, absent classes [D4], duplicates, ProtoSeg's pruning. Each
+    process looks at its share of the images."""
     progress = log.progress
     if progress["phase"] == "project":                               # a resumed run has done it
         return
     net.requires_grad_(False)
-    loader = loaders.eval_loader(loaders.TestView(sets["project"], 0), cfg.workers, machine.device)
+    run.share_buffers(net)                                           # statistics of batch norm
+    loader = loaders.eval_loader(loaders.TestView(sets["project"], 0), cfg.workers, *machine)
     sources = project_prototypes(net, loader, machine.device)
-    if dist.is_initialized():
-        dist.broadcast(net.prototypes.data, 0)
     moved = torch.tensor([source.image >= 0 for source in sources], device=machine.device)
     if not moved.any():
         raise UserError(f"no pixel of the {cfg.project_split or cfg.train_split} split is labelled at the "
@@ -864,8 +867,6 @@ def project(net, sets, log, cfg, machine):
                   of_absent_classes=int((~moved).sum()), duplicates=int(moved.sum()) - len(kept))
     if cfg.method == "protoseg":
         passed = prune_prototypes(net, loader, machine.device)
-        if dist.is_initialized():
-            dist.broadcast(passed, 0)
         if not passed.any():
             raise UserError("ProtoSeg's pruning left no prototype: train longer (--schedule, --joint).")
         counts["pruned"] = int((~passed).sum())
@@ -888,11 +889,13 @@ def prune_prototypes(net, loader, device, neighbours=6, least=3):
     """ProtoSeg's rule: True where `least` or more of a prototype's nearest patches are in its class.
 
     An image offers its one nearest cell that is not void [D7]; the `neighbours` nearest images count. A
-    patch is in the class if any of its pixels is. loader as in project_prototypes -> (P,) bool.
+    patch is in the class if any of its pixels is. loader as in project_prototypes -> (P,) bool, for all
+    processes alike.
     """
     net.eval()
     other = int(net.prototype_class.max()) + 1                       # void, and classes without prototypes
-    distance, hit = [], []
+    distance = torch.full((neighbours, len(net.prototypes)), math.inf, device=device)     # of the nearest
+    hit, images = torch.zeros_like(distance), torch.zeros(1, device=device)               # images so far
     for batch in tqdm(loader, desc="prune", leave=False, disable=None):
         x, mask = to_device(batch, device, "image", "mask")
         d2 = net.distances(net.maps(x)[-1])[0]                       # (P,h,w)
@@ -900,11 +903,13 @@ def prune_prototypes(net, loader, device, neighbours=6, least=3):
         nearest, cell = d2.masked_fill(void, math.inf).flatten(1).min(1)                  # (P,)
         inside = torch.zeros(other + 1, *mask.shape[1:], device=device).scatter_(0, mask.clamp(max=other), 1)
         inside = F.adaptive_max_pool2d(inside, d2.shape[1:]).flatten(1)                   # (C+1,h*w)
-        distance.append(nearest)
-        hit.append(inside[net.prototype_class, cell].bool() & nearest.isfinite())
-    distance, hit = torch.stack(distance), torch.stack(hit)          # (images,P)
-    near = distance.topk(min(neighbours, len(distance)), dim=0, largest=False).indices
-    return hit.gather(0, near).sum(0) >= min(least, len(distance))
+        found = inside[net.prototype_class, cell] * nearest.isfinite()
+        distance, order = torch.cat([distance, nearest[None]]).sort(dim=0, stable=True)
+        hit = torch.cat([hit, found[None]]).gather(0, order)[:neighbours]
+        distance, images = distance[:neighbours], images + 1
+    distance, hit, images = (of_all_ranks(x) for x in (distance, hit, images))            # (world*6,P)
+    near = distance.topk(neighbours, dim=0, largest=False).indices
+    return hit.gather(0, near).sum(0) >= images.sum().clamp(max=least)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------

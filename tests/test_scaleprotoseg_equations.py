@@ -175,18 +175,23 @@ def slow_projection(features, masks, prototypes, cls, scale):
     return moved, found
 
 
+def projection_task(seed):
+    """features, masks, prototypes, their classes and scales. Features are 0, 1/2 or 1, exact after the
+    sigmoid: many ties, of which the first wins. Class 4 has no pixel. Two prototypes are equal."""
+    features = torch.randint(3, (7, 2 * 3, 3, 4), generator=seeded(seed)) / 2
+    masks = torch.randint(4, (7, 7, 9), generator=seeded(seed + 10))
+    masks[masks == 3] = 255
+    masks[0] = 255
+    prototypes = torch.randint(9, (8, 3), generator=seeded(seed + 20)) / 8
+    prototypes[7] = prototypes[6]
+    return features, masks, prototypes, [0, 1, 2, 4, 2, 1, 0, 0], [0, 1, 0, 1, 1, 0, 0, 0]
+
+
 @on_devices
 @pytest.mark.parametrize("seed", range(3))
 def test_projection_moves_prototypes_to_the_nearest_pixel_of_class_and_scale(seed, device):
-    """Features are 0, 1/2 or 1, exact after the sigmoid: many ties, of which the first wins. Class 4 has no
-    pixel: its prototype stays. Of equal prototypes of a class and scale the first is kept."""
-    features = torch.randint(3, (6, 2 * 3, 3, 4), generator=seeded(seed)) / 2
-    masks = torch.randint(4, (6, 7, 9), generator=seeded(seed + 10))
-    masks[masks == 3] = 255
-    masks[0] = 255
-    cls, scale = [0, 1, 2, 4, 2, 1, 0, 0], [0, 1, 0, 1, 1, 0, 0, 0]
-    prototypes = torch.randint(9, (8, 3), generator=seeded(seed + 20)) / 8
-    prototypes[7] = prototypes[6]
+    """Without such a pixel a prototype stays. Of equal ones of a class and scale the first is kept."""
+    features, masks, prototypes, cls, scale = projection_task(seed)
     moved, sources = slow_projection(features, masks, prototypes, cls, scale)
     net = stub_net(prototypes, cls, scale, 5).train().to(device)
     assert sps.project_prototypes(net, loader_of(features, masks), device) == sources
@@ -195,6 +200,33 @@ def test_projection_moves_prototypes_to_the_nearest_pixel_of_class_and_scale(see
     first = [p for p, row in enumerate(rows) if row not in rows[:p]]
     kept = sps.remove_duplicates(net.prototypes, net.prototype_class, net.prototype_scale)
     assert kept.tolist() == first and len(first) < 8
+
+
+def project_and_prune(rank=0, world=1):
+    """Prototypes, sources and what passes, for three sets of images, of which a process sees rank::world."""
+    found = []
+    for seed in range(3):
+        features, masks, prototypes, cls, scale = projection_task(seed)
+        net, loader = stub_net(prototypes, cls, scale, 5), loader_of(features, masks)[rank::world]
+        sources = sps.project_prototypes(net, loader, CPU)
+        found += [net.prototypes.data, torch.tensor(sources)]
+        net.prototypes.data.copy_(uniform(8, 3, seed=seed))
+        found.append(sps.prune_prototypes(net, loader, CPU))
+    return found
+
+
+def one_of_two(rank, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save(project_and_prune(rank, 2), folder / f"{rank}.pt")
+
+
+def test_two_processes_share_the_projection_and_find_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    alone = project_and_prune()
+    assert {True, False} == {*alone[2].tolist()}
+    for rank in (0, 1):
+        shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert all(map(torch.equal, shared, alone)) and len(shared) == len(alone)
 
 
 @pytest.mark.parametrize("images", [2, 4, 12])
@@ -326,8 +358,8 @@ def slow_logits(net, x, alpha=0.0):
 
 
 def test_logits_of_every_stage_and_after_prototypes_were_dropped():
-    """Stage 1 with its first and its trained last layer, stage 2 before and after the threshold. No prototype
-    of scale 1 is left."""
+    """Stage 1 with its first and its trained last layer, stage 2 before and after the threshold. Of scale 1
+    no prototype is left."""
     net, x = stub_net(uniform(P, D), CLASS, SCALE, C).eval(), normal(1, S * D, 3, 4).float()
     cfg, kept = run.make_config(sps.Config, sps.PRESETS, "toy", threshold=0.3), [3, 7, 6, 8, 9, 10, 12, 0]
     before = net.distances(x)
