@@ -69,7 +69,7 @@ import torch.nn.functional as F
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from common import datasets, figures, files, loaders, run, segmentation, speed, survey
+from common import datasets, files, loaders, run, segmentation, speed, survey
 from common import scaleprotoseg_figures as gallery, scaleprotoseg_measures as measures
 from common.backbones import DENSE, build_dense, check_sides, norm_parameters
 from common.loaders import of_all_ranks, to_device
@@ -139,9 +139,13 @@ class Config(RunConfig):
     stage1: str = opt("", "run folder: take over its stage 1 and train only the groups anew", runtime=True)
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
     predict: str = opt("", "image or folder: index PNGs, overlays into OUT/predictions", uses_run=True)
-    explain: str = opt("", "image: draw why a pixel of it got its class, by the run in OUT", uses_run=True)
+    explain: str = opt("", "image: draw why a pixel of it has one class and not another", uses_run=True)
     class_: str = opt("", "class that --explain explains (default: the predicted one)", runtime=True)
     pixel: list = opt((), "x y to explain (default: the strongest of the class)", each=int, runtime=True)
+    against: str = opt("", "class that it is held against (default: the next best at the pixel)",
+                       runtime=True)
+    baseline: str = opt("", "run folder, such as one of ProtoSeg: --explain shows it beside the run in OUT",
+                        runtime=True)
     failure: str = opt("", "class whose worst test images are drawn (Sec. 17)", uses_run=True)
     failure_iou: float = opt(0.2, "epsilon_IoU of Sec. 17: images below it fail", at_least=0, at_most=1,
                              runtime=True)
@@ -191,8 +195,8 @@ def check_config(cfg):
         raise UserError(f"--rates {' '.join(map(str, cfg.rates))}: give each once, rising.")
     if cfg.pixel and len(cfg.pixel) != 2:
         raise UserError(f"--pixel {' '.join(map(str, cfg.pixel))}: give x and y, two whole numbers.")
-    if (cfg.class_ or cfg.pixel) and not cfg.explain:
-        raise UserError("--class and --pixel go with --explain IMAGE.")
+    if (cfg.class_ or cfg.pixel or cfg.against or cfg.baseline) and not cfg.explain:
+        raise UserError("--class, --pixel, --against and --baseline go with --explain IMAGE.")
     plain = replace(cfg, method="deeplab", input_scales=[])
     check_sides(lambda: build_model(plain, dict(classes=["any"])), cfg)
     if cfg.stage1 and cfg.method != "scaleprotoseg":
@@ -1030,58 +1034,14 @@ def load_run(cfg, device):
     return gallery.Drawing(net, cfg, progress, device, test, source_images)
 
 
-@torch.no_grad()
-def explain_cell(net, similarity, c, cell, alpha=0.0):
-    """Why does a cell (row, column) have its logit of class c? similarity (P,h,w) -> dict of plain numbers.
-
-    logit = contributions of the class's own groups (weight x activation) + constant + others. A group of
-    another class has activation 1 where it sees nothing: constant = the sum of these weights, others = the
-    sum of weight x (activation - 1), against = the three that lower the logit most. ProtoSeg: prototypes in
-    place of groups, similarities in place of activations, constant = 0.
-    """
-    groups = net.groups
-    s = similarity[:, cell[0], cell[1]]                              # (P,)
-    if groups is None:
-        weight, owner = net.last_layer.weight[c], net.prototype_class
-        activation, nothing = s, torch.zeros_like(s)
-    else:
-        weight, owner = groups.last_layer.weight[c], groups.class_of_group
-        activation = groups.activations(s[None, :, None, None], alpha)[0, :, 0, 0]        # (C*G,)
-        nothing = (groups.members >= 0).any(1)[owner].to(s.dtype)    # 1, or 0 without members
-    terms = weight * activation
-    others = weight * (activation - nothing)
-    parts = []                                                       # the class's own groups
-    for k, f in enumerate((owner == c).nonzero()[:, 0].tolist()):
-        part = dict(weight=float(weight[f]), activation=float(activation[f]), contribution=float(terms[f]))
-        if groups is None:
-            part["prototype"] = f
-        else:
-            members = [dict(prototype=p, weight=w, scale=int(net.prototype_scale[p]), similarity=float(s[p]))
-                       for p, w in groups.members_of(c, k, alpha)]
-            part |= dict(group=k, members=members)
-        parts.append(part)
-    lowest = others.masked_fill(owner == c, math.inf).argsort()[:3].tolist()
-    against = [{"class": int(owner[f]), "contribution": float(others[f])} for f in lowest if others[f] < 0]
-    return dict(logit=float(terms.sum()), own=parts, constant=float((weight * nothing)[owner != c].sum()),
-                others=float(others[owner != c].sum()), against=against)
-
-
-@torch.no_grad()
-def explain(d):
-    """--explain IMAGE: OUT/explanations/NAME-CLASS.png and .json. Returns the numbers."""
-    image = files.read_image(Path(d.cfg.explain))
-    similarity = d.similarity(image)                                 # (P,h,w)
-    logits = d.net.logits(similarity[None], d.cfg.threshold)[0]      # (C,h,w)
-    c, cell = gallery.class_and_cell(logits, image.shape[1:], d.cfg.class_, d.classes, d.cfg.pixel)
-    y0, y1, x0, x1 = figures.cell_block(cell, logits.shape[1:], image.shape[1:])
-    predicted = d.classes[int(logits[:, cell[0], cell[1]].argmax())]
-    explanation = {"class": d.classes[c], "predicted": predicted, "x": (x0 + x1) // 2, "y": (y0 + y1) // 2}
-    explanation |= explain_cell(d.net, similarity, c, cell, d.cfg.threshold)
-    for part in explanation["against"]:
-        part["class"] = d.classes[part["class"]]
-    picture = gallery.draw_explanation(d, image, similarity, logits, c, cell, explanation)
-    run.write_json(picture.with_suffix(".json"), explanation)
-    return explanation
+def load_baseline(d):
+    """The run of --baseline; UserError unless it knows the same classes as d."""
+    path = d.cfg.baseline
+    baseline = load_run(replace(run.read_config(Config, path), out=path), d.device)
+    if baseline.classes != d.classes:
+        raise UserError(f"--baseline {path} knows other classes than the run in {d.cfg.out}: name a run on "
+                        "the same data.")
+    return baseline
 
 
 def predict(cfg, device):
@@ -1191,7 +1151,9 @@ def main(cfg):
     if cfg.predict:
         return predict(cfg, machine.device)
     d = load_run(cfg, machine.device)
-    return explain(d) if cfg.explain else gallery.draw_failures(d)
+    if cfg.failure:
+        return gallery.draw_failures(d)
+    return gallery.explain(d, load_baseline(d) if cfg.baseline else None)
 
 
 if __name__ == "__main__":                                           # worker processes import this file

@@ -1,5 +1,6 @@
 """scaleprotoseg.py as its users meet it, beside test_contract.py: three methods, what becomes of prototypes,
 --stage1, explanations that sum to the logit, measures and Eq. (10) by hand, tables, its own mistakes."""
+import itertools
 import re
 import shutil
 from dataclasses import replace
@@ -12,9 +13,10 @@ import torch
 from PIL import Image
 
 import scaleprotoseg as sps
-from commands import SHORT, assert_same_run, done, files, interrupt, log_of, mistake, numbers, read, same
+from commands import (SHORT, assert_same_run, copy_of, done, files, interrupt, log_of, mistake, numbers,
+                      read, same)
 from common import datasets, run, toy_scenes, transforms
-from common import scaleprotoseg_measures as measures
+from common import scaleprotoseg_figures as gallery, scaleprotoseg_measures as measures
 from common.files import read_image
 from test_scaleprotoseg_equations import nearest_exact, normal, slow_logits, stub_net, uniform
 from trees import write
@@ -200,23 +202,42 @@ def test_failure_finds_the_pictures_in_which_a_class_is_missed_or_invented(base,
 # ---- explanations ----
 
 @pytest.mark.parametrize("method, alpha", [(NAME, 0.0), (NAME, 0.3), ("protoseg", 0.0)])
-def test_contributions_sum_to_the_logit(method, alpha, base, runs):
-    """And each is weight x activation, of the class's own groups (ProtoSeg: prototypes) in order. The ghost,
-    which lost its prototypes, is explained by the others."""
+def test_contributions_sum_to_the_margin(method, alpha, base, runs):
+    """Of any two classes, with both classes' groups (ProtoSeg: prototypes) in order: the difference of their
+    weights x (activation - 1). The ghost, which lost its prototypes, has none."""
     net, _, _ = load(base if method == NAME else runs[method])
     x = normal(1, 3, 50, 70).float()
     similarity, logits, activation = slow_logits(net, x, alpha)
-    s = net.similarity(x)[0].detach()
-    for c, cell in ((c, cell) for c in range(len(logits)) for cell in ((0, 0), (7, 11), (12, 17))):
-        own = (net.prototype_class == c).nonzero()[:, 0].tolist()
-        found = sps.explain_cell(net, s, c, cell, alpha)
-        total = sum(part["contribution"] for part in found["own"]) + found["constant"] + found["others"]
-        assert found["logit"] == pytest.approx(logits[c][cell], rel=1e-3, abs=1e-2)
-        assert total == pytest.approx(found["logit"], rel=1e-4, abs=1e-3)
-        values = activation[c] if method == NAME else similarity[own]
-        for part, value in zip(found["own"], values, strict=True):
-            assert part["contribution"] == pytest.approx(part["weight"] * part["activation"], rel=1e-5)
-            assert part["activation"] == pytest.approx(value[cell], rel=1e-3, abs=1e-3)
+    s, prior = net.similarity(x)[0].detach(), uniform(len(logits), seed=1)
+    heads = (net.groups or net).last_layer.weight.detach().numpy().astype(float)
+    for (c, other), cell in itertools.product(((0, 1), (3, 0), (2, 3)), ((0, 0), (7, 11), (12, 17))):
+        found = measures.explain_cell(net, s, c, other, cell, alpha)
+        terms = [part["contribution"] for part in found["own"] + found["rival"]]
+        margin = logits[(c, *cell)] - logits[(other, *cell)]
+        assert found["margin"] == pytest.approx(margin, rel=1e-3, abs=1e-2)
+        assert sum(terms) + found["constant"] + found["others"] == pytest.approx(margin, rel=1e-3, abs=1e-2)
+        for k, parts in ((c, found["own"]), (other, found["rival"])):
+            own = (net.prototype_class == k).nonzero()[:, 0].tolist()
+            values, columns = similarity[(own, *cell)], own
+            if method == NAME:
+                columns = range(3 * k, 3 * k + 3) if own else []
+                values = activation[(k, slice(None), *cell)] - 1
+            for part, f, value in zip(parts, columns, values[:len(columns)], strict=True):
+                assert part["weight"] == pytest.approx(heads[c, f] - heads[other, f], abs=1e-5)
+                assert part["contribution"] == pytest.approx(part["weight"] * value, rel=1e-3, abs=1e-3)
+        shifted = measures.explain_cell(net, s, c, other, cell, alpha, prior)
+        for name in ("margin", "constant"):
+            assert shifted[name] - found[name] == pytest.approx(float(prior[c] - prior[other]), abs=1e-4)
+
+
+def test_printed_terms_add_up_to_the_printed_margin():
+    """Those with the largest remainders are rounded up; every number stays a neighbour of the exact one."""
+    assert gallery.rounded([0.334, 0.334, 0.334]) == [0.34, 0.33, 0.33]
+    assert gallery.rounded([1.004, 1.004, -0.004]) == [1.0, 1.0, 0.0]
+    values = (5 * normal(200, 9)).tolist()
+    for terms, found in zip(values, map(gallery.rounded, values)):
+        assert sum(found) == pytest.approx(round(sum(terms), 2), abs=1e-9)
+        assert max(abs(a - b) for a, b in zip(terms, found, strict=True)) < 0.01
 
 
 WEIGHTS = [[[0.96, 0.04, 0.0], [0.3, 0.5, 0.2]], [[0.0, 1.0, 0.0], [0.02, 0.98, 0.0]],
@@ -234,22 +255,25 @@ def grouped_net(weights=WEIGHTS, head=HEAD, cls=(0, 0, 0, 1, 1, 2)):
 
 
 def test_an_explanation_by_hand():
-    """Class 0 has groups that speak against it, which are no other class's."""
+    """Class 0 against class 1; the two groups of class 2 are the others. Class 3 has no groups."""
     s = torch.tensor([2.0, 1.0, 3.0, 0.5, 1.5, 4.0])[:, None, None]
-    found = sps.explain_cell(grouped_net(), s, 0, (0, 0), alpha=0.05)
+    found = measures.explain_cell(grouped_net(), s, 0, 1, (0, 0), alpha=0.05)
     activation = np.exp([1.92, 1.7, 1.5, 1.47, 4.0, 4.0])               # without 0.04 and 0.02
-    own, others = HEAD[0, :2] * activation[:2], HEAD[0, 2:6] * (activation[2:] - 1)
-    assert [part["contribution"] for part in found["own"]] == pytest.approx(own.tolist(), rel=1e-5)
-    members = [[member["prototype"] for member in part["members"]] for part in found["own"]]
-    assert members == [[0], [1, 0, 2]]                                  # the heaviest first
-    assert found["constant"] == pytest.approx(HEAD[0, 2:6].sum(), rel=1e-5)
-    assert found["others"] == pytest.approx(others.sum(), rel=1e-5)
-    assert [part["contribution"] for part in found["against"]] == pytest.approx(sorted(others)[:3], rel=1e-5)
-    assert [part["class"] for part in found["against"]] == [2, 2, 1]
+    weight = (HEAD[0] - HEAD[1])[:6]
+    terms = weight * (activation - 1)
+    for parts, expected in ((found["own"], terms[:2]), (found["rival"], terms[2:4])):
+        assert [part["contribution"] for part in parts] == pytest.approx(expected.tolist(), rel=1e-5)
+        assert [part["group"] for part in parts] == [0, 1]
+    members = [[member["prototype"] for member in part["members"]] for part in found["own"] + found["rival"]]
+    assert members == [[0], [1, 0, 2], [4], [4]]                        # the heaviest first
+    assert found["constant"] == pytest.approx(weight.sum(), rel=1e-5)
+    assert found["others"] == pytest.approx(terms[4:].sum(), rel=1e-5)
+    assert measures.explain_cell(grouped_net(), s, 3, 0, (0, 0))["own"] == []
 
 
 def test_explain_takes_the_pixel_and_class_that_are_asked_for(base, pictures):
-    """Else the class that fills the picture, or that of the pixel, and the strongest pixel of the class."""
+    """Else the class that fills the picture, or that of the pixel, and the strongest pixel of the class; it
+    is held against the next best there."""
     image = pictures / "images" / "test" / "2.png"                      # 51 x 37: 13 x 10 cells
     logits = slow_logits(load(base)[0], transforms.normalise(read_image(image))[None], 0.05)[1]
     most = CLASSES[np.bincount(logits.argmax(0).flatten()).argmax()]
@@ -266,6 +290,23 @@ def test_explain_takes_the_pixel_and_class_that_are_asked_for(base, pictures):
         assert (found["y"] * 10 // 37, found["x"] * 13 // 51) == cell and path.with_suffix(".png").exists()
         assert found["logit"] == pytest.approx(strongest[cell], rel=1e-3, abs=1e-2)
         assert f"{expected} at x {found['x']}, y {found['y']}" in printed
+        order = [CLASSES[k] for k in (-logits[(..., *cell)]).argsort() if CLASSES[k] != expected]
+        assert found["against"] == order[0] and f"logit of {expected} - logit of {order[0]} = " in printed
+        printed = done(NAME, "--out", base, "--explain", image, *asked, "--against", order[2])
+        path = path.with_stem(f"{path.stem}-not-{order[2].replace(' ', '-')}")
+        terms = [float(term) for term in re.findall(r"([+-]\d+\.\d\d) \(", printed)]
+        margin = float(re.search(r" = (-?\d+\.\d\d) = ", printed)[1])
+        assert sum(terms) == pytest.approx(margin, abs=1e-6)
+        assert read(path)["margin"] == pytest.approx(margin, abs=0.006) and path.with_suffix(".png").exists()
+
+
+def test_a_baseline_tells_of_the_same_pixel_and_classes(runs, pictures, tmp_path):
+    image, pixel = pictures / "images/test/1.png", ("--class", "sky", "--pixel", 9, 20)
+    grouped, ancestor = (copy_of(runs[name], tmp_path / name) for name in (NAME, "protoseg"))
+    done(NAME, "--out", grouped, "--explain", image, *pixel, "--baseline", ancestor, "--against", "car")
+    done(NAME, "--out", ancestor, "--explain", image, *pixel, "--against", "car")
+    both, alone = (read(out / "explanations/1-sky-not-car.json") for out in (grouped, ancestor))
+    assert both.pop("baseline") == alone and "prototype" in alone["own"][0] and "group" in both["own"][0]
 
 
 # ---- measures and Eq. (10) on hand-made networks ----
@@ -416,7 +457,7 @@ def test_tables_share_rows_and_stand_beside_the_papers_numbers(pictures, tmp_pat
 @pytest.mark.parametrize("argv, words", [
     (["--scale-min", 1.5, "--scale-max", 0.5], ["--scale-max 0.5", "--scale-min 1.5"]),
     (["--rates", 1, 1], ["--rates 1 1"]), (["--pixel", 3, 4, 5], ["--pixel 3 4 5"]),
-    (["--class", "car"], ["--class", "--explain"]),
+    (["--class", "car"], ["--class", "--explain"]), (["--against", "car"], ["--against", "--explain"]),
     (["--stage1", "x", "--method", "protoseg"], ["--stage1", "protoseg"]),
     (["--stage1", "nowhere"], ["holds no run"]), (["--test-square"], ["--test-square", "--test-size"]),
     (["--parts", "somewhere"], ["--parts", "toy_scenes"]), (["--project-split", "exam"], ["exam"])])
@@ -432,6 +473,10 @@ def test_mistakes_with_a_run(base, runs, pictures, tmp_path, no_figures):
     for folder, argv, words in (
             (base, ["--explain", image, "--pixel", 51, 0], "51 x 37"),
             (base, ["--explain", image, "--class", "unicorn"], "it knows sky, tall house"),
+            (base, ["--explain", image, "--against", "unicorn"], "--against unicorn"),
+            (base, ["--explain", image, "--class", "sky", "--against", "sky"], "name another one"),
+            (base, ["--explain", image, "--baseline", runs["protoseg"]], "knows other classes"),
+            (base, ["--explain", image, "--baseline", tmp_path / "none"], "holds no run"),
             (runs["deeplab"], ["--explain", image], "plain network"),
             (begun, ["--failure", "sky"], "--resume"), (begun, ["--eval-only"], "--resume")):
         assert words in mistake(NAME, "--out", folder, *argv)
