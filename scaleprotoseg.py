@@ -217,7 +217,8 @@ def prototype_distances(features, prototypes, prototype_scale, table=None):
         if table is None:
             table = members_by_key(prototype_scale, features.shape[1] // prototypes.shape[1])
         z = features.float().flatten(2).unflatten(1, (len(table), -1))                    # (B,S,D,h*w)
-        p = prototypes.float()[table.clamp(min=0)]                   # (S,N,D)
+        p = prototypes.float().index_select(0, table.flatten().clamp(min=0))              # (S*N,D)
+        p = p.unflatten(0, table.shape)                              # (S,N,D)
         d2 = (-2 * p) @ z + z.square().sum(2, keepdim=True) + p.square().sum(2, keepdim=True)
         place = table.flatten().argsort()[-len(prototypes):]         # where prototypes 0, 1, ... stand
         d2 = d2.flatten(1, 2).index_select(1, place)                 # (B,P,h*w)

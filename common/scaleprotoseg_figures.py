@@ -457,6 +457,7 @@ def draw_explanation(target, image, seen, found, c, other):
     rows, bars, predictions = [], {}, []
     for (d, similarity, logits, cell), numbers in zip(seen, found):
         name, rival, method = d.classes[c], d.classes[other], d.cfg.method
+        which = f"{method} ({Path(d.cfg.out).name}): " if len(seen) > 1 else ""
         sentence, captions = in_words(numbers)
         predictions.append(d.predict(image))
         margin = logits[c] - logits[other]
@@ -471,10 +472,10 @@ def draw_explanation(target, image, seen, found, c, other):
             shown = {k: [part["prototype"] for part in strongest(numbers[side])]
                      for k, side in ((c, "own"), (other, "rival"))}
             more, scales = prototype_rows(d, shown, image, similarity, cell, captions)
-        rows += [f"{method}: {sentence}", cells,
+        rows += [which + sentence, cells,
                  *(line.format(name, rival) for line in HOW_TO_READ[method]), *more]
         for text, ends in {f"logit of {name} - logit of {rival}": (-most, most), **scales}.items():
-            bars[f"{method}: {text}" if len(seen) > 1 else text] = ends
+            bars[which + text] = ends
     one = found[0]
     better, worse = (name, rival) if one["margin"] >= 0 else (rival, name)
     figures.save_grid(target, rows, cell=170, legend=legend_of(d.classes, *predictions), bars=bars,

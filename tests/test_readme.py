@@ -12,7 +12,7 @@ from common import run
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 USES_A_RUN = {"--predict", "--explain", "--compare", "--failure", "--draw", "--eval-only", "--class",
-              "--infer", "--class-scores"}                             # they need the run in --out
+              "--infer", "--class-scores", "--against", "--baseline"}  # they need the run in --out
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
