@@ -233,8 +233,8 @@ def draw_prototypes(d, c, used, folder):
         rows += [row[k:k + 6] for k in range(0, len(row), 6)]
     if rows:
         figures.save_grid(folder / f"prototypes-{d.file_name(c)}.png", rows, cell=170, bars=OWN_SCALE,
-                          title=f"Prototypes of {d.classes[c]}, scale by scale: the patch of a training "
-                          "image (framed) that each of them is, and how similar to it all of the image is")
+                          title=f"Prototypes of {d.classes[c]}, a scale after the other: the patch of a "
+                          "training image (framed) that each is, and how similar to it that image is")
 
 
 def draw_groups(d, c, i, folder):
@@ -437,8 +437,9 @@ def in_words(numbers):
     if numbers["constant"]:                              # ProtoSeg has none
         terms.append((next(values), "constant"))
     own, rival = sides
-    return (f"logit of {own} - logit of {rival} = {sum(value for value, _ in terms):.2f} = "
-            + " ".join(f"{value:+.2f} ({label})" for value, label in terms)), captions
+    margin = round(sum(value for value, _ in terms), 2) + 0.0        # + 0.0: never "-0.00"
+    return (f"logit of {own} - logit of {rival} = {margin:.2f} = "
+            + " ".join(f"{round(value, 2) + 0.0:+.2f} ({label})" for value, label in terms)), captions
 
 
 HOW_TO_READ = dict(
@@ -464,7 +465,7 @@ def draw_explanation(target, image, seen, found, c, other):
         most, around = float(margin.abs().max()), image.shape[2] // 30
         y0, y1, x0, x1 = cell_block(cell, margin.shape, image.shape[1:])
         cells = [(framed(image, [y0 - around, y1 + around, x0 - around, x1 + around]), "the pixel"),
-                 (in_colours(image, predictions[-1]), f"prediction, there {numbers['predicted']}"),
+                 (in_colours(image, predictions[-1]), f"prediction (there: {numbers['predicted']})"),
                  (heat(image, margin, most), f"red: {name} is ahead of {rival}, blue: behind")]
         if d.net.groups is not None:
             more, scales = group_rows(d, [c, other], image, similarity, cell=cell, captions=captions)
