@@ -12,7 +12,7 @@ Try    python scaleprotoseg.py                                # toy scenes, abou
 Train  python scaleprotoseg.py --preset cityscapes --data CITYSCAPES --parts gtFinePanopticParts
        torchrun --nproc-per-node 2 scaleprotoseg.py --preset ade20k --data ADEChallengeData2016
        python scaleprotoseg.py --method protoseg              # its ancestor; deeplab = the plain network
-Look   python scaleprotoseg.py --explain photo.jpg --class car --out runs/scaleprotoseg-toy
+Look   python scaleprotoseg.py --explain photo.jpg --class car --against taxi --out runs/scaleprotoseg-toy
        python scaleprotoseg.py --failure bird --out runs/scaleprotoseg-toy        # why is this class missed?
        python scaleprotoseg.py --table 8                      # stage 2 with and without the entropy loss
 

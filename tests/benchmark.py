@@ -74,21 +74,16 @@ def distance_steps(device, batch_size, classes):
     """prototype_distances alone, 64 x 64 cells, forward and backward: one product with rows of all scales,
     zero but in the prototype's own, and ours. Limits: 1.0 at 19 classes, 0.5 at 150."""
     scale = torch.arange(4, device=device).repeat_interleave(3 * classes)
-    table = scaleprotoseg.members_by_key(scale, 4)
-    is_scale = torch.nn.functional.one_hot(scale, 4).float()            # (P,S)
+    table, is_scale = scaleprotoseg.members_by_key(scale, 4), torch.nn.functional.one_hot(scale).float()
     z = channels_last(torch.rand(batch_size, 256, 64, 64), device).requires_grad_()
     p = torch.rand(len(scale), 64, device=device, requires_grad=True)
     slope = torch.rand(batch_size, len(p), 64, 64, device=device)
 
     def with_zeros():
-        rows, flat = (is_scale[:, :, None] * p[:, None]).flatten(1), z.flatten(2)
-        zz = flat.unflatten(1, (4, -1)).square().sum(2)
-        d2 = is_scale @ zz - 2 * (rows @ flat) + p.square().sum(1)[:, None]
+        rows, zz = is_scale[:, :, None] * p[:, None], z.flatten(2).unflatten(1, (4, -1)).square().sum(2)
+        d2 = is_scale @ zz - 2 * (rows.flatten(1) @ z.flatten(2)) + p.square().sum(1)[:, None]
         return d2.clamp_min(0).view_as(slope)
-
-    def ours():
-        return scaleprotoseg.prototype_distances(z, p, scale, table)
-    for distances in (with_zeros, ours):
+    for distances in (with_zeros, lambda: scaleprotoseg.prototype_distances(z, p, scale, table)):
         yield lambda distances=distances: torch.autograd.grad(distances(), (z, p), slope)
 
 

@@ -203,41 +203,15 @@ def test_failure_finds_the_pictures_in_which_a_class_is_missed_or_invented(base,
 
 @pytest.mark.parametrize("method, alpha", [(NAME, 0.0), (NAME, 0.3), ("protoseg", 0.0)])
 def test_contributions_sum_to_the_margin(method, alpha, base, runs):
-    """Of any two classes, with both classes' groups (ProtoSeg: prototypes) in order: the difference of their
-    weights x (activation - 1). The ghost, which lost its prototypes, has none."""
+    """Of any two classes, of which one, the ghost, lost its prototypes."""
     net, _, _ = load(base if method == NAME else runs[method])
     x = normal(1, 3, 50, 70).float()
-    similarity, logits, activation = slow_logits(net, x, alpha)
-    s, prior = net.similarity(x)[0].detach(), uniform(len(logits), seed=1)
-    heads = (net.groups or net).last_layer.weight.detach().numpy().astype(float)
+    logits, s = slow_logits(net, x, alpha)[1], net.similarity(x)[0].detach()
     for (c, other), cell in itertools.product(((0, 1), (3, 0), (2, 3)), ((0, 0), (7, 11), (12, 17))):
         found = measures.explain_cell(net, s, c, other, cell, alpha)
         terms = [part["contribution"] for part in found["own"] + found["rival"]]
-        margin = logits[(c, *cell)] - logits[(other, *cell)]
-        assert found["margin"] == pytest.approx(margin, rel=1e-3, abs=1e-2)
-        assert sum(terms) + found["constant"] + found["others"] == pytest.approx(margin, rel=1e-3, abs=1e-2)
-        for k, parts in ((c, found["own"]), (other, found["rival"])):
-            own = (net.prototype_class == k).nonzero()[:, 0].tolist()
-            values, columns = similarity[(own, *cell)], own
-            if method == NAME:
-                columns = range(3 * k, 3 * k + 3) if own else []
-                values = activation[(k, slice(None), *cell)] - 1
-            for part, f, value in zip(parts, columns, values[:len(columns)], strict=True):
-                assert part["weight"] == pytest.approx(heads[c, f] - heads[other, f], abs=1e-5)
-                assert part["contribution"] == pytest.approx(part["weight"] * value, rel=1e-3, abs=1e-3)
-        shifted = measures.explain_cell(net, s, c, other, cell, alpha, prior)
-        for name in ("margin", "constant"):
-            assert shifted[name] - found[name] == pytest.approx(float(prior[c] - prior[other]), abs=1e-4)
-
-
-def test_printed_terms_add_up_to_the_printed_margin():
-    """Those with the largest remainders are rounded up; every number stays a neighbour of the exact one."""
-    assert gallery.rounded([0.334, 0.334, 0.334]) == [0.34, 0.33, 0.33]
-    assert gallery.rounded([1.004, 1.004, -0.004]) == [1.0, 1.0, 0.0]
-    values = (5 * normal(200, 9)).tolist()
-    for terms, found in zip(values, map(gallery.rounded, values)):
-        assert sum(found) == pytest.approx(round(sum(terms), 2), abs=1e-9)
-        assert max(abs(a - b) for a, b in zip(terms, found, strict=True)) < 0.01
+        for margin in (found["margin"], sum(terms) + found["constant"] + found["others"]):
+            assert margin == pytest.approx(logits[(c, *cell)] - logits[(other, *cell)], rel=1e-3, abs=1e-2)
 
 
 WEIGHTS = [[[0.96, 0.04, 0.0], [0.3, 0.5, 0.2]], [[0.0, 1.0, 0.0], [0.02, 0.98, 0.0]],
@@ -255,20 +229,23 @@ def grouped_net(weights=WEIGHTS, head=HEAD, cls=(0, 0, 0, 1, 1, 2)):
 
 
 def test_an_explanation_by_hand():
-    """Class 0 against class 1; the two groups of class 2 are the others. Class 3 has no groups."""
-    s = torch.tensor([2.0, 1.0, 3.0, 0.5, 1.5, 4.0])[:, None, None]
-    found = measures.explain_cell(grouped_net(), s, 0, 1, (0, 0), alpha=0.05)
+    """Class 0 against class 1; the groups of class 2 are the others, class 3 has none. Without groups."""
+    s, net = torch.tensor([2.0, 1.0, 3.0, 0.5, 1.5, 4.0])[:, None, None], grouped_net()
+    found = measures.explain_cell(net, s, 0, 1, (0, 0), 0.05, prior=torch.tensor([0.7, 0.2, 9.0, 9.0]))
     activation = np.exp([1.92, 1.7, 1.5, 1.47, 4.0, 4.0])               # without 0.04 and 0.02
     weight = (HEAD[0] - HEAD[1])[:6]
-    terms = weight * (activation - 1)
-    for parts, expected in ((found["own"], terms[:2]), (found["rival"], terms[2:4])):
-        assert [part["contribution"] for part in parts] == pytest.approx(expected.tolist(), rel=1e-5)
-        assert [part["group"] for part in parts] == [0, 1]
-    members = [[member["prototype"] for member in part["members"]] for part in found["own"] + found["rival"]]
+    terms, parts = weight * (activation - 1), found["own"] + found["rival"]
+    assert [part["contribution"] for part in parts] == pytest.approx(terms[:4].tolist(), rel=1e-5)
+    members = [[member["prototype"] for member in part["members"]] for part in parts]
     assert members == [[0], [1, 0, 2], [4], [4]]                        # the heaviest first
-    assert found["constant"] == pytest.approx(weight.sum(), rel=1e-5)
+    assert [part["group"] for part in parts] == [0, 1, 0, 1]
+    assert found["constant"] == pytest.approx(weight.sum() + 0.7 - 0.2, rel=1e-5)
     assert found["others"] == pytest.approx(terms[4:].sum(), rel=1e-5)
-    assert measures.explain_cell(grouped_net(), s, 3, 0, (0, 0))["own"] == []
+    assert measures.explain_cell(net, s, 3, 0, (0, 0))["own"] == []
+    net.groups = None                                                   # last layer: 1 and -1/2
+    found = measures.explain_cell(net, s, 0, 1, (0, 0))
+    terms = {part["prototype"]: part["contribution"] for part in found["own"] + found["rival"]}
+    assert terms == {0: 3.0, 1: 1.5, 2: 4.5, 3: -0.75, 4: -2.25} and found["margin"] == 6
 
 
 def test_explain_takes_the_pixel_and_class_that_are_asked_for(base, pictures):
@@ -294,17 +271,21 @@ def test_explain_takes_the_pixel_and_class_that_are_asked_for(base, pictures):
         assert found["against"] == order[0] and f"logit of {expected} - logit of {order[0]} = " in printed
         printed = done(NAME, "--out", base, "--explain", image, *asked, "--against", order[2])
         path = path.with_stem(f"{path.stem}-not-{order[2].replace(' ', '-')}")
-        terms = [float(term) for term in re.findall(r"([+-]\d+\.\d\d) \(", printed)]
-        margin = float(re.search(r" = (-?\d+\.\d\d) = ", printed)[1])
-        assert sum(terms) == pytest.approx(margin, abs=1e-6)
-        assert read(path)["margin"] == pytest.approx(margin, abs=0.006) and path.with_suffix(".png").exists()
+        margin, *terms = [float(term) for term in re.findall(r"[ +](-?\d+\.\d\d) [(=]", printed)]
+        found = read(path)
+        exact = [part["contribution"] for part in found["own"] + found["rival"]]
+        exact += [found["others"], found["constant"]]
+        assert margin == pytest.approx(found["margin"], abs=0.006) and path.with_suffix(".png").exists()
+        assert sum(terms) == pytest.approx(margin, abs=1e-6)            # as printed, each rounded up or down
+        assert max(abs(a - b) for a, b in zip(terms, exact, strict=True)) < 0.01
 
 
 def test_a_baseline_tells_of_the_same_pixel_and_classes(runs, pictures, tmp_path):
-    image, pixel = pictures / "images/test/1.png", ("--class", "sky", "--pixel", 9, 20)
+    image = pictures / "images/test/1.png"
+    asked = ["--explain", image, "--class", "sky", "--pixel", 9, 20, "--against", "car"]
     grouped, ancestor = (copy_of(runs[name], tmp_path / name) for name in (NAME, "protoseg"))
-    done(NAME, "--out", grouped, "--explain", image, *pixel, "--baseline", ancestor, "--against", "car")
-    done(NAME, "--out", ancestor, "--explain", image, *pixel, "--against", "car")
+    done(NAME, "--out", grouped, *asked, "--baseline", ancestor)
+    done(NAME, "--out", ancestor, *asked)
     both, alone = (read(out / "explanations/1-sky-not-car.json") for out in (grouped, ancestor))
     assert both.pop("baseline") == alone and "prototype" in alone["own"][0] and "group" in both["own"][0]
 
