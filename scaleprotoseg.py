@@ -12,7 +12,7 @@ Try    python scaleprotoseg.py                                # toy scenes, abou
 Train  python scaleprotoseg.py --preset cityscapes --data CITYSCAPES --parts gtFinePanopticParts
        torchrun --nproc-per-node 2 scaleprotoseg.py --preset ade20k --data ADEChallengeData2016
        python scaleprotoseg.py --method protoseg              # its ancestor; deeplab = the plain network
-Look   python scaleprotoseg.py --explain photo.jpg --class car --out runs/scaleprotoseg-toy
+Look   python scaleprotoseg.py --explain photo.jpg --class car --against taxi --out runs/scaleprotoseg-toy
        python scaleprotoseg.py --failure bird --out runs/scaleprotoseg-toy        # why is this class missed?
        python scaleprotoseg.py --table 8                      # stage 2 with and without the entropy loss
 
@@ -66,15 +66,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import datasets, figures, files, loaders, run, segmentation, speed, survey
+from common import datasets, files, loaders, run, segmentation, speed, survey
 from common import scaleprotoseg_figures as gallery, scaleprotoseg_measures as measures
 from common.backbones import DENSE, build_dense, check_sides, norm_parameters
-from common.loaders import to_device
+from common.loaders import of_all_ranks, to_device
 from common.parts import check_parts
 from common.run import RunConfig, UserError, opt
 from common.scaleprotoseg_measures import part_presence     # noqa: F401 (others import it from this file)
@@ -141,9 +140,13 @@ class Config(RunConfig):
     stage1: str = opt("", "run folder: take over its stage 1 and train only the groups anew", runtime=True)
     eval_only: bool = opt(False, "evaluate and draw the run in OUT again and stop", uses_run=True)
     predict: str = opt("", "image or folder: index PNGs, overlays into OUT/predictions", uses_run=True)
-    explain: str = opt("", "image: draw why a pixel of it got its class, by the run in OUT", uses_run=True)
+    explain: str = opt("", "image: draw why a pixel of it has one class and not another", uses_run=True)
     class_: str = opt("", "class that --explain explains (default: the predicted one)", runtime=True)
     pixel: list = opt((), "x y to explain (default: the strongest of the class)", each=int, runtime=True)
+    against: str = opt("", "class that it is held against (default: the next best at the pixel)",
+                       runtime=True)
+    baseline: str = opt("", "run folder, such as one of ProtoSeg: --explain shows it beside the run in OUT",
+                        runtime=True)
     failure: str = opt("", "class whose worst test images are drawn (Sec. 17)", uses_run=True)
     failure_iou: float = opt(0.2, "epsilon_IoU of Sec. 17: images below it fail", at_least=0, at_most=1,
                              runtime=True)
@@ -193,8 +196,8 @@ def check_config(cfg):
         raise UserError(f"--rates {' '.join(map(str, cfg.rates))}: give each once, rising.")
     if cfg.pixel and len(cfg.pixel) != 2:
         raise UserError(f"--pixel {' '.join(map(str, cfg.pixel))}: give x and y, two whole numbers.")
-    if (cfg.class_ or cfg.pixel) and not cfg.explain:
-        raise UserError("--class and --pixel go with --explain IMAGE.")
+    if (cfg.class_ or cfg.pixel or cfg.against or cfg.baseline) and not cfg.explain:
+        raise UserError("--class, --pixel, --against and --baseline go with --explain IMAGE.")
     plain = replace(cfg, method="deeplab", input_scales=[])
     check_sides(lambda: build_model(plain, dict(classes=["any"])), cfg)
     if cfg.stage1 and cfg.method != "scaleprotoseg":
@@ -203,21 +206,23 @@ def check_config(cfg):
 
 # ---- prototypes and pixels (Sec. 11; the rest: code) -----------------------------------------------------
 
-def prototype_distances(features, prototypes, prototype_scale):
+def prototype_distances(features, prototypes, prototype_scale, table=None):
     """d2[b,p,y,x] = |f_s(x)[b,:,y,x] - p|^2 with s the scale of p, >= 0.
 
-    features (B,S*D,h,w), prototypes (P,D), prototype_scale (P,) int64 -> (B,P,h,w) float32. One matrix
-    product for all scales: a prototype is a row of S*D numbers, zero outside its scale. Neither autocast nor
-    the TF32 of convolutions: where a pixel equals a prototype, an error of 1e-2 turns g = 9.2 into 4.6.
+    features (B,S*D,h,w), prototypes (P,D), prototype_scale (P,) int64 -> (B,P,h,w) float32. One batched
+    product, of each scale with its own prototypes. table (S,N): members_by_key of the scales, -1 where a
+    scale has fewer than N; a training step passes it in, as making it waits for the GPU. Neither autocast
+    nor the TF32 of convolutions: where a pixel equals a prototype, an error of 1e-2 turns g = 9.2 into 4.6.
     """
     with torch.autocast(features.device.type, enabled=False):
-        z = features.float().flatten(2)                              # (B,S*D,h*w)
-        p = prototypes.float()                                       # (P,D)
-        num_scales = z.shape[1] // p.shape[1]
-        is_scale = F.one_hot(prototype_scale, num_scales).to(p.dtype)                     # (P,S)
-        rows = (is_scale[:, :, None] * p[:, None]).flatten(1)        # (P,S*D)
-        zz = z.unflatten(1, (num_scales, -1)).square().sum(2)        # (B,S,h*w)
-        d2 = is_scale @ zz - 2 * (rows @ z) + p.square().sum(1)[:, None]                  # (B,P,h*w)
+        if table is None:
+            table = members_by_key(prototype_scale, features.shape[1] // prototypes.shape[1])
+        z = features.float().flatten(2).unflatten(1, (len(table), -1))                    # (B,S,D,h*w)
+        p = prototypes.float().index_select(0, table.flatten().clamp(min=0))              # (S*N,D)
+        p = p.unflatten(0, table.shape)                              # (S,N,D)
+        d2 = (-2 * p) @ z + z.square().sum(2, keepdim=True) + p.square().sum(2, keepdim=True)
+        place = table.flatten().argsort()[-len(prototypes):]         # where prototypes 0, 1, ... stand
+        d2 = d2.flatten(1, 2).index_select(1, place)                 # (B,P,h*w)
         return d2.clamp_min(0).unflatten(2, features.shape[2:])
 
 
@@ -467,15 +472,22 @@ class ScaleProtoSeg(DeepLab):
         self.prototypes = nn.Parameter(torch.rand(len(prototype_class), depth))  # in [0, 1], as features
         self.register_buffer("prototype_class", torch.as_tensor(prototype_class))         # (P,)
         self.register_buffer("prototype_scale", torch.as_tensor(prototype_scale))         # (P,)
-        table = pair_table(self.prototype_class, self.prototype_scale)                    # (C,S,K)
-        self.register_buffer("pairs", table, persistent=False)
+        self.register_buffer("of_scale", None, persistent=False)     # (S,N) prototypes of each scale
+        self.register_buffer("pairs", None, persistent=False)        # (C,S,K) ... of each class and scale
+        self.make_tables()
         self.last_layer = nn.Linear(len(prototype_class), num_classes, bias=False)        # w_h_proto
         self.last_layer.weight.data.copy_(initial_head(self.prototype_class, num_classes))
         self.groups = None                                           # until stage 2
 
+    def make_tables(self):
+        """What a training step looks up about the prototypes, made anew whenever some are dropped."""
+        self.of_scale = members_by_key(self.prototype_scale, 1 if self.summed else len(self.aspp))
+        self.pairs = pair_table(self.prototype_class, self.prototype_scale)
+
     def distances(self, maps):
         """(B,S*D,h,w) before the sigmoid -> d2 (B,P,h,w) float32."""
-        return prototype_distances(maps.float().sigmoid(), self.prototypes, self.prototype_scale)
+        z = maps.float().sigmoid()
+        return prototype_distances(z, self.prototypes, self.prototype_scale, self.of_scale)
 
     def similarity(self, x, amp="off"):
         """Images (B,3,H,W) -> g_proto (B,P,h,w) in eval mode."""
@@ -521,7 +533,7 @@ class ScaleProtoSeg(DeepLab):
         self.prototype_class = self.prototype_class[index]
         self.prototype_scale = self.prototype_scale[index]
         self.last_layer.weight = nn.Parameter(self.last_layer.weight[:, index])
-        self.pairs = pair_table(self.prototype_class, self.prototype_scale)
+        self.make_tables()
 
     def start_groups(self, num_groups, seed=0):
         """New groups, drawn on the CPU by the seed alone."""
@@ -652,9 +664,10 @@ class Source(NamedTuple):
 def project_prototypes(net, loader, device):
     """Every prototype becomes the nearest pixel feature of its own class and scale in the loader's images.
 
-    loader: batches with image (1,3,h,w), mask (1,H,W), index, in order; each goes through the network once.
-    All distances are to the old prototypes, which move after the last image; of equal ones the first wins.
-    Returns P Sources; where no pixel has the class Source(-1, -1, -1, inf), and the prototype stays [D4].
+    loader: batches with image (1,3,h,w), mask (1,H,W), index, in order, this process's share; each goes
+    through the network once. All distances are to the old prototypes, which move after the last image; of
+    equal ones the first image's first cell wins, whatever the number of processes. Returns P Sources; where
+    no pixel has the class Source(-1, -1, -1, inf), and the prototype stays [D4].
     """
     net.eval()
     P, D = net.prototypes.shape
@@ -675,8 +688,12 @@ def project_prototypes(net, loader, device):
         moved = torch.where(closer[:, None], patch, moved)
         image = torch.full_like(row, int(batch["index"]))
         places = torch.where(closer[:, None], torch.stack([image, row, column], 1), places)
-    net.prototypes.copy_(moved)
-    return [Source(*place, distance) for place, distance in zip(places.tolist(), best.tolist())]
+    best, places, moved = (of_all_ranks(x[None]) for x in (best, places, moved))          # (world,P,...)
+    image = places[..., 0].float().masked_fill(best > best.amin(0), math.inf)
+    winner = image.argmin(0), torch.arange(P, device=device)         # of the nearest ones the lowest number
+    net.prototypes.copy_(moved[winner])
+    return [Source(*place, distance) for place, distance in zip(places[winner].tolist(),
+                                                                best[winner].tolist())]
 
 
 def remove_duplicates(prototypes, prototype_class, prototype_scale):
@@ -847,16 +864,15 @@ def log_row(net, data, log, iteration, lr, cfg, machine):
 
 
 def project(net, sets, log, cfg, machine):
-    """The end of stage 1's training: projection, absent classes [D4], duplicates, ProtoSeg's pruning. All
-    processes do the same and end with the first one's prototypes: near ties may differ between GPUs."""
+    """The end of stage 1's training: projection, absent classes [D4], duplicates, ProtoSeg's pruning. Each
+    process looks at its share of the images."""
     progress = log.progress
     if progress["phase"] == "project":                               # a resumed run has done it
         return
     net.requires_grad_(False)
-    loader = loaders.eval_loader(loaders.TestView(sets["project"], 0), cfg.workers, machine.device)
+    run.share_buffers(net)                                           # statistics of batch norm
+    loader = loaders.eval_loader(loaders.TestView(sets["project"], 0), cfg.workers, *machine)
     sources = project_prototypes(net, loader, machine.device)
-    if dist.is_initialized():
-        dist.broadcast(net.prototypes.data, 0)
     moved = torch.tensor([source.image >= 0 for source in sources], device=machine.device)
     if not moved.any():
         raise UserError(f"no pixel of the {cfg.project_split or cfg.train_split} split is labelled at the "
@@ -869,8 +885,6 @@ def project(net, sets, log, cfg, machine):
                   of_absent_classes=int((~moved).sum()), duplicates=int(moved.sum()) - len(kept))
     if cfg.method == "protoseg":
         passed = prune_prototypes(net, loader, machine.device)
-        if dist.is_initialized():
-            dist.broadcast(passed, 0)
         if not passed.any():
             raise UserError("ProtoSeg's pruning left no prototype: train longer (--schedule, --joint).")
         counts["pruned"] = int((~passed).sum())
@@ -893,11 +907,13 @@ def prune_prototypes(net, loader, device, neighbours=6, least=3):
     """ProtoSeg's rule: True where `least` or more of a prototype's nearest patches are in its class.
 
     An image offers its one nearest cell that is not void [D7]; the `neighbours` nearest images count. A
-    patch is in the class if any of its pixels is. loader as in project_prototypes -> (P,) bool.
+    patch is in the class if any of its pixels is. loader as in project_prototypes -> (P,) bool, for all
+    processes alike.
     """
     net.eval()
     other = int(net.prototype_class.max()) + 1                       # void, and classes without prototypes
-    distance, hit = [], []
+    distance = torch.full((neighbours, len(net.prototypes)), math.inf, device=device)     # of the nearest
+    hit, images = torch.zeros_like(distance), torch.zeros(1, device=device)               # images so far
     for batch in tqdm(loader, desc="prune", leave=False, disable=None):
         x, mask = to_device(batch, device, "image", "mask")
         d2 = net.distances(net.maps(x)[-1])[0]                       # (P,h,w)
@@ -905,11 +921,13 @@ def prune_prototypes(net, loader, device, neighbours=6, least=3):
         nearest, cell = d2.masked_fill(void, math.inf).flatten(1).min(1)                  # (P,)
         inside = torch.zeros(other + 1, *mask.shape[1:], device=device).scatter_(0, mask.clamp(max=other), 1)
         inside = F.adaptive_max_pool2d(inside, d2.shape[1:]).flatten(1)                   # (C+1,h*w)
-        distance.append(nearest)
-        hit.append(inside[net.prototype_class, cell].bool() & nearest.isfinite())
-    distance, hit = torch.stack(distance), torch.stack(hit)          # (images,P)
-    near = distance.topk(min(neighbours, len(distance)), dim=0, largest=False).indices
-    return hit.gather(0, near).sum(0) >= min(least, len(distance))
+        found = inside[net.prototype_class, cell] * nearest.isfinite()
+        distance, order = torch.cat([distance, nearest[None]]).sort(dim=0, stable=True)
+        hit = torch.cat([hit, found[None]]).gather(0, order)[:neighbours]
+        distance, images = distance[:neighbours], images + 1
+    distance, hit, images = (of_all_ranks(x) for x in (distance, hit, images))            # (world*6,P)
+    near = distance.topk(neighbours, dim=0, largest=False).indices
+    return hit.gather(0, near).sum(0) >= images.sum().clamp(max=least)
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------
@@ -994,58 +1012,14 @@ def load_run(cfg, device):
     return gallery.Drawing(net, cfg, progress, device, test, source_images)
 
 
-@torch.no_grad()
-def explain_cell(net, similarity, c, cell, alpha=0.0):
-    """Why does a cell (row, column) have its logit of class c? similarity (P,h,w) -> dict of plain numbers.
-
-    logit = contributions of the class's own groups (weight x activation) + constant + others. A group of
-    another class has activation 1 where it sees nothing: constant = the sum of these weights, others = the
-    sum of weight x (activation - 1), against = the three that lower the logit most. ProtoSeg: prototypes in
-    place of groups, similarities in place of activations, constant = 0.
-    """
-    groups = net.groups
-    s = similarity[:, cell[0], cell[1]]                              # (P,)
-    if groups is None:
-        weight, owner = net.last_layer.weight[c], net.prototype_class
-        activation, nothing = s, torch.zeros_like(s)
-    else:
-        weight, owner = groups.last_layer.weight[c], groups.class_of_group
-        activation = groups.activations(s[None, :, None, None], alpha)[0, :, 0, 0]        # (C*G,)
-        nothing = (groups.members >= 0).any(1)[owner].to(s.dtype)    # 1, or 0 without members
-    terms = weight * activation
-    others = weight * (activation - nothing)
-    parts = []                                                       # the class's own groups
-    for k, f in enumerate((owner == c).nonzero()[:, 0].tolist()):
-        part = dict(weight=float(weight[f]), activation=float(activation[f]), contribution=float(terms[f]))
-        if groups is None:
-            part["prototype"] = f
-        else:
-            members = [dict(prototype=p, weight=w, scale=int(net.prototype_scale[p]), similarity=float(s[p]))
-                       for p, w in groups.members_of(c, k, alpha)]
-            part |= dict(group=k, members=members)
-        parts.append(part)
-    lowest = others.masked_fill(owner == c, math.inf).argsort()[:3].tolist()
-    against = [{"class": int(owner[f]), "contribution": float(others[f])} for f in lowest if others[f] < 0]
-    return dict(logit=float(terms.sum()), own=parts, constant=float((weight * nothing)[owner != c].sum()),
-                others=float(others[owner != c].sum()), against=against)
-
-
-@torch.no_grad()
-def explain(d):
-    """--explain IMAGE: OUT/explanations/NAME-CLASS.png and .json. Returns the numbers."""
-    image = files.read_image(Path(d.cfg.explain))
-    similarity = d.similarity(image)                                 # (P,h,w)
-    logits = d.net.logits(similarity[None], d.cfg.threshold)[0]      # (C,h,w)
-    c, cell = gallery.class_and_cell(logits, image.shape[1:], d.cfg.class_, d.classes, d.cfg.pixel)
-    y0, y1, x0, x1 = figures.cell_block(cell, logits.shape[1:], image.shape[1:])
-    predicted = d.classes[int(logits[:, cell[0], cell[1]].argmax())]
-    explanation = {"class": d.classes[c], "predicted": predicted, "x": (x0 + x1) // 2, "y": (y0 + y1) // 2}
-    explanation |= explain_cell(d.net, similarity, c, cell, d.cfg.threshold)
-    for part in explanation["against"]:
-        part["class"] = d.classes[part["class"]]
-    picture = gallery.draw_explanation(d, image, similarity, logits, c, cell, explanation)
-    run.write_json(picture.with_suffix(".json"), explanation)
-    return explanation
+def load_baseline(d):
+    """The run of --baseline; UserError unless it knows the same classes as d."""
+    path = d.cfg.baseline
+    baseline = load_run(replace(run.read_config(Config, path), out=path), d.device)
+    if baseline.classes != d.classes:
+        raise UserError(f"--baseline {path} knows other classes than the run in {d.cfg.out}: name a run on "
+                        "the same data.")
+    return baseline
 
 
 def predict(cfg, device):
@@ -1155,7 +1129,9 @@ def main(cfg):
     if cfg.predict:
         return predict(cfg, machine.device)
     d = load_run(cfg, machine.device)
-    return explain(d) if cfg.explain else gallery.draw_failures(d)
+    if cfg.failure:
+        return gallery.draw_failures(d)
+    return gallery.explain(d, load_baseline(d) if cfg.baseline else None)
 
 
 if __name__ == "__main__":                                           # worker processes import this file

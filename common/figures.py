@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import resize, to_pil_image
 
-from common.metrics import row_quantile
 from common.run import replacing
 
 INK, LINE, GREY = (30, 30, 30), (205, 205, 205), (225, 225, 225)         # text, tick lines, nan cells
 HEAT = [(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)]  # inferno
+COLD_WARM = [(8, 48, 107), (33, 113, 181), (130, 190, 230), (255, 255, 255), (254, 200, 100), (240, 59, 32),
+             (150, 0, 40)]
 BLUE_WHITE_RED = [(33, 102, 172), (146, 197, 222), (255, 255, 255), (244, 165, 130), (178, 24, 43)]
 SERIES = [(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
           (240, 228, 66), (110, 110, 110)]                                # then again from the first
@@ -104,12 +105,20 @@ def in_colours(image, ids):
     return thumbnail(overlay(image, ids.to(torch.uint8).cpu()))
 
 
-def heat(image, values, vmax=None):
-    """Heat map from 0 to vmax over a thumbnail. values (h,w), resized bilinearly. vmax: the 99th percentile
-    if not given, as one cell of 9.2 would leave the rest black."""
-    if vmax is None:
-        vmax = float(row_quantile(values.flatten()[None], 0.99))
-    return heatmap(thumbnail(image), values, vmin=0, vmax=vmax)
+def tinted(grey, values):
+    """grey (...) 0..255, values (...) in [-1,1] -> (...,3) float: as it is at 0, over yellow to dark red at
+    1, over light to dark blue at -1."""
+    opacity = 0.9 * values.abs()[..., None] ** 0.7
+    return (1 - opacity) * grey[..., None] + opacity * interpolate((values + 1) / 2, COLD_WARM)
+
+
+def heat(image, values, most):
+    """Thumbnail in light grey, tinted by the values (h,w), resized bilinearly: dark red at `most` and above,
+    dark blue at -most. save_grid's `bars` tell a reader."""
+    image = thumbnail(image)
+    values = (values.detach().float().to(image.device) / max(most, 1e-6)).nan_to_num(0.0).clamp(-1, 1)
+    values = F.interpolate(values[None, None], image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
+    return tinted(0.65 * image.float().mean(0) + 0.35 * 255, values).permute(2, 0, 1).round().to(torch.uint8)
 
 
 def legend_of(classes, *maps):
@@ -206,6 +215,20 @@ def legend_piece(entries, width):
     return piece
 
 
+def bar_piece(text, low, high, width):
+    """The colour bar of `heat` after what it is of: from low (0 or -high) to high, numbers or words."""
+    low, high = (end if isinstance(end, str) else f"{end:.3g}" for end in (low, high))
+    font, ramp = ImageFont.load_default(size=15), torch.linspace(-1 if low.startswith("-") else 0, 1, 160)
+    before = clip(f"{text}:  {low}", font, width - 260)
+    left = math.ceil(font.getlength(before)) + 8
+    piece = Image.new("RGB", (width, 22), "white")
+    colours = tinted(torch.full((160,), 210.0), ramp).round().to(torch.uint8)             # (160,3)
+    piece.paste(Image.fromarray(colours[None].numpy()).resize((160, 16)), (left, 3))
+    for x, part in ((0, before), (left + 168, high)):
+        ImageDraw.Draw(piece).text((x, 11), part, INK, font=font, anchor="lm")
+    return piece
+
+
 def write_upwards(canvas, text, font, x, y, anchor):
     """Text turned by 90 degrees, centred on column x; it starts (anchor "start") or ends ("end") at y."""
     height = sum(font.getmetrics())
@@ -280,10 +303,11 @@ def save_prediction(folder, stem, image, ids):
 
 # ---- figures ----
 
-def save_grid(path, rows, cell=256, title="", legend=None, lines=2):
+def save_grid(path, rows, cell=256, title="", legend=None, lines=2, bars=None):
     """Rows of captioned images, each scaled to `cell` pixels in width (tall ones to less), aspect kept.
     rows: lists of (image (3,H,W) uint8, caption of at most so many lines), of texts without an image, or
-    None for a white cell; a row may also be one text, for the whole width. legend: {class id: name}."""
+    None for a white cell; a row may also be one text, for the whole width. legend: {class id: name}. bars:
+    {what a heat map shows: (low, high)}, see bar_piece."""
     gap, legend = 8, legend or {}
     width = max(len(row) for row in rows if not isinstance(row, str)) * (cell + gap) - gap
     pieces = [text_piece(title, width, size=18)]
@@ -295,19 +319,21 @@ def save_grid(path, rows, cell=256, title="", legend=None, lines=2):
         pieces.append(row_piece([image if image is None else fit_cell(image, cell) for image, _ in entries],
                                 [text_piece(text, cell, max_lines=lines) for _, text in entries],
                                 cell + gap, width))
+    pieces += [bar_piece(text, *ends, width) for text, ends in (bars or {}).items()]
     pieces.append(legend_piece([(CLASS_COLOURS[c].tolist(), name) for c, name in legend.items()], width))
     save_stack(path, pieces, gap)
 
 
 def row_piece(pictures, captions, step, width):
-    """Pillow images, or None, side by side, one every `step` pixels; all captions begin at one height."""
+    """Pillow images, or None, side by side, one every `step` pixels, lower ones centred; all captions begin
+    at one height."""
     below = max([picture.height for picture in pictures if picture], default=-2) + 2
     height = below + max([text.height for text in captions], default=0)
     piece = Image.new("RGB", (width, height), "white")
-    for y, row in ((0, pictures), (below, captions)):
-        for i, entry in enumerate(row):
-            if entry:
-                piece.paste(entry, (i * step, y))
+    for i, (picture, caption) in enumerate(zip(pictures, captions)):
+        if picture:
+            piece.paste(picture, (i * step, (below - 2 - picture.height) // 2))
+        piece.paste(caption, (i * step, below))
     return piece
 
 

@@ -5,6 +5,7 @@ net.groups.activations(similarity, alpha), net.groups.members_of(c, g, alpha). T
 figure shows.
 """
 import itertools
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,12 @@ from tqdm import tqdm
 
 from common import figures, segmentation
 from common.datasets import SegmentationSet
+from common.files import read_image
 from common.figures import cell_block, framed, heat, in_colours, legend_of, thumbnail
 from common.metrics import row_quantile
 from common.regions import connected_components
-from common.run import UserError
-from common.scaleprotoseg_measures import moved_far, shrunk
+from common.run import UserError, write_json
+from common.scaleprotoseg_measures import explain_cell, moved_far, shrunk
 from common.segmentation import labels_of_cells, network_input, resized
 from common.survey import of_masks
 from common.transforms import normalise
@@ -67,20 +69,19 @@ class Drawing:
     @torch.no_grad()
     def tile(self, p):
         """Cells (picture uint8 (3,h,w), caption) for save_grid, drawn when first asked for: the "patch" that
-        prototype p was projected to, the image with it "boxed", the "heat" of its activation there."""
+        prototype p is, enlarged, the image with it "boxed", the "heat" of p in this image."""
         if p not in self.tiles:
             i, *cell = self.progress["sources"][p][:3]
             image, mask = self.source_images.read(i)
             similarity = self.similarity(image, native=True)[p].cpu()                     # (h,w)
-            box = y0, y1, x0, x1 = region_box(similarity, cell, mask == self.class_of(p))
-            marked = figures.draw_box(image, cell_block(cell, similarity.shape, mask.shape), width=1)
-            patch = thumbnail(marked[:, y0:y1, x0:x1])
+            box = region_box(similarity, cell, mask == self.class_of(p))
+            patch = enlarged(image, box)
             rate = f", rate {self.cfg.rates[self.scale_of(p)]}" if self.cfg.method == "scaleprotoseg" else ""
             far = moved_far(self.progress["sources"])
             moved = f", moved far: {far[p]:.1f}" if p in far else ""
             caption = f"p{p}, {self.classes[self.class_of(p)]}{rate}{moved}"
             self.tiles[p] = dict(patch=(patch, caption), boxed=(framed(image, box), caption),
-                                 heat=(heat(image, similarity), "activation"))
+                                 heat=own_heat(image, similarity))
         return self.tiles[p]
 
 
@@ -98,6 +99,31 @@ def region_box(similarity, cell, mask, margin=5):
     y, x = (regions == regions[y0, x0]).nonzero().T
     return (max(int(y.min()) - margin, 0), min(int(y.max()) + 1 + margin, H),
             max(int(x.min()) - margin, 0), min(int(x.max()) + 1 + margin, W))
+
+
+def enlarged(image, box):
+    """What a box y0, y1, x0, x1 frames, with so much around it that it has the shape of the whole image
+    (3,H,W): both fill the cell of a grid alike."""
+    size = image.shape[1:]
+    share = min(1, 1.2 * max((box[1] - box[0]) / size[0], (box[3] - box[2]) / size[1]))
+    sides, frame = [], []
+    for low, high, side in ((*box[:2], size[0]), (*box[2:], size[1])):
+        length = round(share * side)
+        start = min(max((low + high - length) // 2, 0), side - length)
+        sides.append(slice(start, start + length))
+        frame += [low - start, high - start]
+    factor = max(1, 240 // (sides[1].stop - sides[1].start))
+    patch = image[:, sides[0], sides[1]].repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return framed(patch, [factor * edge for edge in frame])
+
+
+OWN_SCALE = {"similarity, each picture on a scale of its own": ("0", "the number below it, or more")}
+
+
+def own_heat(image, similarity):
+    """Cell: heat map up to the 99th percentile, as a single cell of 9.2 would leave all others grey."""
+    most = float(row_quantile(similarity.flatten()[None], 0.99))
+    return heat(image, similarity, most), f"similarity, 0 to {most:.1f}"
 
 
 def exemplars(data, most=20):
@@ -118,46 +144,59 @@ def value_of(values, cell):
     return float(values.max() if cell is None else values[tuple(cell)])
 
 
-def group_rows(d, classes, image, similarity, most=3, cell=None):
-    """Rows for save_grid: activation of a group on an image, then the members that add most to its exponent.
-    All groups share a colour scale, all members another. cell: give its numbers, not the highest ones."""
+def group_rows(d, classes, image, similarity, most=3, cell=None, captions=None):
+    """(rows, bars) for save_grid: activation of a group on an image, then the members that add most to its
+    exponent. All groups share a colour scale, all members another. cell: give its numbers, not the highest
+    ones. captions: {(name of a class, group): text}."""
     groups, num_groups = d.net.groups, d.cfg.groups
     activation = groups.activations(similarity[None], d.cfg.threshold)[0]                 # (C*G,h,w)
     members = {}                                         # of each group (prototype, weight), best first
     for c, g in itertools.product(classes, range(num_groups)):
         pairs = groups.members_of(c, g, d.cfg.threshold)
         members[c, g] = sorted(pairs, key=lambda pair: -pair[1] * value_of(similarity[pair[0]], cell))
-    top = float(activation.unflatten(0, (-1, num_groups))[classes].max().log())
+    top = max(float(activation.unflatten(0, (-1, num_groups))[classes].max()), 1.01)
     shown = [p for pairs in members.values() for p, _ in pairs[:most]]
     top_member = max([float(similarity[p].max()) for p in shown], default=1.0)
     at_most = "at most " if cell is None else ""
     rows = []
     for (c, g), pairs in members.items():
+        if g == 0 and len(classes) > 1:
+            rows.append(f"Groups of {d.classes[c]}:")
+        if groups.members[c, 0] < 0:
+            rows += [f"{d.classes[c]} has no prototypes, so no groups."] * (g == 0)
+            continue
         f = c * num_groups + g
         weight, value = float(groups.last_layer.weight[c, f]), value_of(activation[f], cell)
-        row = [(heat(image, activation[f].log(), top), f"{d.classes[c]}, group {g + 1}: {weight:.2f} x "
-                f"{at_most}{value:.1f} = {weight * value:.2f}")]
+        text = f"group {g + 1}: {weight:.2f} x {at_most}{value:.1f} = {weight * value:.2f}"
+        text = (captions or {}).get((d.classes[c], g), text)
+        row = [(heat(image, activation[f].log(), math.log(top)), text)]
         for p, w in pairs[:most]:
             row += [d.tile(p)["patch"], (heat(image, similarity[p], top_member),
                     f"weight {w:.2f} x {at_most}{value_of(similarity[p], cell):.2f}")]
         if len(pairs) > most:
             picture, caption = row[-1]
-            row[-1] = (picture, f"{caption}; {len(pairs) - most} more members")
+            row[-1] = (picture, f"{caption}; {len(pairs) - most} more")
         rows.append(row)
-    return rows
+    return rows, {"activation of a group, its logarithm": (0, math.log(top)),
+                  "similarity to a member": (0, top_member)}
 
 
-def prototype_rows(d, prototypes, image, similarity, cell=None):
-    """The same for ProtoSeg, which has no groups: a row for each prototype."""
-    top = max([float(similarity[p].max()) for p in prototypes], default=1.0)
+def prototype_rows(d, prototypes, image, similarity, cell=None, captions=None, most=3):
+    """The same for ProtoSeg, which has no groups. prototypes: {class: its prototypes to show}."""
+    shown = [p for of_class in prototypes.values() for p in of_class]
+    top = max([float(similarity[p].max()) for p in shown], default=1.0)
     at_most = "at most " if cell is None else ""
     rows = []
-    for p in prototypes:
-        weight = float(d.net.last_layer.weight[d.class_of(p), p])
-        value = value_of(similarity[p], cell)
-        text = f"{weight:.2f} x {at_most}{value:.2f} = {weight * value:.2f}"
-        rows.append([d.tile(p)["boxed"], (heat(image, similarity[p], top), text)])
-    return rows
+    for c, of_class in prototypes.items():
+        rows.append(f"Prototypes of {d.classes[c]}:" if of_class else f"{d.classes[c]} has no prototypes.")
+        row = []
+        for p in of_class:
+            weight, value = float(d.net.last_layer.weight[c, p]), value_of(similarity[p], cell)
+            text = f"{weight:.2f} x {at_most}{value:.2f} = {weight * value:.2f}"
+            text = (captions or {}).get((d.classes[c], p), text)
+            row += [d.tile(p)["patch"], (heat(image, similarity[p], top), text)]
+        rows += [row[k:k + 2 * most] for k in range(0, len(row), 2 * most)]
+    return rows, {"similarity to a prototype": (0, top)}
 
 
 # ---- figures of a run ------------------------------------------------------------------------------------
@@ -197,9 +236,9 @@ def draw_prototypes(d, c, used, folder):
                 row += [(picture, caption if used[p] else f"{caption} (no group)"), d.tile(p)["heat"]]
         rows += [row[k:k + 6] for k in range(0, len(row), 6)]
     if rows:
-        figures.save_grid(folder / f"prototypes-{d.file_name(c)}.png", rows, cell=170,
-                          title=f"Prototypes of {d.classes[c]}: the training image that each is a patch of, "
-                          "and its activation there")
+        figures.save_grid(folder / f"prototypes-{d.file_name(c)}.png", rows, cell=170, bars=OWN_SCALE,
+                          title=f"Prototypes of {d.classes[c]}, a scale after the other: the patch of a "
+                          "training image (framed) that each is, and how similar to it that image is")
 
 
 def draw_groups(d, c, i, folder):
@@ -207,10 +246,11 @@ def draw_groups(d, c, i, folder):
     image, mask = d.test.read(i)
     only = [torch.where(ids == c, ids, 255) for ids in (mask.long(), d.predict(image))]
     first = label_cells(image, d.test.name_of(i), *only)
-    figures.save_grid(folder / f"groups-{d.file_name(c)}.png",
-                      [first, *group_rows(d, [c], image, d.similarity(image))], cell=160,
-                      title=f"The groups of {d.classes[c]}: activation (logarithm), and the members that "
-                      "add most: patch, weight x similarity at their strongest cell")
+    rows, bars = group_rows(d, [c], image, d.similarity(image))
+    figures.save_grid(folder / f"groups-{d.file_name(c)}.png", [first, *rows], cell=160, bars=bars,
+                      title=f"The groups of {d.classes[c]} in a {d.cfg.test_split} image: weight in the "
+                      "logit x activation. Right of a group the members that add most: training patch "
+                      "(framed), and where the image looks like it: weight in the group x similarity")
 
 
 def draw_nearest_patches(d, shown, used, folder, most=3):
@@ -238,11 +278,12 @@ def draw_nearest_patches(d, shown, used, folder, most=3):
             label = int(labels_of_cells(mask, s.shape)[cell])
             box = region_box(s, cell, torch.ones_like(mask))             # anywhere in the image
             row += [(framed(image, box), "void" if label == 255 else f"on {d.classes[label]}"),
-                    (heat(image, s), f"up to {s.max():.1f}")]
+                    own_heat(image, s)]
         rows.append(row)
-    figures.save_grid(folder / "nearest_patches.png", rows, cell=130,
-                      title=f"Prototypes and their nearest patches in {d.cfg.test_split} images "
-                      "(Fig. 14 to 19)")
+    figures.save_grid(folder / "nearest_patches.png", rows, cell=130, bars=OWN_SCALE,
+                      title="Left: a prototype of each class (framed) in its training image. Right: what it "
+                      f"is most similar to in the {d.cfg.test_split} images (framed), and of which class it "
+                      "is (Fig. 14 to 19)")
 
 
 def draw_nearest_prototypes(d, folder, images=2, patches=3):
@@ -266,8 +307,9 @@ def draw_nearest_prototypes(d, folder, images=2, patches=3):
                 row += [d.tile(p)["boxed"], (framed(image, box), f"similarity {of_cell[p]:.1f}")]
             rows.append(row)
         figures.save_grid(folder / f"nearest_prototypes-{n + 1}.png", rows, cell=150,
-                          title=f"Random patches of {d.test.name_of(i)}, the prototypes nearest to them, "
-                          "and the region around the patch that each of these lights up (Fig. 20 to 25)")
+                          title=f"Left: random cells of {d.test.name_of(i)}. Right: the three prototypes "
+                          "most similar to each, in their training images, and the region around the cell "
+                          "that they light up (Fig. 20 to 25)")
 
 
 def draw_part_metrics(curve, folder):
@@ -290,9 +332,10 @@ def draw_equivariance(d, ratios, folder, most=8):
     """equivariance.png (Fig. 7): the ratios. equivariant_pairs.png (Fig. 8 to 10): the best pairs."""
     names = dict(groups_to_learned_groups="groups / learned groups",
                  prototypes_in_groups="prototypes in a group", classes_with_groups="classes with a group")
-    series = {f"p_th = {q}": [entry[name] for name in names] for q, entry in ratios.items()}
+    series = {f"active: above quantile {q}": [entry[name] for name in names] for q, entry in ratios.items()}
     figures.save_bars(folder / "equivariance.png", series, list(names.values()),
-                      title="Quasi-equivariant prototypes (Fig. 7)")
+                      title="Prototypes of two scales that light up alike where the image is shrunk to make "
+                      "up for the scale: quasi-equivariant (Fig. 7)")
     quantile = min(ratios)
     best = {}                                            # class -> its best pair
     for i, j, iou in ratios[quantile]["pairs"]:
@@ -305,13 +348,17 @@ def draw_equivariance(d, ratios, folder, most=8):
             factor = d.cfg.rates[d.scale_of(other)] / d.cfg.rates[0]        # see equivariance
             x = shrunk(normalise(image)[None], factor).to(d.device)
             s = resized(d.net.similarity(x)[:, [p]], mask.shape)[0, 0].cpu()
-            bright = (mask == c) & (s >= row_quantile(s[mask == c][None], float(quantile)))
-            row += [d.tile(p)["boxed"], (thumbnail(torch.where(bright, image, image // 3)),
-                                      f"image shrunk by {factor:g}, IoU {iou:.2f}")]
+            active = (mask == c) & (s >= row_quantile(s[mask == c][None], float(quantile)))
+            grey = (0.35 * image.float().mean(0) + 0.65 * torch.where(mask == c, 255, 110)).to(torch.uint8)
+            row += [d.tile(p)["boxed"], (thumbnail(torch.where(active, image, grey)),
+                                         f"seen in the image shrunk by {factor:g}")]
+        row[3] = (row[3][0], f"{row[3][1]}; mean IoU of the pair {iou:.2f}")
         rows.append(row)
     if rows:
-        figures.save_grid(folder / "equivariant_pairs.png", rows, cell=180, title="Quasi-equivariant pairs: "
-                          "either prototype, and its most active part of the class (bright) (Fig. 8 to 10)")
+        figures.save_grid(folder / "equivariant_pairs.png", rows, cell=220,
+                          title="Quasi-equivariant pairs (Fig. 8 to 10): two prototypes (framed), in colour "
+                          f"the {100 - 100 * float(quantile):.0f} % of their class that each lights up "
+                          "most, light grey the rest of it, dark grey other classes")
 
 
 @torch.no_grad()
@@ -321,51 +368,140 @@ def draw_entropy(path, runs, most=6):
     rows = []
     for c, i in list(exemplars(data).items())[-most:]:
         image, _ = data.read(i)
-        row = [(thumbnail(image), data.classes[c])]
+        row, maps = [(thumbnail(image), data.classes[c])], {}
         for name, d in runs.items():
             similarity = d.similarity(image, native=True)[None]
             activation = d.net.groups.activations(similarity, d.cfg.threshold)[0].log()
-            of_class = activation.unflatten(0, (-1, d.cfg.groups))[c]                     # (G,h,w)
-            top = float(of_class.max())
-            row += [(heat(image, s, top), f"entropy {name}, group {g}") for g, s in enumerate(of_class, 1)]
+            maps[name] = activation.unflatten(0, (-1, d.cfg.groups))[c]                   # (G,h,w)
+        top = max(float(of_class.max()) for of_class in maps.values())
+        for name, of_class in maps.items():
+            row += [(heat(image, s, top), f"entropy {name}, group {g}: up to {float(s.max()):.1f}")
+                    for g, s in enumerate(of_class, 1)]
         rows.append(row)
-    figures.save_grid(path, rows, cell=150,
-                      title="Group activations (logarithm) without and with the entropy loss (Fig. 6)")
+    bars = {"logarithm of the activation, each row on a scale of its own": ("0", "the row's highest")}
+    figures.save_grid(path, rows, cell=150, bars=bars,
+                      title="Do the groups of a class look at different places? Without (off) and with (on) "
+                      "the entropy loss (Fig. 6)")
 
 
 # ---- why a pixel got its class, why a class is missed -----------------------------------------------------
 
-def draw_explanation(d, image, similarity, logits, c, cell, explanation):
-    """OUT/explanations/NAME-CLASS.png: the groups (ProtoSeg: prototypes) of class c at a cell; its path.
-    similarity (P,h,w), logits (C,h,w) of the image; explanation: the numbers that are written beside it."""
-    prediction = d.predict(image)
-    cells = [(framed(image, cell_block(cell, logits.shape[1:], image.shape[1:])), "the pixel"),
-             (in_colours(image, prediction), "prediction"),
-             (figures.heatmap(thumbnail(image), logits[c]), f"logit of {d.classes[c]}")]
-    if d.net.groups is None:
-        strongest = sorted(explanation["own"], key=lambda part: -part["contribution"])[:6]
-        rows = prototype_rows(d, [part["prototype"] for part in strongest], image, similarity, cell)
-    else:
-        rows = group_rows(d, [c], image, similarity, cell=cell)
-    target = Path(d.cfg.out) / "explanations" / f"{Path(d.cfg.explain).stem}-{d.file_name(c)}.png"
-    text = explanation_text(explanation)
-    figures.save_grid(target, [cells, *rows], cell=170, title=text, legend=legend_of(d.classes, prediction))
-    print(f"{text}; see {target}")
-    return target
+@torch.no_grad()
+def explain(d, baseline=None):
+    """--explain IMAGE: OUT/explanations/NAME-CLASS.png and .json. Returns the numbers. baseline: another
+    run, which tells of the same pixel and classes."""
+    image, cfg, classes = read_image(Path(d.cfg.explain)), d.cfg, d.classes
+    size, seen, found = image.shape[1:], [], []
+    for one in [d, baseline] if baseline else [d]:
+        similarity = one.similarity(image)               # (P,h,w)
+        logits = one.net.logits(similarity[None], one.cfg.threshold)[0]                   # (C,h,w)
+        if one is d:
+            c, cell = class_and_cell(logits, size, cfg.class_, classes, cfg.pixel)
+            other = rival_of(c, logits[:, cell[0], cell[1]], cfg.against, classes)
+            y0, y1, x0, x1 = cell_block(cell, logits.shape[1:], size)
+            pixel = (x0 + x1) // 2, (y0 + y1) // 2
+        else:
+            _, cell = class_and_cell(logits, size, "", classes, pixel)
+        at_cell = logits[:, cell[0], cell[1]]
+        numbers = {"class": classes[c], "against": classes[other], "x": pixel[0], "y": pixel[1],
+                   "predicted": classes[int(at_cell.argmax())], "logit": float(at_cell[c])}
+        found.append(numbers | explain_cell(one.net, similarity, c, other, cell, one.cfg.threshold))
+        seen.append((one, similarity, logits, cell))
+    name = f"{Path(cfg.explain).stem}-{d.file_name(c)}" + f"-not-{d.file_name(other)}" * bool(cfg.against)
+    target = Path(cfg.out) / "explanations" / f"{name}.png"
+    draw_explanation(target, image, seen, found, c, other)
+    for (one, *_), numbers in zip(seen, found):
+        print(f"{one.cfg.method}: {numbers['class']} at x {pixel[0]}, y {pixel[1]} (predicted: "
+              f"{numbers['predicted']}): {in_words(numbers)[0]}; see {target}")
+    explanation = found[0] | (dict(baseline=found[1]) if baseline else {})
+    write_json(target.with_suffix(".json"), explanation)
+    return explanation
 
 
-def explanation_text(explanation):
-    """The sum in a sentence."""
-    terms = []
-    for part in explanation["own"]:
-        name = f"group {part['group'] + 1}" if "group" in part else f"p{part['prototype']}"
-        terms.append((name, part["contribution"]))
-    terms += [("constant", explanation["constant"]), ("other classes", explanation["others"])]
-    text = (f"{explanation['class']} at x {explanation['x']}, y {explanation['y']} (predicted: "
-            f"{explanation['predicted']}): logit {explanation['logit']:.2f} = "
-            + " ".join(f"{value:+.2f} ({name})" for name, value in terms))
-    against = ", ".join(f"{part['class']} {part['contribution']:.2f}" for part in explanation["against"])
-    return f"{text}; most against it: {against}" if against else text
+def rounded(values, digits=2):
+    """Numbers with so many digits that add up to the rounded sum: the largest remainders are rounded up."""
+    scaled = [value * 10 ** digits for value in values]
+    units = [math.floor(value) for value in scaled]
+    by_remainder = sorted(range(len(units)), key=lambda k: units[k] - scaled[k])
+    for k in by_remainder[:round(sum(scaled)) - sum(units)]:
+        units[k] += 1
+    return [unit / 10 ** digits for unit in units]
+
+
+def strongest(parts, most=3):
+    """The `most` parts of an explanation that add or take most, in the order in which they stand."""
+    by_size = sorted(range(len(parts)), key=lambda k: -abs(parts[k]["contribution"]))
+    return [parts[k] for k in sorted(by_size[:most])]
+
+
+def in_words(numbers):
+    """The sum that is the margin as a sentence, and a caption for each group (class, group) or prototype
+    (class, prototype) in it: their printed numbers add up."""
+    sides = {numbers["class"]: numbers["own"], numbers["against"]: numbers["rival"]}
+    values = [part["contribution"] for parts in sides.values() for part in parts]
+    values = iter(rounded([*values, numbers["others"], numbers["constant"]]))
+    terms, captions = [], {}
+    for name, parts in sides.items():
+        rest = 0.0
+        for part, value in [(part, next(values)) for part in parts]:
+            key, seen = part.get("group", part.get("prototype")), f"{part['activation']:.2f}"
+            label, seen = (f"group {key + 1}", f"({seen} - 1)") if "group" in part else (f"p{key}", seen)
+            captions[name, key] = f"{label}: {value:+.2f} = {part['weight']:.2f} x {seen}"
+            if part in strongest(parts):
+                terms.append((value, f"{name} {label}"))
+            else:
+                rest += value
+        if len(parts) > len(strongest(parts)):
+            terms.append((rest, f"{len(parts) - len(strongest(parts))} more of {name}"))
+    terms.append((next(values), "other classes"))
+    if numbers["constant"]:                              # ProtoSeg has none
+        terms.append((next(values), "constant"))
+    own, rival = sides
+    margin = round(sum(value for value, _ in terms), 2) + 0.0        # + 0.0: never "-0.00"
+    return (f"logit of {own} - logit of {rival} = {margin:.2f} = "
+            + " ".join(f"{round(value, 2) + 0.0:+.2f} ({label})" for value, label in terms)), captions
+
+
+HOW_TO_READ = dict(
+    scaleprotoseg=["A group adds (its weight for {0} - its weight for {1}) x (its activation - 1): nothing "
+                   "where it sees nothing, as its activation is then 1. Constant: what is left if none sees "
+                   "anything.",
+                   "Right of a group the members that add most: training patch (framed), and where this "
+                   "image looks like it. Weight x similarity of all members: logarithm of the activation."],
+    protoseg=["A prototype adds (its weight for {0} - its weight for {1}) x its similarity at the pixel. "
+              "Left its training patch (framed), right where this image looks like it."])
+
+
+def draw_explanation(target, image, seen, found, c, other):
+    """Why class c and not `other`, by one run or by two below each other: a picture at the path `target`.
+    seen: (Drawing, similarity (P,h,w), logits (C,h,w), cell) of each run; found: its numbers."""
+    rows, bars, predictions = [], {}, []
+    for (d, similarity, logits, cell), numbers in zip(seen, found):
+        name, rival, method = d.classes[c], d.classes[other], d.cfg.method
+        which = f"{method} ({Path(d.cfg.out).name}): " if len(seen) > 1 else ""
+        sentence, captions = in_words(numbers)
+        predictions.append(d.predict(image))
+        margin = logits[c] - logits[other]
+        most, around = float(margin.abs().max()), image.shape[2] // 30
+        y0, y1, x0, x1 = cell_block(cell, margin.shape, image.shape[1:])
+        cells = [(framed(image, [y0 - around, y1 + around, x0 - around, x1 + around]), "the pixel"),
+                 (in_colours(image, predictions[-1]), f"prediction (there: {numbers['predicted']})"),
+                 (heat(image, margin, most), f"red: {name} is ahead of {rival}, blue: behind")]
+        if d.net.groups is not None:
+            more, scales = group_rows(d, [c, other], image, similarity, cell=cell, captions=captions)
+        else:
+            shown = {k: [part["prototype"] for part in strongest(numbers[side])]
+                     for k, side in ((c, "own"), (other, "rival"))}
+            more, scales = prototype_rows(d, shown, image, similarity, cell, captions)
+        rows += [which + sentence, cells,
+                 *(line.format(name, rival) for line in HOW_TO_READ[method]), *more]
+        for text, ends in {f"logit of {name} - logit of {rival}": (-most, most), **scales}.items():
+            bars[which + text] = ends
+    one = found[0]
+    better, worse = (name, rival) if one["margin"] >= 0 else (rival, name)
+    figures.save_grid(target, rows, cell=170, legend=legend_of(d.classes, *predictions), bars=bars,
+                      title=f"Why {better} and not {worse} at x {one['x']}, y {one['y']}? Predicted there: "
+                      f"{one['predicted']}")
 
 
 def class_id(name, classes, option):
@@ -373,6 +509,16 @@ def class_id(name, classes, option):
     if name not in classes:
         raise UserError(f"{option} {name}: this run knows no such class; it knows {', '.join(classes)}.")
     return classes.index(name)
+
+
+def rival_of(c, logits, name, classes):
+    """Id of the class that c is held against: --against NAME, else the highest but c of logits (C,)."""
+    if not name:
+        return int(logits.index_fill(0, torch.tensor([c], device=logits.device), -math.inf).argmax())
+    other = class_id(name, classes, "--against")
+    if other == c:
+        raise UserError(f"--against {name}: that is the class which is explained; name another one.")
+    return other
 
 
 def class_and_cell(logits, size, name, classes, pixel):
@@ -431,14 +577,13 @@ def draw_failure(d, c, failure, path):
     similarity = d.similarity(image)
     both = [c, failure["confused_with"]]
     if d.net.groups is not None:
-        rows = group_rows(d, both, image, similarity, most=2)
+        rows, bars = group_rows(d, both, image, similarity, most=2)
     else:
-        strongest = similarity.flatten(1).amax(1).argsort(descending=True, stable=True).tolist()
-        prototypes = []
-        for k in both:
-            prototypes += [p for p in strongest if d.class_of(p) == k][:3]
-        rows = prototype_rows(d, prototypes, image, similarity)
+        best = similarity.flatten(1).amax(1).argsort(descending=True, stable=True).tolist()
+        shown = {k: [p for p in best if d.class_of(p) == k][:3] for k in both}
+        rows, bars = prototype_rows(d, shown, image, similarity)
     figures.save_grid(path, [label_cells(image, failure["name"], mask, prediction), *rows], cell=170,
-                      legend=legend_of(d.classes, mask, prediction),
+                      legend=legend_of(d.classes, mask, prediction), bars=bars,
                       title=f"{d.classes[c]}: IoU {100 * failure['iou']:.0f} %, most often confused with "
-                      f"{d.classes[failure['confused_with']]} (Sec. 17)")
+                      f"{d.classes[failure['confused_with']]} (Sec. 17). What of both classes is found, and "
+                      "where: training patches (framed), weight x highest activation in the image")

@@ -445,3 +445,44 @@ def equivariance_ratios(net, iou, chance, least):
                 classes_with_groups=100 * len(net.prototype_class[paired].unique()) / num_classes,
                 **dict(zip(("mean_iou", "chance_iou", "above_chance"), means)),
                 pairs_by_chance=int((chance > least).sum()), pairs=sorted(pairs, key=lambda pair: -pair[2]))
+
+
+# ---- why a pixel got its class ---------------------------------------------------------------------------
+
+@torch.no_grad()
+def explain_cell(net, similarity, c, other, cell, alpha=0.0):
+    """Why class c and not `other` at a cell (row, column)? similarity (P,h,w) -> dict of plain numbers.
+
+    margin = logit of c - logit of other = contributions of both classes' groups (own, rival) + others, the
+    sum of all other classes', + constant. As a group that sees nothing has activation 1, it contributes (its
+    weight for c - its weight for other) x (activation - 1); constant: what is left where none sees anything.
+    ProtoSeg: prototypes in place of groups, similarities in place of activations - 1, constant 0. The log
+    prior, where there is one, is added to all logits, and so to the constant.
+    """
+    groups, s = net.groups, similarity[:, cell[0], cell[1]]          # (P,)
+    if groups is None:
+        head, owner = net.last_layer.weight, net.prototype_class
+        activation, nothing = s, torch.zeros_like(s)
+    else:
+        head, owner = groups.last_layer.weight, groups.class_of_group
+        activation, nothing = (groups.activations(values[None, :, None, None], alpha)[0, :, 0, 0]
+                               for values in (s, torch.zeros_like(s)))         # (C*G,); 0, 0 without members
+    weight = head[c] - head[other]                                   # (C*G,), ProtoSeg (P,)
+    terms = weight * (activation - nothing)
+    parts = {c: [], other: []}
+    for k, of_class in parts.items():
+        for f in (owner == k).nonzero()[:, 0].tolist():
+            part = dict(weight=float(weight[f]), activation=float(activation[f]),
+                        contribution=float(terms[f]))
+            if groups is None:
+                of_class.append(part | dict(prototype=f))
+            elif nothing[f]:
+                g = len(of_class)
+                members = [dict(prototype=p, weight=w, scale=int(net.prototype_scale[p]),
+                                similarity=float(s[p])) for p, w in groups.members_of(k, g, alpha)]
+                of_class.append(part | dict(group=g, members=members))
+    constant = float((weight * nothing).sum())
+    if net.log_prior is not None:
+        constant += float(net.log_prior[c] - net.log_prior[other])
+    return dict(margin=float(terms.sum()) + constant, own=parts[c], rival=parts[other],
+                others=float(terms[(owner != c) & (owner != other)].sum()), constant=constant)

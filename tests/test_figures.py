@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.figures import (heatmap, overlay, palette, save_bars, save_curves, save_grid, save_matrices,
-                            save_matrix)
+from common.figures import (heat, heatmap, overlay, palette, save_bars, save_curves, save_grid,
+                            save_matrices, save_matrix)
 
 LOW, HIGH = [0, 0, 4], [252, 255, 164]                                    # ends of the heat map
 BLUE, WHITE, RED = [33, 102, 172], [255, 255, 255], [178, 24, 43]
@@ -58,6 +58,16 @@ def test_a_heat_map_runs_from_dark_to_bright_and_blends_with_the_image():
     assert (half - (100 + solid / 2)).abs().max() <= 0.75                 # enlarged; both were rounded once
 
 
+def test_heat_tints_a_grey_image_and_a_bar_below_the_grid_tells_how(drawn):
+    """At 0 the image stays, 65 % grey and 35 % white; 9 tenths of the colour at either end."""
+    image = torch.full((3, 4, 4), 160, dtype=torch.uint8)
+    found = heat(image, torch.tensor([[0.0, 2.0], [-9.0, 0.0]]), 2.0).permute(1, 2, 0)[::3, ::3].tolist()
+    assert found == [[[193] * 3, [154, 19, 55]], [[27, 63, 116], [193] * 3]]           # corners: the values
+    picture = drawn(save_grid, [[(image, "")]], cell=600, bars={"": (0, 5), "it": (-5, "more")})
+    for row, ends in ((-46, ([210] * 3, [156, 21, 57])), (-16, ([28, 64, 117], [156, 21, 57]))):
+        assert all(where(picture[row:row + 1], end).any() for end in ends)
+
+
 # ---- grid, matrix ----
 
 def test_a_grid_puts_images_enlarged_by_whole_factors_where_they_belong(drawn):
@@ -71,6 +81,8 @@ def test_a_grid_puts_images_enlarged_by_whole_factors_where_they_belong(drawn):
     for height, width, shown in [(90, 120, (8, 37, 8, 47)), (120, 20, (8, 67, 8, 17))]:     # 1.5 cells
         dark = torch.zeros(3, height, width, dtype=torch.uint8)
         assert extent(where(drawn(save_grid, [[(dark, "")]], cell=40), 0)) == shown
+    row = [(torch.zeros(3, 40, side, dtype=torch.uint8), "") for side in (40, 80)]          # in the middle
+    assert extent(where(drawn(save_grid, [row], cell=40), 0)[:, 50:]) == (18, 37, 6, 45)
 
 
 def test_matrix_cells_have_the_colours_of_their_values(drawn):

@@ -330,7 +330,7 @@ def test_test_time_takes_hard_slots_through_the_last_layer(reading, focal):
 @both_readings
 @pytest.mark.parametrize("gumbel, sd", [(True, 0.0), (False, 0.0), (True, 0.3)])
 def test_a_training_pass_samples_one_assignment_for_the_whole_batch(reading, gumbel, sd):
-    """Without Gumbel-softmax (Table 4): softmax(q), no temperature, no noise. [D24]: one noise on prototypes."""
+    """Without Gumbel-softmax (Table 4): softmax(q), no temperature, no noise. [D24]: noisy prototypes."""
     net, x = small_net(reading, sharp=0.01, gumbel=gumbel, noise=sd).eval(), torch.randn(B, 3, 8, 12)
     torch.manual_seed(1)
     logits, _, y = net(x, tau=0.03)

@@ -10,7 +10,7 @@ from common import run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 USES_A_RUN = {"--predict", "--explain", "--compare", "--failure", "--draw", "--eval-only", "--class",
-              "--infer", "--class-scores"}                             # they need the run in --out
+              "--infer", "--class-scores", "--against", "--baseline"}  # they need the run in --out
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -1,5 +1,6 @@
 """scaleprotoseg.py as its users meet it, beside test_contract.py: three methods, what becomes of prototypes,
 --stage1, explanations that sum to the logit, measures and Eq. (10) by hand, tables, its own mistakes."""
+import itertools
 import re
 import shutil
 from dataclasses import replace
@@ -12,9 +13,9 @@ import torch
 from PIL import Image
 
 import scaleprotoseg as sps
-from commands import SHORT, assert_same_run, done, files, interrupt, log_of, mistake, numbers, read, same
-from common import datasets, run, toy_scenes, transforms
-from common import scaleprotoseg_measures as measures
+from commands import (SHORT, assert_same_run, copy_of, done, files, interrupt, log_of, mistake, numbers,
+                      read, same)
+from common import datasets, run, scaleprotoseg_measures as measures, toy_scenes, transforms
 from common.files import read_image
 from test_scaleprotoseg_equations import nearest_exact, normal, slow_logits, stub_net, uniform
 from trees import write
@@ -209,23 +210,16 @@ def test_failure_finds_the_pictures_in_which_a_class_is_missed_or_invented(base,
 # ---- explanations ----
 
 @pytest.mark.parametrize("method, alpha", [(NAME, 0.0), (NAME, 0.3), ("protoseg", 0.0)])
-def test_contributions_sum_to_the_logit(method, alpha, base, runs):
-    """And each is weight x activation, of the class's own groups (ProtoSeg: prototypes) in order. The ghost,
-    which lost its prototypes, is explained by the others."""
+def test_contributions_sum_to_the_margin(method, alpha, base, runs):
+    """Of any two classes, of which one, the ghost, lost its prototypes."""
     net, _, _ = load(base if method == NAME else runs[method])
     x = normal(1, 3, 50, 70).float()
-    similarity, logits, activation = slow_logits(net, x, alpha)
-    s = net.similarity(x)[0].detach()
-    for c, cell in ((c, cell) for c in range(len(logits)) for cell in ((0, 0), (7, 11), (12, 17))):
-        own = (net.prototype_class == c).nonzero()[:, 0].tolist()
-        found = sps.explain_cell(net, s, c, cell, alpha)
-        total = sum(part["contribution"] for part in found["own"]) + found["constant"] + found["others"]
-        assert found["logit"] == pytest.approx(logits[c][cell], rel=1e-3, abs=1e-2)
-        assert total == pytest.approx(found["logit"], rel=1e-4, abs=1e-3)
-        values = activation[c] if method == NAME else similarity[own]
-        for part, value in zip(found["own"], values, strict=True):
-            assert part["contribution"] == pytest.approx(part["weight"] * part["activation"], rel=1e-5)
-            assert part["activation"] == pytest.approx(value[cell], rel=1e-3, abs=1e-3)
+    logits, s = slow_logits(net, x, alpha)[1], net.similarity(x)[0].detach()
+    for (c, other), cell in itertools.product(((0, 1), (3, 0), (2, 3)), ((0, 0), (7, 11), (12, 17))):
+        found = measures.explain_cell(net, s, c, other, cell, alpha)
+        terms = [part["contribution"] for part in found["own"] + found["rival"]]
+        for margin in (found["margin"], sum(terms) + found["constant"] + found["others"]):
+            assert margin == pytest.approx(logits[(c, *cell)] - logits[(other, *cell)], rel=1e-3, abs=1e-2)
 
 
 WEIGHTS = [[[0.96, 0.04, 0.0], [0.3, 0.5, 0.2]], [[0.0, 1.0, 0.0], [0.02, 0.98, 0.0]],
@@ -243,22 +237,29 @@ def grouped_net(weights=WEIGHTS, head=HEAD, cls=(0, 0, 0, 1, 1, 2)):
 
 
 def test_an_explanation_by_hand():
-    """Class 0 has groups that speak against it, which are no other class's."""
-    s = torch.tensor([2.0, 1.0, 3.0, 0.5, 1.5, 4.0])[:, None, None]
-    found = sps.explain_cell(grouped_net(), s, 0, (0, 0), alpha=0.05)
+    """Class 0 against class 1; the groups of class 2 are the others, class 3 has none. Without groups."""
+    s, net = torch.tensor([2.0, 1.0, 3.0, 0.5, 1.5, 4.0])[:, None, None], grouped_net()
+    net.log_prior = torch.tensor([0.7, 0.2, 9.0, 9.0])
+    found = measures.explain_cell(net, s, 0, 1, (0, 0), 0.05)
     activation = np.exp([1.92, 1.7, 1.5, 1.47, 4.0, 4.0])               # without 0.04 and 0.02
-    own, others = HEAD[0, :2] * activation[:2], HEAD[0, 2:6] * (activation[2:] - 1)
-    assert [part["contribution"] for part in found["own"]] == pytest.approx(own.tolist(), rel=1e-5)
-    members = [[member["prototype"] for member in part["members"]] for part in found["own"]]
-    assert members == [[0], [1, 0, 2]]                                  # the heaviest first
-    assert found["constant"] == pytest.approx(HEAD[0, 2:6].sum(), rel=1e-5)
-    assert found["others"] == pytest.approx(others.sum(), rel=1e-5)
-    assert [part["contribution"] for part in found["against"]] == pytest.approx(sorted(others)[:3], rel=1e-5)
-    assert [part["class"] for part in found["against"]] == [2, 2, 1]
+    weight = (HEAD[0] - HEAD[1])[:6]
+    terms, parts = weight * (activation - 1), found["own"] + found["rival"]
+    assert [part["contribution"] for part in parts] == pytest.approx(terms[:4].tolist(), rel=1e-5)
+    members = [[member["prototype"] for member in part["members"]] for part in parts]
+    assert members == [[0], [1, 0, 2], [4], [4]]                        # the heaviest first
+    assert [part["group"] for part in parts] == [0, 1, 0, 1]
+    assert found["constant"] == pytest.approx(weight.sum() + 0.7 - 0.2, rel=1e-5)
+    assert found["others"] == pytest.approx(terms[4:].sum(), rel=1e-5)
+    assert measures.explain_cell(net, s, 3, 0, (0, 0))["own"] == []
+    net.groups, net.log_prior = None, None                              # last layer: 1 and -1/2
+    found = measures.explain_cell(net, s, 0, 1, (0, 0))
+    terms = {part["prototype"]: part["contribution"] for part in found["own"] + found["rival"]}
+    assert terms == {0: 3.0, 1: 1.5, 2: 4.5, 3: -0.75, 4: -2.25} and found["margin"] == 6
 
 
 def test_explain_takes_the_pixel_and_class_that_are_asked_for(base, pictures):
-    """Else the class that fills the picture, or that of the pixel, and the strongest pixel of the class."""
+    """Else the class that fills the picture, or that of the pixel, and the strongest pixel of the class; it
+    is held against the next best there."""
     image = pictures / "images" / "test" / "2.png"                      # 51 x 37: 13 x 10 cells
     logits = slow_logits(load(base)[0], transforms.normalise(read_image(image))[None], 0.05)[1]
     most = CLASSES[np.bincount(logits.argmax(0).flatten()).argmax()]
@@ -275,6 +276,27 @@ def test_explain_takes_the_pixel_and_class_that_are_asked_for(base, pictures):
         assert (found["y"] * 10 // 37, found["x"] * 13 // 51) == cell and path.with_suffix(".png").exists()
         assert found["logit"] == pytest.approx(strongest[cell], rel=1e-3, abs=1e-2)
         assert f"{expected} at x {found['x']}, y {found['y']}" in printed
+        order = [CLASSES[k] for k in (-logits[(..., *cell)]).argsort() if CLASSES[k] != expected]
+        assert found["against"] == order[0] and f"logit of {expected} - logit of {order[0]} = " in printed
+        printed = done(NAME, "--out", base, "--explain", image, *asked, "--against", order[2])
+        path = path.with_stem(f"{path.stem}-not-{order[2].replace(' ', '-')}")
+        margin, *terms = [float(term) for term in re.findall(r"[ +](-?\d+\.\d\d) [(=]", printed)]
+        found = read(path)
+        exact = [part["contribution"] for part in found["own"] + found["rival"]]
+        exact += [found["others"], found["constant"]]
+        assert margin == pytest.approx(found["margin"], abs=0.006) and path.with_suffix(".png").exists()
+        assert sum(terms) == pytest.approx(margin, abs=1e-6)            # as printed, each rounded up or down
+        assert max(abs(a - b) for a, b in zip(terms, exact, strict=True)) < 0.01
+
+
+def test_a_baseline_tells_of_the_same_pixel_and_classes(runs, pictures, tmp_path):
+    image = pictures / "images/test/1.png"
+    asked = ["--explain", image, "--class", "sky", "--pixel", 9, 20, "--against", "car"]
+    grouped, ancestor = (copy_of(runs[name], tmp_path / name) for name in (NAME, "protoseg"))
+    done(NAME, "--out", grouped, *asked, "--baseline", ancestor)
+    done(NAME, "--out", ancestor, *asked)
+    both, alone = (read(out / "explanations/1-sky-not-car.json") for out in (grouped, ancestor))
+    assert both.pop("baseline") == alone and "prototype" in alone["own"][0] and "group" in both["own"][0]
 
 
 # ---- measures and Eq. (10) on hand-made networks ----
@@ -453,7 +475,7 @@ def test_tables_share_rows_and_stand_beside_the_papers_numbers(pictures, tmp_pat
 @pytest.mark.parametrize("argv, words", [
     (["--scale-min", 1.5, "--scale-max", 0.5], ["--scale-max 0.5", "--scale-min 1.5"]),
     (["--rates", 1, 1], ["--rates 1 1"]), (["--pixel", 3, 4, 5], ["--pixel 3 4 5"]),
-    (["--class", "car"], ["--class", "--explain"]),
+    (["--class", "car"], ["--class", "--explain"]), (["--against", "car"], ["--against", "--explain"]),
     (["--stage1", "x", "--method", "protoseg"], ["--stage1", "protoseg"]),
     (["--stage1", "nowhere"], ["holds no run"]), (["--test-square"], ["--test-square", "--test-size"]),
     (["--parts", "somewhere"], ["--parts", "toy_scenes"]), (["--project-split", "exam"], ["exam"])])
@@ -469,6 +491,10 @@ def test_mistakes_with_a_run(base, runs, pictures, tmp_path, no_figures):
     for folder, argv, words in (
             (base, ["--explain", image, "--pixel", 51, 0], "51 x 37"),
             (base, ["--explain", image, "--class", "unicorn"], "it knows sky, tall house"),
+            (base, ["--explain", image, "--against", "unicorn"], "--against unicorn"),
+            (base, ["--explain", image, "--class", "sky", "--against", "sky"], "name another one"),
+            (base, ["--explain", image, "--baseline", runs["protoseg"]], "knows other classes"),
+            (base, ["--explain", image, "--baseline", tmp_path / "none"], "holds no run"),
             (runs["deeplab"], ["--explain", image], "plain network"),
             (begun, ["--failure", "sky"], "--resume"), (begun, ["--eval-only"], "--resume")):
         assert words in mistake(NAME, "--out", folder, *argv)

@@ -6,6 +6,7 @@ the frozen prototypes. Then logits, what each phase trains, and the paper's reci
 P prototypes, C classes, N the most prototypes of a class. Labels are 0..C-1; 255 belongs to no class.
 """
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -148,8 +149,8 @@ def stub_net(prototypes, cls, scale, num_classes):
     prototypes = torch.as_tensor(prototypes, dtype=torch.float32)
     backbone = nn.Identity()
     backbone.channels = 1
-    net = sps.ScaleProtoSeg(backbone, prototypes.shape[1], [1], False, (), True, list(cls), list(scale),
-                            num_classes)
+    net = sps.ScaleProtoSeg(backbone, prototypes.shape[1], range(1, 2 + max(scale)), False, (), True,
+                            list(cls), list(scale), num_classes)
     net.prototypes.data.copy_(prototypes)
     net.maps = lambda x: [x] if not net.training else None
     return net
@@ -175,18 +176,23 @@ def slow_projection(features, masks, prototypes, cls, scale):
     return moved, found
 
 
+def projection_task(seed):
+    """features, masks, prototypes, their classes and scales. Features are 0, 1/2 or 1, exact after the
+    sigmoid: many ties, of which the first wins. Class 4 has no pixel. Two prototypes are equal."""
+    features = torch.randint(3, (7, 2 * 3, 3, 4), generator=seeded(seed)) / 2
+    masks = torch.randint(4, (7, 7, 9), generator=seeded(seed + 10))
+    masks[masks == 3] = 255
+    masks[0] = 255
+    prototypes = torch.randint(9, (8, 3), generator=seeded(seed + 20)) / 8
+    prototypes[7] = prototypes[6]
+    return features, masks, prototypes, [0, 1, 2, 4, 2, 1, 0, 0], [0, 1, 0, 1, 1, 0, 0, 0]
+
+
 @on_devices
 @pytest.mark.parametrize("seed", range(3))
 def test_projection_moves_prototypes_to_the_nearest_pixel_of_class_and_scale(seed, device):
-    """Features are 0, 1/2 or 1, exact after the sigmoid: many ties, of which the first wins. Class 4 has no
-    pixel: its prototype stays. Of equal prototypes of a class and scale the first is kept."""
-    features = torch.randint(3, (6, 2 * 3, 3, 4), generator=seeded(seed)) / 2
-    masks = torch.randint(4, (6, 7, 9), generator=seeded(seed + 10))
-    masks[masks == 3] = 255
-    masks[0] = 255
-    cls, scale = [0, 1, 2, 4, 2, 1, 0, 0], [0, 1, 0, 1, 1, 0, 0, 0]
-    prototypes = torch.randint(9, (8, 3), generator=seeded(seed + 20)) / 8
-    prototypes[7] = prototypes[6]
+    """Without such a pixel a prototype stays. Of equal ones of a class and scale the first is kept."""
+    features, masks, prototypes, cls, scale = projection_task(seed)
     moved, sources = slow_projection(features, masks, prototypes, cls, scale)
     net = stub_net(prototypes, cls, scale, 5).train().to(device)
     assert sps.project_prototypes(net, loader_of(features, masks), device) == sources
@@ -195,6 +201,28 @@ def test_projection_moves_prototypes_to_the_nearest_pixel_of_class_and_scale(see
     first = [p for p, row in enumerate(rows) if row not in rows[:p]]
     kept = sps.remove_duplicates(net.prototypes, net.prototype_class, net.prototype_scale)
     assert kept.tolist() == first and len(first) < 8
+
+
+def project_and_prune(rank=0, world=1):
+    """What the images rank::world of three tasks give."""
+    for features, masks, *about in map(projection_task, range(3)):
+        net, loader = stub_net(*about, 5), loader_of(features, masks)[rank::world]
+        sources = sps.project_prototypes(net, loader, CPU)
+        yield from (torch.tensor(sources), net.prototypes.data.clone())
+        net.prototypes.data.copy_(uniform(8, 3))
+        yield sps.prune_prototypes(net, loader, CPU)
+
+
+def one_of_two(rank, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save([*project_and_prune(rank, 2)], folder / f"{rank}.pt")
+
+
+def test_two_processes_share_the_projection_and_find_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    for rank in (0, 1):
+        shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert all(itertools.starmap(torch.equal, zip(shared, project_and_prune(), strict=True)))
 
 
 @pytest.mark.parametrize("images", [2, 4, 12])
@@ -327,12 +355,12 @@ def slow_logits(net, x, alpha=0.0):
 
 def test_logits_of_every_stage_and_after_prototypes_were_dropped():
     """Stage 1 with its first and its trained last layer, stage 2 before and after the threshold; to all
-    of them the log prior is added."""
+    of them the log prior is added. Of scale 1 no prototype is left."""
     net, x = stub_net(uniform(P, D), CLASS, SCALE, C).eval(), normal(1, S * D, 3, 4).float()
-    cfg, kept = run.make_config(sps.Config, sps.PRESETS, "toy", threshold=0.3), [5, 7, 6, 8, 9, 10, 11, 0]
+    cfg, kept = run.make_config(sps.Config, sps.PRESETS, "toy", threshold=0.3), [3, 7, 6, 8, 9, 10, 12, 0]
     before = net.distances(x)
     net.keep(torch.tensor(kept))
-    assert torch.equal(net.distances(x), before[:, kept])
+    assert_near(net.distances(x), before[:, kept], 1e-6)
     expected = [slow_logits(net, x)[1]]
     net.last_layer.weight.data.copy_(normal(C, 8, seed=1))
     expected.append(slow_logits(net, x)[1])
