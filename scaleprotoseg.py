@@ -143,10 +143,8 @@ class Config(RunConfig):
     explain: str = opt("", "image: draw why a pixel of it has one class and not another", uses_run=True)
     class_: str = opt("", "class that --explain explains (default: the predicted one)", runtime=True)
     pixel: list = opt((), "x y to explain (default: the strongest of the class)", each=int, runtime=True)
-    against: str = opt("", "class that it is held against (default: the next best at the pixel)",
-                       runtime=True)
-    baseline: str = opt("", "run folder, such as one of ProtoSeg: --explain shows it beside the run in OUT",
-                        runtime=True)
+    against: str = opt("", "class that it is held against (default: the next best there)", runtime=True)
+    baseline: str = opt("", "run folder, of ProtoSeg say, that --explain shows as well", runtime=True)
     failure: str = opt("", "class whose worst test images are drawn (Sec. 17)", uses_run=True)
     failure_iou: float = opt(0.2, "epsilon_IoU of Sec. 17: images below it fail", at_least=0, at_most=1,
                              runtime=True)
@@ -551,33 +549,6 @@ class ScaleProtoSeg(DeepLab):
         return used
 
 
-def first_prototypes(cfg, num_classes):
-    """Class and scale of every prototype, two lists of P: scale by scale, in a scale class by class."""
-    multiscale = cfg.method == "scaleprotoseg"
-    num_scales, each = (len(cfg.rates), cfg.prototypes) if multiscale else (1, cfg.protoseg_prototypes)
-    prototype_class = torch.arange(num_classes).repeat_interleave(each).repeat(num_scales)
-    prototype_scale = torch.arange(num_scales).repeat_interleave(num_classes * each)
-    return prototype_class.tolist(), prototype_scale.tolist()
-
-
-def build_model(cfg, progress, weights="none"):
-    """The network of cfg.method for what progress says of classes, prototypes and groups."""
-    width = dict(width=cfg.unet_width) if cfg.backbone == "unet" else {}                  # [D6]
-    backbone = build_dense(cfg.backbone, weights, cfg.output_stride, **width)             # [D1]
-    num_classes = len(progress["classes"])
-    if cfg.method == "deeplab":
-        net = DeepLab(backbone, num_classes, cfg.rates, True, cfg.input_scales, cfg.frozen_bn)      # [D11]
-    else:
-        net = ScaleProtoSeg(backbone, cfg.depth, cfg.rates, cfg.method == "protoseg", cfg.input_scales,
-                            cfg.frozen_bn, progress["prototype_class"], progress["prototype_scale"],
-                            num_classes)
-        if progress["phase"].startswith("group"):
-            net.start_groups(cfg.groups)
-    if cfg.log_prior:
-        net.log_prior = torch.zeros(num_classes)                     # see prepare; a checkpoint has it
-    return net
-
-
 # ---- a training step -------------------------------------------------------------------------------------
 
 def losses_of(model, net, x, labels, phase, cfg):
@@ -773,6 +744,33 @@ def open_sets(cfg):
     opened = {name: datasets.open_split(cfg, name) for name in names}
     check_parts(opened[cfg.test_split], cfg)
     return {use: opened[name] for use, name in splits.items()}
+
+
+def first_prototypes(cfg, num_classes):
+    """Class and scale of every prototype, two lists of P: scale by scale, in a scale class by class."""
+    multiscale = cfg.method == "scaleprotoseg"
+    num_scales, each = (len(cfg.rates), cfg.prototypes) if multiscale else (1, cfg.protoseg_prototypes)
+    prototype_class = torch.arange(num_classes).repeat_interleave(each).repeat(num_scales)
+    prototype_scale = torch.arange(num_scales).repeat_interleave(num_classes * each)
+    return prototype_class.tolist(), prototype_scale.tolist()
+
+
+def build_model(cfg, progress, weights="none"):
+    """The network of cfg.method for what progress says of classes, prototypes and groups."""
+    width = dict(width=cfg.unet_width) if cfg.backbone == "unet" else {}                  # [D6]
+    backbone = build_dense(cfg.backbone, weights, cfg.output_stride, **width)             # [D1]
+    num_classes = len(progress["classes"])
+    if cfg.method == "deeplab":
+        net = DeepLab(backbone, num_classes, cfg.rates, True, cfg.input_scales, cfg.frozen_bn)      # [D11]
+    else:
+        net = ScaleProtoSeg(backbone, cfg.depth, cfg.rates, cfg.method == "protoseg", cfg.input_scales,
+                            cfg.frozen_bn, progress["prototype_class"], progress["prototype_scale"],
+                            num_classes)
+        if progress["phase"].startswith("group"):
+            net.start_groups(cfg.groups)
+    if cfg.log_prior:
+        net.log_prior = torch.zeros(num_classes)                     # see prepare; a checkpoint has it
+    return net
 
 
 def prepare(cfg, sets, machine):
