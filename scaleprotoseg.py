@@ -679,7 +679,8 @@ def remove_duplicates(prototypes, prototype_class, prototype_scale):
 # ---- training --------------------------------------------------------------------------------------------
 # progress, a dict in every checkpoint, tells what is done. train and train_phase keep phase (of PHASES),
 # iteration (done in it) and offset (iterations of the phases before); run.Log keeps log, sums and seconds;
-# project writes prototype_class, prototype_scale, sources (a Source each) and counts (what was dropped).
+# log_row val_iou, {iteration over all phases: of each class}; project writes prototype_class,
+# prototype_scale, sources (a Source each) and counts (what was dropped).
 
 def train(cfg, machine):
     """All phases of the method, then the report. Returns what metrics.json holds (None where rank > 0)."""
@@ -856,6 +857,8 @@ def log_row(net, data, log, iteration, lr, cfg, machine):
     """One more row of log.csv: the network as it stands, evaluated on val [D9]."""
     phase = log.progress["phase"]
     score = evaluate(net, data, ["final"], cfg, machine)["final"]
+    of_class = log.progress.setdefault("val_iou", {})                # after the projection: not again
+    of_class.setdefault(log.progress["offset"] + iteration, score["iou"])
     log.row(f"{phase} {iteration}", before=dict(phase=phase, iteration=iteration, lr=lr),
             after=dict(val_miou=score["miou"], val_pixel_acc=score["pixel_acc"]),
             text=f"{cfg.val_split} mIoU {score['miou']:.1f}", losses=("ce", "diversity", "l1", "entropy"))
@@ -1076,6 +1079,10 @@ def run_table(cfg, machine):
     results = special.get(cfg.table, train_rows)(table.rows, cfg, train, machine)
     write_table(cfg.table, table, results, cfg, machine,
                 f"{cfg.joint} joint and {cfg.group_joint} group iterations")
+    if cfg.table == 5 and machine.rank == 0:
+        first = {name: next(row_configs(name, row, cfg)).out for name, row in table.rows.items()}
+        runs = {name: run.read_progress(out, ("phase",)) for name, out in first.items()}
+        gallery.draw_learning(Path(cfg.out) / "learning.png", runs)
     return results
 
 

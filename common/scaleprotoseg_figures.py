@@ -209,6 +209,7 @@ def draw_figures(d, entries):
     segmentation.save_examples(folder / "examples.png", d.test,
                                lambda i, image, label: dict(label=label, prediction=d.predict(image)),
                                f"{d.cfg.test_split} images")
+    draw_learning(folder / "learning.png", {d.cfg.method: d.progress})
     if d.cfg.method == "deeplab":
         return
     shown = exemplars(d.test)
@@ -223,6 +224,22 @@ def draw_figures(d, entries):
         draw_part_metrics(entries["part_metrics"], folder)
     if "equivariance" in entries:
         draw_equivariance(d, entries["equivariance"], folder)
+
+
+def draw_learning(path, runs, most=6):
+    """learning.png: val IoU of the classes with the fewest training pixels over iterations, of one run or of
+    several beside each other. runs: {name: progress}."""
+    progress = next(iter(runs.values()))
+    classes, pixels = progress["classes"], progress["pixels"].tolist()
+    rare = sorted((c for c in range(len(classes)) if pixels[c]), key=lambda c: pixels[c])[:most]
+    shared = sorted(set.intersection(*(set(other.get("val_iou", {})) for other in runs.values())))
+    panels = {}
+    for name, other in runs.items():
+        of_class = {classes[c]: [other["val_iou"][n][c] for n in shared] for c in rare}
+        panels[name] = {key: values for key, values in of_class.items() if values and None not in values}
+    if all(panels.values()):
+        figures.save_panels(path, panels, shared, below="iterations over all phases",
+                            title="When rare classes are learned: their IoU on val")
 
 
 def draw_prototypes(d, c, used, folder):

@@ -80,14 +80,15 @@ def runs(trained, tmp_path_factory):
 # ---- a run of each method ----
 
 STAGE_1 = ["stage1_projected", "stage1_finetuned"]
-PICTURES = {"examples.png", "prototypes", "part_metrics.png", "nearest_patches.png", "nearest_prototypes"}
+ALL = {"examples.png", "learning.png"}
+PICTURES = ALL | {"prototypes", "part_metrics.png", "nearest_patches.png", "nearest_prototypes"}
 TERMS = dict(warmup="ce diversity", joint="ce diversity", project="", finetune="ce l1",
              group_warmup="ce l1 entropy", group_joint="ce l1 entropy")
 
 
 @pytest.mark.parametrize("method, stages, figures", [
     (NAME, STAGE_1 + ["stage2", "stage2_thresholded"], PICTURES | {"groups"}),
-    ("protoseg", STAGE_1, PICTURES), ("deeplab", ["plain"], {"examples.png"})])
+    ("protoseg", STAGE_1, PICTURES), ("deeplab", ["plain"], ALL)])
 def test_a_run_leaves_the_scores_and_figures_of_its_method(runs, method, stages, figures):
     metrics = read(runs[method] / "metrics.json")
     assert metrics["iterations"] == {phase: 4 for phase in sps.PHASES[method] if phase != "project"}
