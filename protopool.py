@@ -107,7 +107,7 @@ from common.transforms import coin, uniform, warp_matrix
 class Config(RunConfig):
     dataset: str = opt("toy_birds", "reader of --data", choices=images.DATASETS)
     full_images: bool = opt(False, "cub: take whole pictures, not cut to their bounding boxes [D19]")
-    val_fraction: float = opt(0.1, "share of a class's images for early stopping", at_least=0, at_most=0.5)
+    val_fraction: float = opt(0.1, "share of training images for early stopping", at_least=0, at_most=0.5)
     select_on_test: bool = opt(False, "stop and choose on the test split, as the authors did; optimistic")
     backbone: str = opt("resnet34", "network before the 1x1 add-on layer", choices=EXTRACTORS)
     weights: str = opt("imagenet", "of the backbone: imagenet (a download), file, URL, or none", source=True)
@@ -123,7 +123,7 @@ class Config(RunConfig):
                                "--pretrain-epochs are over [D20]", choices=("random", "patches"))
     tau: str = opt(None, "how the temperature falls, see temperature() (default: as in the reading)",
                    choices=("paper", "official", "geometric"))
-    prototype_noise: float = opt(0.0, "deviation of noise on prototypes in training [D24]", at_least=0)
+    prototype_noise: float = opt(0.0, "standard deviation of noise in training [D24]", at_least=0)
     gumbel: bool = opt(True, "off = plain softmax in training (Table 4)")
     focal: bool = opt(True, "off = maximum alone, as in ProtoPNet (Table 4)")
     w_cluster: float = opt(0.8, "weight of L_clst", at_least=0)
@@ -135,10 +135,10 @@ class Config(RunConfig):
     passes_per_epoch: int = opt(30, "passes over the training images that make an epoch [D9]: schedule, "
                                 "temperature and early stopping count in epochs", above=0)
     pretrain_epochs: int = opt(0, "epochs as a plain classifier at first [D18]", at_least=0, schedule=True)
-    warmup_epochs: int = opt(None, "frozen backbone (default 10; official 9)", at_least=0, schedule=True)
+    warmup_epochs: int = opt(None, "epochs, backbone frozen (10; official 9)", at_least=0, schedule=True)
     joint_epochs: int = opt(60, "epochs of the whole network, at most", at_least=0, schedule=True)
     patience: int = opt(12, "joint training stops after so many epochs without a lower val loss", above=0)
-    finetune_epochs: int = opt(None, "last layer (default 15; official 25)", at_least=0, schedule=True)
+    finetune_epochs: int = opt(None, "epochs, last layer alone (15; official 25)", at_least=0, schedule=True)
     lr: float = opt(1.5e-3, "Adam learning rate of add-on layer and prototypes", above=0)
     slot_lr: float = opt(1.5e-3, "learning rate of q: raise it where an epoch has few steps", above=0)
     backbone_lr: float = opt(5e-5, "learning rate of the backbone in the joint phase", above=0)

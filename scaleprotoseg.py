@@ -857,8 +857,8 @@ def log_row(net, data, log, iteration, lr, cfg, machine):
     """One more row of log.csv: the network as it stands, evaluated on val [D9]."""
     phase = log.progress["phase"]
     score = evaluate(net, data, ["final"], cfg, machine)["final"]
-    of_class = log.progress.setdefault("val_iou", {})                # after the projection: not again
-    of_class.setdefault(log.progress["offset"] + iteration, score["iou"])
+    by_iteration = log.progress.setdefault("val_iou", {})            # of equal ones the first: not projected
+    by_iteration.setdefault(log.progress["offset"] + iteration, score["iou"])
     log.row(f"{phase} {iteration}", before=dict(phase=phase, iteration=iteration, lr=lr),
             after=dict(val_miou=score["miou"], val_pixel_acc=score["pixel_acc"]),
             text=f"{cfg.val_split} mIoU {score['miou']:.1f}", losses=("ce", "diversity", "l1", "entropy"))

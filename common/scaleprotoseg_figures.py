@@ -8,6 +8,7 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -41,6 +42,10 @@ class Drawing:
     @property
     def classes(self):
         return self.progress["classes"]
+
+    @cached_property
+    def moved_far(self):
+        return moved_far(self.progress["sources"])
 
     def class_of(self, p):
         return self.progress["prototype_class"][p]
@@ -77,8 +82,7 @@ class Drawing:
             box = region_box(similarity, cell, mask == self.class_of(p))
             patch = enlarged(image, box)
             rate = f", rate {self.cfg.rates[self.scale_of(p)]}" if self.cfg.method == "scaleprotoseg" else ""
-            far = moved_far(self.progress["sources"])
-            moved = f", moved far: {far[p]:.1f}" if p in far else ""
+            moved = f", moved far: {self.moved_far[p]:.1f}" if p in self.moved_far else ""
             caption = f"p{p}, {self.classes[self.class_of(p)]}{rate}{moved}"
             self.tiles[p] = dict(patch=(patch, caption), boxed=(framed(image, box), caption),
                                  heat=own_heat(image, similarity))
