@@ -57,13 +57,13 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common import cbp_occl_measures as measures
 from common import cbp_occl_figures, datasets, files, run, segmentation, speed, survey, tables
 from common.backbones import build_network, check_sides, class_means_of_backbone, parameter_groups
 from common.loaders import TestView, TrainView, eval_loader, to_device, train_loader
@@ -206,22 +206,6 @@ def category_basis_prototypes(num_classes, channels, length=2.0, rows=None, orth
             raise ValueError(f"prototype row {int(norms.argmin())} is zero and cannot be given a length.")
         W = length * W / norms                                         # line 12 [D1]
     return W.float()
-
-
-def class_separability(prototypes):
-    """CS of Eq. (8): half the sum of cosines over ordered pairs of different rows. (N,C) -> float.
-
-    The sum is signed and can cancel: CS = 0 does not imply orthogonality (a simplex has -N/2). The paper
-    calls a large CS "large separability" though it means the opposite.
-    """
-    unit = F.normalize(prototypes.detach().cpu().double(), dim=1)
-    return 0.5 * float((unit @ unit.T).fill_diagonal_(0).sum())
-
-
-def mean_abs_cosine(prototypes):
-    """Mean |cos| over pairs of different rows, (N,C) -> float: 0 only if orthogonal (ours, beside CS)."""
-    unit = F.normalize(prototypes.detach().cpu().double(), dim=1)
-    return float((unit @ unit.T).fill_diagonal_(0).abs().sum()) / max(len(unit) * (len(unit) - 1), 1)
 
 
 # ---- OCCL (Sec. 3.3) -------------------------------------------------------------------------------------
@@ -545,31 +529,6 @@ def evaluate(net, data, cfg, machine):
     return segmentation.evaluate(net, loader, data.num_classes, ["ids"], predict_batch, machine)["ids"]
 
 
-def analyse(net, cfg, rates, class_pixels, classes):
-    """The paper's measures of both ambiguities, as entries of metrics.json.
-
-    class_pixels (N,) int64: labelled training pixels. Table 8: class_separability. Fig. 5: F1 as means
-    over up to 15 groups of classes, rarest first. Sec. 4.3: correlation of pixels and row norms. Table 6:
-    IoU sums of look-alikes. Table 7: IoU of rare classes and of the most frequent one.
-    """
-    W = net.classifier.class_vectors().detach().float().cpu()
-    iou, f1 = rates["iou"], rates["f1"]
-    norms = W.norm(dim=1)
-    correlation = float(torch.corrcoef(torch.stack([norms, class_pixels.float()]))[0, 1])
-    scored = [c for c in class_pixels.argsort(stable=True).tolist() if f1[c] is not None]    # rarest first
-    groups = np.array_split(scored, min(15, len(scored)))
-    pairs = [pair for pair in datasets.LOOKALIKES.get(cfg.dataset, []) if None not in (iou[c] for c in pair)]
-    extremes = datasets.RARE_AND_FREQUENT.get(cfg.dataset, (*scored[:2], scored[-1]))
-    return dict(
-        class_separability=class_separability(W), mean_abs_cosine=mean_abs_cosine(W),
-        norm_pixel_correlation=correlation if norms.std() > 1e-5 * norms.mean() else None,
-        training_pixels=dict(zip(classes, class_pixels.tolist())),
-        f1_rarest_first=[dict(classes=[classes[c] for c in group], f1=float(np.mean([f1[c] for c in group])))
-                         for group in groups],
-        lookalike_iou_sums={f"{classes[a]} + {classes[b]}": iou[a] + iou[b] for a, b in pairs},
-        rare_and_frequent_iou={classes[c]: iou[c] for c in extremes})
-
-
 def report(net, cfg, test_set, progress, machine):
     """Final evaluation on the test split: metrics.json and figures/, by the first process. -> metrics."""
     rates = evaluate(net, test_set, cfg, machine)
@@ -577,7 +536,8 @@ def report(net, cfg, test_set, progress, machine):
         return None
     cfg = run.for_results(cfg)
     metrics = segmentation.named_rates(rates, test_set.classes, cfg.test_split)
-    metrics |= analyse(net, cfg, rates, progress["pixels"], test_set.classes)
+    class_vectors = net.classifier.class_vectors()
+    metrics |= measures.analyse(class_vectors, cfg, rates, progress["pixels"], test_set.classes)
     metrics |= run.facts(cfg, net, progress, machine, "classifier", "w_centroid", "w_category")
     frozen = sum(buffer.numel() for buffer in net.classifier.buffers())
     metrics |= dict(split=cfg.test_split, iterations=progress["iteration"],
@@ -587,7 +547,7 @@ def report(net, cfg, test_set, progress, machine):
     net.eval()
     cbp_occl_figures.draw_figures(
         cfg.out, test_set, lambda image: predict_image(net, image, cfg, machine.device),
-        net.classifier.class_vectors(), metrics["f1_rarest_first"])
+        class_vectors, metrics["f1_rarest_first"])
     print(f"{cfg.test_split} mIoU {rates['miou']:.1f}, mAcc {rates['macc']:.1f}, pixel accuracy "
           f"{rates['pixel_acc']:.1f}{segmentation.absent_classes(metrics)}; see {cfg.out}/metrics.json and "
           f"{cfg.out}/figures")

@@ -3,11 +3,10 @@ rates of every layer, rows from elsewhere (Table 5), its tables, its own mistake
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import cbp_occl
 from commands import SHORT, call, done, files, log_of, mistake, read
-from common import run, toy_scenes
+from common import cbp_occl_measures, run, toy_scenes
 from test_cbp_occl_equations import config
 
 CPU = torch.device("cpu")
@@ -29,10 +28,9 @@ def test_a_run_leaves_what_the_readme_promises(trained):
 
 def test_measures_of_the_two_ambiguities_by_hand():
     """17 of 18 classes have an F1, rarest first in 15 groups; rows are as long as their classes are big."""
-    pixels, net, names = torch.arange(18, 0, -1) * 10, nn.Module(), [f"c{c}" for c in range(18)]
-    net.classifier = cbp_occl.PrototypeClassifier(torch.eye(18) * pixels[:, None])
+    pixels, names = torch.arange(18, 0, -1) * 10, [f"c{c}" for c in range(18)]
     rates = dict(iou=[float(c) for c in range(18)], f1=[100.0 - c for c in range(17)] + [None])
-    found = cbp_occl.analyse(net, config(), rates, pixels, names)
+    found = cbp_occl_measures.analyse(torch.eye(18) * pixels[:, None], config(), rates, pixels, names)
     assert found["norm_pixel_correlation"] == pytest.approx(1) and found["training_pixels"]["c0"] == 180
     pairs = cbp_occl.datasets.LOOKALIKES["toy_scenes"]
     assert found["lookalike_iou_sums"] == {f"c{a} + c{b}": a + b for a, b in pairs}

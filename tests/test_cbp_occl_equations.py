@@ -20,8 +20,9 @@ from torch import nn
 
 import cbp_occl
 from cbp_occl import (PrototypeClassifier, category_basis_prototypes, category_loss, centroid_loss,
-                      class_separability, gram_schmidt, occl_loss, pixel_loss, split_views, view_centroids)
+                      gram_schmidt, occl_loss, pixel_loss, split_views, view_centroids)
 from common import run
+from common.cbp_occl_measures import class_separability, mean_abs_cosine
 
 N, C, B, H, W = 7, 12, 2, 6, 7          # classes, channels, images, feature rows and columns
 ABSENT, ONE_PIXEL, IGNORE = 2, 5, 255   # the two classes of make_labels() without a pair of view centroids
@@ -442,10 +443,10 @@ def test_class_separability_is_the_double_loop_and_no_proof_of_orthogonality():
     assert value == pytest.approx(mean_over_pairs(rows.double(), float) * N * (N - 1) / 2, abs=1e-5)
     assert value == pytest.approx((F.normalize(rows, dim=1).sum(0).norm().item() ** 2 - N) / 2, abs=1e-5)
     assert class_separability(category_basis_prototypes(150, 256)) == pytest.approx(0, abs=1e-3)
-    assert cbp_occl.mean_abs_cosine(category_basis_prototypes(256, 256)) < 1e-7            # not in float32
+    assert mean_abs_cosine(category_basis_prototypes(256, 256)) < 1e-7            # not in float32
     assert class_separability(3 * torch.eye(150) - 3 / 150) == pytest.approx(-75, abs=1e-3)
-    assert cbp_occl.mean_abs_cosine(rows) == pytest.approx(mean_over_pairs(rows.double(), abs).item())
-    assert cbp_occl.mean_abs_cosine(rows[:1]) == 0
+    assert mean_abs_cosine(rows) == pytest.approx(mean_over_pairs(rows.double(), abs).item())
+    assert mean_abs_cosine(rows[:1]) == 0
 
 
 # ---- recipes: Sec. 4.1 and 4.2 -------------------------------------------------------------------
