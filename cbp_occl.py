@@ -40,17 +40,24 @@ Where we read or do something else than is printed ([D*] marks the line):
 [D6] Mean over the classes that both views hold, not a sum over all N: absent classes have no centroid.
 [D7] "Equally divide y": per class, the first half of its pixels in batch, row, column order, and the rest.
      Cuts mostly between images and objects, the paper's idea of a view. A class of one pixel is left out.
-     --views random halves at random. Labels are shrunk to the features' size by nearest.
+     --views random halves at random. Labels are shrunk to the features' size by nearest: the top left pixel
+     of each block, 1.5 pixels from the feature's place at stride 4.
 [D8] The features of Eq. (1) are not normalised, though Sec. 3.2 says that only the cosine counts, which is
      true of the argmax: with unit features and T = 2 the cross-entropy of 150 classes stays above 3.04.
 [D9] g of Eq. (1) is left out, as in Eq. (7): F is the decode head's output. No projection, and no bias,
-     which would be a prior again. OCCL sees F before dropout; auxiliary heads keep a learned classifier.
+     which would be a prior again. Dropout2d is for the pixels' logits alone: OCCL sees F before it.
+     Auxiliary heads keep a learned classifier.
 [D10] Cross-entropy averages over labelled pixels (PyTorch); mmsegmentation divides by all, 255 included.
 [D11] "For convolution models the optimizer is SGD" holds for FCN; ConvNeXt takes mmsegmentation's AdamW.
-     FCN's ResNet has torchvision's 7x7 stem, not three 3x3 convolutions.
+     FCN's ResNet has torchvision's 7x7 stem, not three 3x3 convolutions. Its depth (101) and ConvNeXt's size
+     (B) are our guesses: the table that names them is lost.
 [D12] OCCL sees the images of one GPU: 8 GPUs with 2 images each contrast fewer classes than one with 16.
-[D13] The paper prints neither the momentum of "EMA" (0.999 as in ProtoSeg) nor the formula of "Penalty"
-     (penalty_loss). Where the rows learn, the gradient of L_c reaches them too.
+[D13] The paper prints neither the momentum of "EMA" (0.999 as in ProtoSeg; centroid and result get length T)
+     nor the formula of "Penalty" (penalty_loss). Where rows learn, the gradient of L_c reaches them.
+[D14] Every head ends in a ReLU: F is never negative, W has both signs. With 150 rows in 256 channels a
+     feature comes at best to a cosine of 0.70 with its own row (0.57 with the worst one), and these best
+     features of two classes have 0.32, where L_v wants less. --no-last-relu (ours) takes the ReLU away.
+[D15] On CUDA the network computes in bfloat16, both losses in float32.
 """
 
 import math
@@ -64,7 +71,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import cbp_occl_measures as measures
-from common import cbp_occl_figures, datasets, files, run, segmentation, speed, survey, tables
+from common import cbp_occl_figures, cbp_occl_walkthrough, datasets, files, run, segmentation, speed, survey
+from common import tables
 from common.backbones import build_network, check_sides, class_means_of_backbone, parameter_groups
 from common.loaders import TestView, TrainView, eval_loader, to_device, train_loader
 from common.run import RunConfig, UserError, opt
@@ -99,6 +107,7 @@ class Config(RunConfig):
     power: float = opt(1.0, "exponent of the polynomial learning-rate decay", at_least=0)
     floor: float = opt(0.0, "learning rate where the decay ends", at_least=0)
     stage_decay: float = opt(1.0, "ConvNeXt: rate of a group of layers / rate of the next", above=0)
+    last_relu: bool = opt(True, "ReLU at the end of the head; without it F has both signs [D14]")
     classifier: str = opt("cbp", "cbp = frozen prototypes, learnable = ordinary 1x1 convolution; the others "
                           "are Table 4", choices=("cbp", "learnable", "ema", "gradient", "penalty"))
     init: str = opt("random", "initial rows; masked = class means (Table 5)", choices=("random", "masked"))
@@ -113,6 +122,8 @@ class Config(RunConfig):
     eval_only: bool = opt(False, "evaluate OUT/last.pt on --test-split", uses_run=True)
     predict: str = opt("", "image or folder to label: files go into OUT/predictions", uses_run=True)
     profile: bool = opt(False, "parameters, GFLOPs, memory and speed of this model (Table 2)", runtime=True)
+    walkthrough: bool = opt(False, "Alg. 1 and Eq. (3) to (6) on two classes and six pixels, in numbers",
+                            runtime=True)
     table: int = opt(0, "train and print this table (Table 2: --profile)", runtime=True,
                      choices=(0, 3, 4, 5, 6, 7, 8, 9, 10))
 
@@ -372,6 +383,8 @@ class Segmenter(nn.Module):
 def build_model(cfg, num_classes, weights="none", rows=None):
     """The preset's network, prototypes for its last 1x1 convolution; rows (N,C): in place of the draw."""
     network = build_network(cfg.backbone, cfg.head, num_classes, cfg.head_channels, weights)
+    if not cfg.last_relu:
+        network.head.fuse[2] = nn.Identity()                           # [D14]
     if cfg.classifier == "learnable":
         return Segmenter(network, LearnableClassifier(network.channels, num_classes))
     try:
@@ -382,6 +395,27 @@ def build_model(cfg, num_classes, weights="none", rows=None):
         raise UserError(f"{source}{error}") from None
     update = "frozen" if cfg.classifier == "cbp" else cfg.classifier
     return Segmenter(network, PrototypeClassifier(prototypes, update, cfg.length))
+
+
+def freeze_classifier(module, num_classes, length=2.0, seed=0):
+    """Prototypes in place of the last 1x1 convolution to num_classes channels of a network of yours.
+
+    module is changed; where an auxiliary head comes last, as in torchvision, give net.classifier. -> the
+    PrototypeClassifier, and a dict whose "features" are what it was given in the last forward pass: F
+    (B,C,h,w) for occl_loss (after dropout, if yours ends in one [D9]). ValueError without such a convolution.
+    """
+    found = [name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d)
+             and layer.kernel_size == (1, 1) and layer.out_channels == num_classes]
+    if not found:
+        raise ValueError(f"no 1x1 convolution in this module leads to {num_classes} channels: give the part "
+                         "of the network that ends in its classifier.")
+    parent, _, name = found[-1].rpartition(".")
+    weight = getattr(module.get_submodule(parent), name).weight        # (N,C,1,1)
+    W = category_basis_prototypes(num_classes, weight.shape[1], length, seed=seed)
+    classifier, seen = PrototypeClassifier(W).to(weight.device), {}
+    classifier.register_forward_pre_hook(lambda layer, inputs: seen.update(features=inputs[0]))
+    setattr(module.get_submodule(parent), name, classifier)
+    return classifier, seen
 
 
 # ---- losses and one training step ------------------------------------------------------------------------
@@ -421,7 +455,7 @@ def train_step(model, net, optimizer, scheduler, x, labels, cfg):
     model: net, or DDP around net.
     """
     prototypes = net.classifier.class_vectors()                        # (N,C)
-    with run.autocast(x.device, cfg.amp):
+    with run.autocast(x.device, cfg.amp):                              # [D15]
         logits, features, aux_logits = model(x)                        # (B,N,h,w), (B,C,h,w)
     losses = dict(ce=pixel_loss(logits, labels))
     if aux_logits is not None:
@@ -629,6 +663,12 @@ ROWS = {                                                               # what a 
     "OCCL": dict(classifier="learnable"),                              # L_c moves the learned rows too [D13]
     "CBP + OCCL": dict(classifier="cbp"),
     **{name: dict(classifier=name.lower()) for name in ("EMA", "gradient", "penalty")},
+    "CBP, rows learn": dict(classifier="gradient", w_centroid=0.0, w_category=0.0),         # ours from here
+    "random rows of length T, learn": dict(classifier="gradient", orthogonal=False, w_centroid=0.0,
+                                           w_category=0.0),
+    "baseline, warm-up x 4": dict(classifier="learnable", w_centroid=0.0, w_category=0.0),  # see run_table
+    "baseline, no last ReLU": dict(classifier="learnable", w_centroid=0.0, w_category=0.0, last_relu=False),
+    "CBP + OCCL, no last ReLU": dict(last_relu=False),                                      # [D14]
     "not equal": dict(equal=False), "not orthogonal": dict(orthogonal=False),
     "CLIP": dict(orthogonal=False),                                    # and prototypes, in run_table
     "masked": dict(init="masked", orthogonal=False), "masked, orthogonal": dict(init="masked"),
@@ -640,7 +680,10 @@ PAPER = {                                                              # mIoU, m
     "CLIP": (33.2, 45.2), "masked": (30.3, 41.7), "masked, orthogonal": (35.1, 48.0),
 }
 TABLES = {                                                             # title, rows
-    3: ("effect of the two modules", ("baseline", "CBP", "OCCL", "CBP + OCCL")),
+    3: ("effect of the two modules; the last five rows are ours", (
+        "baseline", "CBP", "OCCL", "CBP + OCCL", "gradient", "CBP, rows learn",
+        "random rows of length T, learn", "baseline, warm-up x 4", "baseline, no last ReLU",
+        "CBP + OCCL, no last ReLU")),
     4: ("how the prototypes are updated", ("CBP + OCCL", "EMA", "gradient", "penalty")),
     5: ("initial rows; masked = class means of the backbone, which --weights none leaves untrained",
         ("CBP + OCCL", "not equal", "not orthogonal", "CLIP", "masked", "masked, orthogonal")),
@@ -661,6 +704,8 @@ def run_table(cfg, machine):
     title, names = TABLES[cfg.table]
     rows = {name: dict(classifier="cbp", prototypes="") | ROWS[name] for name in names}
     tables.check_rows(rows, cfg, check_config, free=["prototypes"] * (cfg.table == 5))
+    if cfg.table == 3:
+        rows["baseline, warm-up x 4"] |= dict(warmup=4 * cfg.warmup)
     if cfg.table == 10 and cfg.seeds == 1:
         cfg = replace(cfg, seeds=4)                                    # as in the paper
     if cfg.table == 5:
@@ -692,6 +737,9 @@ def run_table(cfg, machine):
 
 def main(cfg):
     """Returns what the task returns, for use from Python."""
+    if cfg.walkthrough:
+        return cbp_occl_walkthrough.walk(gram_schmidt, category_basis_prototypes, split_views,
+                                         view_centroids, centroid_loss, category_loss, occl_loss)
     check_config(cfg)
     machine = run.setup(cfg.device, cfg.seed)
     if cfg.table:

@@ -1,5 +1,7 @@
 """cbp_occl.py beyond its equations and what all scripts promise (test_contract.py): what its run tells, the
 rates of every layer, rows from elsewhere (Table 5), its tables, its own mistakes, and the GPU."""
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,26 @@ def test_profile_compares_with_the_baseline(tmp_path):
     found = read(tmp_path / "profile.json")
     assert found["baseline"]["parameters"] - found["CBP + OCCL"]["parameters"] == 14            # no bias
     assert found["CBP + OCCL"]["gflops"] == pytest.approx(found["baseline"]["gflops"], rel=1e-3)
+
+
+def test_the_walkthrough_is_the_papers_equations_by_hand(tmp_path, monkeypatch):
+    """Two classes, six pixels, tau 0.5, lambda 1, phi 0.3: every loss that is printed, in numpy."""
+    monkeypatch.chdir(tmp_path)
+    printed = dict(re.findall(r"(L_[vc]\d) +([\d.]+)\n", done("cbp_occl", "--walkthrough")))
+    assert not files(tmp_path)
+    v = np.array([[[2, 0, 1], [1, 2, 0]], [[1, 2, 1], [0.5, 1.5, 0.5]]])             # view, class
+    w = np.array([[2, 1, 2], [-7, 10, 2]])                                          # a_2 - 8/9 a_1, times 9
+
+    def cos(a, b):
+        return a @ b / np.sqrt(a @ a * (b @ b))
+    for x in range(2):
+        for name, p, n in (("L_v", [cos(v[0, i], v[1, i]) for i in range(2)],
+                            [cos(v[x, i], v[:, 1 - i].mean(0)) for i in range(2)]),
+                           ("L_c", [cos(v[x, i], w[i]) for i in range(2)],
+                            [cos(v[x, i], w[1 - i]) for i in range(2)])):
+            p, n = np.exp(np.array([p, n]) / 0.5)
+            assert float(printed[f"{name}{x + 1}"]) == pytest.approx(np.mean(-np.log(p / (p + n))), abs=6e-4)
+    assert len(printed) == 4
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -144,6 +144,50 @@ def test_logits_are_inner_products_and_commute_with_upsampling():
     assert 3.04 < F.cross_entropy(best @ rows.T, torch.tensor([0])) < 3.05
 
 
+def test_features_without_a_sign_cannot_be_orthogonal():
+    """[D14]: a feature >= 0 has nothing in common with the negative part of a row."""
+    W = F.normalize(category_basis_prototypes(150, 256), dim=1).double().numpy()
+    best = np.where(W > 0, W, 0) / np.linalg.norm(np.where(W > 0, W, 0), axis=1, keepdims=True)
+    own = (best * W).sum(1)
+    assert 0.695 < own.mean() < 0.71 and 0.565 < own.min() < 0.575
+    others = (best @ best.T)[~np.eye(150, dtype=bool)]
+    assert 0.31 < others.mean() < 0.325
+    rng = np.random.default_rng(0)                                      # nothing close to `best` is better
+    near = np.abs(best + 0.02 * rng.normal(size=(40, *W.shape)))
+    assert ((near * W).sum(2) / np.linalg.norm(near, axis=2) <= own).all()
+
+
+@pytest.mark.parametrize("head, backbone", [("segformer", "tiny"), ("fcn", "mobilenet_v2"),
+                                            ("upernet", "mobilenet_v2")])
+def test_without_the_last_relu_features_have_both_signs(head, backbone):
+    """[D14], and nothing else changes: what is above 0 is what the head had."""
+    nets = [cbp_occl.build_model(config(head=head, backbone=backbone, last_relu=relu), 6)
+            for relu in (True, False)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    with_relu, without = (net.eval()(normal(2, 3, 64, 64))[1] for net in nets)
+    assert without.min() < 0 and torch.equal(with_relu, without.relu())
+
+
+def test_freezing_the_classifier_of_another_network():
+    """Its logits become products with prototypes that no optimizer moves, and the features are at hand."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(nn.ReLU(), nn.Conv2d(8, 5, 1)))
+    classifier, seen = cbp_occl.freeze_classifier(net, 5, length=3.0)
+    W = classifier.prototypes.clone()
+    assert_near(W @ W.T, 9 * torch.eye(5))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
+    labels = torch.randint(5, (2, 9, 9))
+    for _ in range(2):
+        logits = net(normal(2, 3, 9, 9))
+        assert_near(logits, torch.einsum("nc,bchw->bnhw", W, seen["features"]))
+        loss = F.cross_entropy(logits, labels) + occl_loss(seen["features"], labels, W, 1, 1)
+        before = net[0].weight.clone()
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(net.state_dict()["1.1.prototypes"], W) and not torch.equal(net[0].weight, before)
+    with pytest.raises(ValueError, match="1x1 convolution .* 7 channels"):
+        cbp_occl.freeze_classifier(net, 7)
+
+
 def test_dropout_takes_whole_channels_from_the_logits_and_none_from_occl():
     """[D9]: mmsegmentation's Dropout2d(0.1) stands before the classifier alone."""
     net, x = cbp_occl.Segmenter(nn.Module(), PrototypeClassifier(2 * torch.eye(60))), normal(50, 60, 2, 2)

@@ -28,12 +28,17 @@ def test_every_command_is_one_that_the_script_takes(name):
 
 
 def test_the_python_block_runs(few_toys, tmp_path, monkeypatch):
-    """The first one; the others, pieces to copy, are run in test_scripts.py."""
+    """A notebook, and torchvision's network with prototypes; the pieces to copy run in test_scripts.py."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 1 + len(SCRIPTS)
+    assert len(blocks) == 2 + len(SCRIPTS)
     exec(blocks[0].replace("schedule=0.05", "schedule=0.004"), {})
     assert (tmp_path / "runs" / "notebook" / "metrics.json").exists()
+    frozen, = (block for block in blocks if "freeze_classifier" in block)
+    exec(frozen, found := {})
+    assert found["seen"]["features"].shape == (2, 256, 8, 8)
+    assert {id(p) for p in found["net"].parameters()}.isdisjoint(map(id, found["classifier"].buffers()))
+    assert all(p.grad is not None for p in found["net"].parameters())
 
 
 def test_ci_runs_the_test_command_and_links_lead_to_files():
