@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.figures import (heat, heatmap, overlay, palette, save_bars, save_curves, save_grid,
+from common.figures import (heat, heatmap, know_classes, overlay, palette, save_bars, save_curves, save_grid,
                             save_matrices, save_matrix)
+from common.toy_scenes import CLASSES
 
 LOW, HIGH = [0, 0, 4], [252, 255, 164]                                    # ends of the heat map
 BLUE, WHITE, RED = [33, 102, 172], [255, 255, 255], [178, 24, 43]
@@ -39,9 +40,14 @@ def extent(found):
 # ---- colours, overlay, heat map ----
 
 def test_a_class_has_a_colour_of_its_own_which_an_overlay_mixes_with_the_image():
-    colours = palette(256)
+    names = ["sky", "pole", *(f"thing {k}" for k in range(252)), "car", "tree"]
+    colours = palette(names)
     assert colours.dtype == torch.uint8 and len({tuple(colour) for colour in colours.tolist()}) == 256
-    assert torch.equal(palette(12), colours[:12]) and colours[0].tolist() == [31, 119, 180]
+    assert torch.equal(palette(["car", "sky"]), colours[[254, 0]])        # in all data sets alike
+    toys = palette(CLASSES).int()
+    apart = (toys[:, None] - toys).abs().amax(2) + 255 * torch.eye(len(CLASSES))
+    assert apart.min() > 80 and (toys.amax(1) - toys.amin(1)).min() > 50  # strokes.py reads +-40; none is grey
+    know_classes(["thing", "thang"])
     image, labels = torch.full((3, 1, 2), 100, dtype=torch.uint8), torch.tensor([[1, 255]])
     assert overlay(image, labels, 0.6)[:, 0].T.tolist() == [[193, 116, 48], [100, 100, 100]]   # 255: ignored
 
