@@ -574,3 +574,50 @@ def save_histogram(path, series, bins=20, low=None, high=None, title="", log=Fal
     axes = "vertical: number of values" if log else "vertical: share of the values in %"
     width = pieces[0].width
     save_stack(path, [text_piece(title, width, size=18), text_piece(axes, width), *pieces])
+
+
+def save_scatters(path, rows, title=""):
+    """Scatter plots in rows. A plot: (heading, names of x and y, {name: (colour, points (n,2))}, slope of the
+    line drawn through (0, 0)). All axes of a row span the same numbers."""
+    lines = []
+    for plots in rows:
+        known = torch.cat([points for plot in plots for _, points in plot[2].values()])            # (n,2)
+        pieces = [scatter_piece(*plot, round_ticks(min(0.0, known.min().item()), known.max().item()))
+                  for plot in plots]
+        size = sum(piece.width for piece in pieces), max(piece.height for piece in pieces)
+        line = Image.new("RGB", size, "white")
+        for i, piece in enumerate(pieces):
+            line.paste(piece, (i * piece.width, 0))
+        lines.append(line)
+    save_stack(path, [text_piece(title, max(line.width for line in lines), size=18, max_lines=4), *lines])
+
+
+def scatter_piece(heading, axes, series, slope, ticks):
+    """One plot of save_scatters. No series hides another: their points are drawn in turn."""
+    font, left, side = ImageFont.load_default(size=15), 80, 340
+    above = [text_piece(heading, side + 60), legend_piece([(colour, name) for name, (colour, _)
+                                                           in series.items()], side + 60)]
+    top = sum(piece.height + 6 for piece in above) + 6
+    canvas = Image.new("RGB", (left + side + 40, top + side + 62), "white")
+    canvas.paste(above[0], (left - 40, 0))
+    canvas.paste(above[1], (left - 40, above[0].height + 6))
+    draw, low, scale = ImageDraw.Draw(canvas), ticks[0], side / (ticks[-1] - ticks[0])
+
+    def place(x, y):
+        return left + (x - low) * scale, top + side - (y - low) * scale
+    for tick in ticks:
+        (column, row), text = place(tick, tick), f"{tick:.6g}"
+        draw.line((left, row, left + side, row), fill=LINE)
+        draw.line((column, top, column, top + side), fill=LINE)
+        draw.text((left - 8, row), text, INK, font=font, anchor="rm")
+        draw.text((column, top + side + 8), text, INK, font=font, anchor="ma")
+    points = [(i / len(points), colour, *point) for colour, points in series.values()
+              for i, point in enumerate(points.tolist())]
+    for _, colour, x, y in sorted(points, key=lambda point: point[0]):
+        column, row = place(x, y)
+        draw.ellipse((column - 2, row - 2, column + 2, row + 2), fill=tuple(colour))
+    ends = [max(low, low / slope), min(ticks[-1], ticks[-1] / slope)]     # of the line in the square
+    draw.line([place(x, slope * x) for x in ends], fill=INK, width=2)
+    draw.text((left + side / 2, top + side + 34), axes[0], INK, font=font, anchor="ma")
+    write_upwards(canvas, axes[1], font, 20, top + side, "start")
+    return canvas
