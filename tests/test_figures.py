@@ -109,16 +109,15 @@ def test_matrices_stand_side_by_side_in_the_same_colours(drawn):
 
 
 def test_dots_and_the_line_of_a_scatter_stand_where_their_numbers_say(drawn):
-    """Both axes run from 0 to 1, over 340 pixels: the second plot alone would end at 0.2."""
-    plots = [("", ("", ""), {"": (FIRST, torch.tensor([[1.0, 0.5], [0.0, 1.0]]))}, 2.0),
-             ("", ("", ""), {"": (SECOND, torch.tensor([[0.2, 0.2]]))}, 1.0)]
-    picture = drawn(save_scatters, [plots])
-    left, right = picture[40:, :468], picture[40:, 460:]                  # without their legends
-    top, bottom, first, last = extent(where(left, FIRST))
-    assert (bottom - top, last - first) == (170 + 4, 340 + 4)             # from dot to dot, radius 2
-    dot = extent(where(right, SECOND))
-    assert (dot[0] - top, dot[2] - first) == pytest.approx((0.8 * 340, 0.2 * 340), abs=1)
-    line = where(left, [30, 30, 30])[top + 170, first + 2:first + 342]    # y = 0.5 at x = 0.25
+    """Both axes run from 0 to 1 in 340 pixels, though the second plot alone would end at 0.2."""
+    plots = [("", ("", ""), {"": (colour, torch.tensor(points))}, 2.0)
+             for colour, points in ((FIRST, [[1.0, 0.5], [0.0, 1.0]]), (SECOND, [[0.2, 0.2]]))]
+    picture = drawn(save_scatters, [plots])[40:]                          # without the legends
+    top, bottom, left, right = extent(where(picture, FIRST))
+    assert (bottom - top, right - left) == (170 + 4, 340 + 4)             # from dot to dot, radius 2
+    other = extent(where(picture, SECOND))                                # 460 pixels to the right
+    assert (other[0] - top, other[2] - left) == pytest.approx((0.8 * 340, 460 + 0.2 * 340), abs=1)
+    line = where(picture, [30, 30, 30])[top + 170, left + 2:left + 342]   # y = 0.5 at x = 0.25
     assert np.flatnonzero(line).mean() == pytest.approx(85, abs=1)
 
 
