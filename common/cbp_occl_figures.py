@@ -100,8 +100,9 @@ def draw_lookalikes(path, shown, data):
         rows.append(plots)
     if rows:
         rows = rows if len(shown) > 1 else [sum(rows, [])]             # of one network: in one row
-        figures.save_scatters(path, rows, title="Features of two classes that look alike, a dot a pixel. On the "
-                              "line both logits are equal (bias aside): the diagonal if rows are equally long")
+        figures.save_scatters(path, rows, title="Features of two classes that look alike, a dot a pixel. On "
+                              "the line both logits are equal (bias aside): a diagonal if rows are of one "
+                              "length. n % on its side: of the pixels of a class, by the line")
 
 
 def draw_sweeps(path, results, values, cfg):

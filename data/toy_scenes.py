@@ -18,6 +18,7 @@ def palettes():
     of_class = np.full((256, 3), 255, np.uint8)
     of_class[:len(CLASSES)] = palette(CLASSES)
     of_part = of_class.copy()
+    of_part[0] = 60                                                                 # no part: dark grey
     owners = [part.split(":")[0] for part in PARTS]
     for i, owner in enumerate(owners[1:], start=1):
         pale = 0.22 * owners[:i].count(owner)
