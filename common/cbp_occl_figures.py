@@ -94,15 +94,15 @@ def draw_lookalikes(path, shown, data):
             for k, c in enumerate(pair):
                 points = measures.cosines(one.features.pixels[c], one.rows[list(pair)])              # (n,2)
                 share = (points[:, k] * lengths[k] > points[:, 1 - k] * lengths[1 - k]).float().mean()
-                series[f"{names[k]}: {100 * share:.0f} % on its side"] = colours[k], points
+                series[f"{names[k]}: {100 * share:.0f} %"] = colours[k], points
             axes = [f"cosine with the row of {name}" for name in names]
             plots.append((one.name, axes, series, lengths[0] / lengths[1]))
         rows.append(plots)
     if rows:
         rows = rows if len(shown) > 1 else [sum(rows, [])]             # of one network: in one row
         figures.save_scatters(path, rows, title="Features of two classes that look alike, a dot a pixel. On "
-                              "the line both logits are equal (bias aside): a diagonal if rows are of one "
-                              "length. n % on its side: of the pixels of a class, by the line")
+                              "the line both logits are equal (bias aside); it is the diagonal if rows are "
+                              "equally long. Percentages: pixels of a class on its own side of the line")
 
 
 def draw_sweeps(path, results, values, cfg):
