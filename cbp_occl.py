@@ -70,10 +70,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import cbp_occl_measures as measures
-from common import cbp_occl_figures, cbp_occl_walkthrough, datasets, files, run, segmentation, speed, survey
-from common import tables
+from common import cbp_occl_figures as gallery, cbp_occl_measures as measures, cbp_occl_walkthrough
+from common import datasets, files, run, segmentation, speed, survey, tables
 from common.backbones import build_network, check_sides, class_means_of_backbone, parameter_groups
+from common.cbp_occl_tables import BESIDE, FIGURES, PAPER, ROWS, SWEEP, TABLES
 from common.loaders import TestView, TrainView, eval_loader, to_device, train_loader
 from common.run import RunConfig, UserError, opt
 
@@ -119,6 +119,7 @@ class Config(RunConfig):
     w_category: float = opt(0.3, "phi, weight of the category loss; 0 switches it off", at_least=0)
     tau: float = opt(0.07, "temperature of OCCL", above=0)
     views: str = opt("ordered", "how a class is cut into two views [D7]", choices=("ordered", "random"))
+    baseline: str = opt("", "folder of another finished run, shown beside this one in figures", runtime=True)
     eval_only: bool = opt(False, "evaluate OUT/last.pt on --test-split", uses_run=True)
     predict: str = opt("", "image or folder to label: files go into OUT/predictions", uses_run=True)
     profile: bool = opt(False, "parameters, GFLOPs, memory and speed of this model (Table 2)", runtime=True)
@@ -126,6 +127,7 @@ class Config(RunConfig):
                             runtime=True)
     table: int = opt(0, "train and print this table (Table 2: --profile)", runtime=True,
                      choices=(0, 3, 4, 5, 6, 7, 8, 9, 10))
+    figure: int = opt(0, "4 = train and draw sweeps of lambda and phi", runtime=True, choices=(0, 4))
 
 
 # Optimizer and schedule are mmsegmentation's for each model (Sec. 4.1), batch 16 and crop 512 the paper's.
@@ -490,6 +492,7 @@ def train(cfg, machine):
     """Train, evaluate, draw. The first process returns what metrics.json holds, the others None."""
     splits = (cfg.train_split, cfg.val_split, cfg.test_split)
     train_set, val_set, test_set = (datasets.open_split(cfg, split) for split in splits)
+    baseline = load_baseline(cfg, machine.device, test_set.classes)    # UserError before any training
     checkpoint = Path(cfg.out) / "last.pt"
     resuming = cfg.resume and checkpoint.exists()                      # if none was saved yet, begin anew
     if resuming:
@@ -535,7 +538,7 @@ def train(cfg, machine):
                     text=f"{cfg.val_split} mIoU {rates['miou']:.1f}")
         if run.due(iteration, cfg.save_every, cfg.iterations):
             log.save("last.pt", parts, iteration=iteration)            # and progress["iteration"]
-    return report(net, cfg, test_set, progress, machine)
+    return report(net, cfg, test_set, baseline, progress, machine)
 
 
 # ==== from here on: evaluation, using a trained run, the paper's tables ===================================
@@ -563,25 +566,26 @@ def evaluate(net, data, cfg, machine):
     return segmentation.evaluate(net, loader, data.num_classes, ["ids"], predict_batch, machine)["ids"]
 
 
-def report(net, cfg, test_set, progress, machine):
+def report(net, cfg, test_set, baseline, progress, machine):
     """Final evaluation on the test split: metrics.json and figures/, by the first process. -> metrics."""
-    rates = evaluate(net, test_set, cfg, machine)
+    networks = []
+    for one, one_cfg in [*baseline, (net, cfg)]:                       # see load_baseline
+        rates = evaluate(one, test_set, one_cfg, machine)
+        if machine.rank == 0:
+            metrics, features = measures.results_of(one, one_cfg, rates, progress["pixels"], test_set,
+                                                    shrink_labels)
+            name = "baseline: " * (one is not net) + gallery.name_of(one_cfg)
+            networks.append(gallery.Shown(name, one, one_cfg, [metrics], features))
     if machine.rank:
         return None
     cfg = run.for_results(cfg)
-    metrics = segmentation.named_rates(rates, test_set.classes, cfg.test_split)
-    class_vectors = net.classifier.class_vectors()
-    metrics |= measures.analyse(class_vectors, cfg, rates, progress["pixels"], test_set.classes)
     metrics |= run.facts(cfg, net, progress, machine, "classifier", "w_centroid", "w_category")
     frozen = sum(buffer.numel() for buffer in net.classifier.buffers())
     metrics |= dict(split=cfg.test_split, iterations=progress["iteration"],
                     finished=progress["iteration"] >= cfg.iterations,
                     trainable_parameters=metrics["parameters"], parameters=metrics["parameters"] + frozen)
     run.write_json(Path(cfg.out) / "metrics.json", metrics)
-    net.eval()
-    cbp_occl_figures.draw_figures(
-        cfg.out, test_set, lambda image: predict_image(net, image, cfg, machine.device),
-        class_vectors, metrics["f1_rarest_first"])
+    gallery.draw_figures(f"{cfg.out}/figures/", test_set, networks, predict_image)
     print(f"{cfg.test_split} mIoU {rates['miou']:.1f}, mAcc {rates['macc']:.1f}, pixel accuracy "
           f"{rates['pixel_acc']:.1f}{segmentation.absent_classes(metrics)}; see {cfg.out}/metrics.json and "
           f"{cfg.out}/figures")
@@ -591,7 +595,7 @@ def report(net, cfg, test_set, progress, machine):
 def initial_rows(cfg, train_set, device):
     """Rows (N,C) from --prototypes or --init masked (Table 5), or None: a random draw. Raises UserError."""
     if cfg.prototypes:
-        rows = files.read_numbers(cfg.prototypes, "--prototypes")
+        rows = torch.atleast_2d(files.read_numbers(cfg.prototypes, "--prototypes"))
         unit = F.normalize(rows.double().flatten(1), dim=1)
         alike = (unit @ unit.T).fill_diagonal_(0) > 1 - 1e-9
         if alike.any() or not unit.any(1).all():
@@ -618,6 +622,12 @@ def load_run(cfg, device, classes=None):
     net = build_model(cfg, len(progress["classes"])).to(device, memory_format=torch.channels_last)
     run.load_checkpoint(Path(cfg.out) / "last.pt", dict(model=net), device)
     return net.eval(), progress
+
+
+def load_baseline(cfg, device, classes):
+    """[(network, settings)] of --baseline, [] without it. UserError: unfinished, or of other classes."""
+    others = [tables.finished_run(Config, cfg.baseline)] if cfg.baseline else []
+    return [(load_run(other, device, classes)[0], other) for other in others]
 
 
 def predict_image(net, image, cfg, device):
@@ -657,69 +667,44 @@ def profile(cfg, device):
 
 # ---- tables of the paper ---------------------------------------------------------------------------------
 
-ROWS = {                                                               # what a row changes in a preset
-    "baseline": dict(classifier="learnable", w_centroid=0.0, w_category=0.0),
-    "CBP": dict(w_centroid=0.0, w_category=0.0),
-    "OCCL": dict(classifier="learnable"),                              # L_c moves the learned rows too [D13]
-    "CBP + OCCL": dict(classifier="cbp"),
-    **{name: dict(classifier=name.lower()) for name in ("EMA", "gradient", "penalty")},
-    "CBP, rows learn": dict(classifier="gradient", w_centroid=0.0, w_category=0.0),         # ours from here
-    "random rows of length T, learn": dict(classifier="gradient", orthogonal=False, w_centroid=0.0,
-                                           w_category=0.0),
-    "baseline, warm-up x 4": dict(classifier="learnable", w_centroid=0.0, w_category=0.0),  # see run_table
-    "baseline, no last ReLU": dict(classifier="learnable", w_centroid=0.0, w_category=0.0, last_relu=False),
-    "CBP + OCCL, no last ReLU": dict(last_relu=False),                                      # [D14]
-    "not equal": dict(equal=False), "not orthogonal": dict(orthogonal=False),
-    "CLIP": dict(orthogonal=False),                                    # and prototypes, in run_table
-    "masked": dict(init="masked", orthogonal=False), "masked, orthogonal": dict(init="masked"),
-    **{f"T = {T}": dict(length=float(T)) for T in range(1, 6)},
-}
-PAPER = {                                                              # mIoU, mAcc
-    "baseline": (33.4, 44.4), "CBP": (33.5, 44.4), "OCCL": (34.3, 45.8), "CBP + OCCL": (35.1, 48.1),
-    "EMA": (29.9, 41.8), "gradient": (34.6, 46.1), "not equal": (33.3, 44.6), "not orthogonal": (35.0, 47.8),
-    "CLIP": (33.2, 45.2), "masked": (30.3, 41.7), "masked, orthogonal": (35.1, 48.0),
-}
-TABLES = {                                                             # title, rows
-    3: ("effect of the two modules; the last five rows are ours", (
-        "baseline", "CBP", "OCCL", "CBP + OCCL", "gradient", "CBP, rows learn",
-        "random rows of length T, learn", "baseline, warm-up x 4", "baseline, no last ReLU",
-        "CBP + OCCL, no last ReLU")),
-    4: ("how the prototypes are updated", ("CBP + OCCL", "EMA", "gradient", "penalty")),
-    5: ("initial rows; masked = class means of the backbone, which --weights none leaves untrained",
-        ("CBP + OCCL", "not equal", "not orthogonal", "CLIP", "masked", "masked, orthogonal")),
-    6: ("IoU sums of look-alikes; paper, not orthogonal: bike + minibike -0.3, stairs + stairway -1.0",
-        ("CBP + OCCL", "not orthogonal")),
-    7: ("IoU of rare and frequent classes; paper, not equal: flag -7.3, radiator -5.3, wall 0.0",
-        ("CBP + OCCL", "not equal")),
-    8: ("class separability CS, Eq. (8); paper: 0 for CBP, 6.2 not orthogonal, 75.8 gradient",
-        ("CBP + OCCL", "not orthogonal", "gradient", "penalty")),
-    9: ("length T; the paper's rows are lost: mIoU 34.6 to 35.3, mAcc 47.6 to 48.2 over T = 1 to 5",
-        tuple(f"T = {T}" for T in range(1, 6))),
-    10: ("stability over four seeds; the paper's: mIoU 35.1, 34.9, 35.2, 34.8", ("CBP + OCCL",)),
-}
-
-
 def run_table(cfg, machine):
-    """--table: every row as a run in OUT/rows/, then OUT/tableN.md and .json. Tables share rows."""
-    title, names = TABLES[cfg.table]
-    rows = {name: dict(classifier="cbp", prototypes="") | ROWS[name] for name in names}
-    tables.check_rows(rows, cfg, check_config, free=["prototypes"] * (cfg.table == 5))
+    """--table, --figure: every row as a run in OUT/rows/, then OUT/tableN.md, .json. Tables share rows."""
+    kind, number = ("figure", cfg.figure) if cfg.figure else ("table", cfg.table)
+    title, names = FIGURES[number] if cfg.figure else TABLES[number]
+    rows = {name: dict(classifier="cbp", prototypes="", figure=0) | ROWS[name] for name in names}
+    tables.check_rows(rows, cfg, check_config, ["baseline"], free=["prototypes"] * (cfg.table == 5))
     if cfg.table == 3:
-        rows["baseline, warm-up x 4"] |= dict(warmup=4 * cfg.warmup)
+        rows["baseline, warm-up x 4"]["warmup"] = 4 * cfg.warmup
     if cfg.table == 10 and cfg.seeds == 1:
         cfg = replace(cfg, seeds=4)                                    # as in the paper
+    note = "Paper: SegFormer-B0, ADE20K, 40K iterations."
     if cfg.table == 5:
         network = build_network(cfg.backbone, cfg.head, 2, cfg.head_channels)    # 2: no class matters here
-        width = network.backbone.dims[3]
-        if network.channels != width:                                  # class means are as wide as level 4
-            rows["masked"] = rows["masked, orthogonal"] = f"needs --head-channels {width}"
-        file = dict(prototypes=cfg.prototypes)
-        rows["CLIP"] = rows["CLIP"] | file if cfg.prototypes else "needs --prototypes FILE.npy"
+        width = network.backbone.dims[3]                               # class means are as wide as level 4
+        note += f" Width of the head: {network.channels} channels, masked ones {width}"
+        for name in ("masked", "masked, orthogonal"):
+            rows[name]["head_channels"] = width
         if cfg.prototypes:                                             # a wrong file is told now
-            num_classes = datasets.num_classes_of(cfg)
             given = initial_rows(cfg, None, machine.device)
-            build_model(replace(cfg, **rows["CLIP"]), num_classes, rows=given)
-    results = tables.train_rows(rows, cfg, train, machine)
+            rows["CLIP"] |= dict(prototypes=cfg.prototypes, head_channels=given.shape[1])
+            build_model(replace(cfg, **rows["CLIP"]), datasets.num_classes_of(cfg), rows=given)
+            note += f", CLIP {given.shape[1]}"
+        else:
+            rows["CLIP"] = "needs --prototypes FILE.npy"
+
+    def folder(name):                                                  # of a row that changes nothing: ours
+        changed = any(getattr(cfg, option) != value for option, value in ROWS[name].items())
+        return tables.folder_of(name if changed else "CBP + OCCL")
+    results = tables.train_rows(rows, cfg, train, machine, folder)
+    if kind == "figure" and machine.rank == 0:
+        gallery.draw_sweeps(f"{cfg.out}/figure{number}.png", results, SWEEP, cfg)
+    if cfg.table in BESIDE and machine.rank == 0:
+        test_set, networks = datasets.open_split(cfg, cfg.test_split), []
+        for name in BESIDE[number]:
+            row_cfg = next(tables.row_configs(name, rows[name], cfg, folder))             # its first seed
+            net, _ = load_run(row_cfg, machine.device, test_set.classes)
+            networks.append(gallery.Shown(name, net, row_cfg, results[name]))
+        gallery.draw_figures(f"{cfg.out}/figures/table{number}_", test_set, networks, predict_image, results)
     columns = {"mIoU": "miou", "mAcc": "macc"}
     if cfg.table == 8:
         columns |= {"CS": "class_separability", "mean abs cos": "mean_abs_cosine"}
@@ -727,11 +712,10 @@ def run_table(cfg, machine):
         key = {6: "lookalike_iou_sums", 7: "rare_and_frequent_iou"}[cfg.table]
         columns |= {name: (key, name) for name in results["CBP + OCCL"][0][key]}
     paper = {"CBP + OCCL": ("35.0 +- 0.2", "48.0 +- 0.3")} if cfg.table == 10 else PAPER
-    table = tables.Table(f"Table {cfg.table}: {title}", rows, columns, ("paper mIoU", "paper mAcc"), paper,
-                         digits={"CS": 2, "mean abs cos": 3})
-    tables.write_table(cfg.table, table, results, cfg, machine,
-                       about=f"{cfg.iterations} iterations, {cfg.test_split} split",
-                       more="Paper: SegFormer-B0, ADE20K, 40K iterations.")
+    table = tables.Table(f"{kind.title()} {number}: {title}", rows, columns, ("paper mIoU", "paper mAcc"),
+                         paper, digits={"CS": 2, "mean abs cos": 3})
+    tables.write_table(number, table, results, cfg, machine, more=note, name=kind,
+                       about=f"{cfg.iterations} iterations, {cfg.test_split} split")
     return results
 
 
@@ -742,12 +726,13 @@ def main(cfg):
                                          view_centroids, centroid_loss, category_loss, occl_loss)
     check_config(cfg)
     machine = run.setup(cfg.device, cfg.seed)
-    if cfg.table:
+    if cfg.table or cfg.figure:
         return run_table(cfg, machine)
     if cfg.eval_only:
         test_set = datasets.open_split(cfg, cfg.test_split)
         net, progress = load_run(cfg, machine.device, test_set.classes)
-        return report(net, cfg, test_set, progress, machine)
+        baseline = load_baseline(cfg, machine.device, test_set.classes)
+        return report(net, cfg, test_set, baseline, progress, machine)
     for task, asked in ((profile, cfg.profile), (predict, cfg.predict)):
         if asked:                                                      # the first process does it alone
             return None if machine.rank else task(cfg, machine.device)

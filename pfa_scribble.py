@@ -947,7 +947,7 @@ def draw(cfg, device):
     classes = progress["classes"]
     paths = predictor.net.paths()[-1:]
     image = files.read_large_enough(cfg.draw[0])
-    scribbles = strokes.painted_strokes(cfg.draw[1], image, len(classes))
+    scribbles = strokes.painted_strokes(cfg.draw[1], image, classes)
     if not (scribbles == 0).any():
         print(f"note: no stroke of {classes[0]}; a few help to tell where the others end")
     size = image.shape[1:]

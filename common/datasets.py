@@ -502,6 +502,7 @@ def open_dataset(name, root, split, seed=0, mask_dir="", ignore=None):
         if root:
             raise UserError(f"toy_scenes are drawn in memory and do not read {root}: leave the folder out, "
                             "or use --dataset folder for files on disk.")
+        figures.know_classes(CLASSES[name])
         return ToyScenes(split, seed, mask_dir or "mask")
     if not root:
         raise UserError(f"{name} needs a folder (--data ROOT): {TREES[name][0]}; source: {TREES[name][1]} "

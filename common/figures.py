@@ -22,30 +22,41 @@ SERIES = [(0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180
           (240, 228, 66), (110, 110, 110)]                                # then again from the first
 TWELVE = [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75),
           (227, 119, 194), (188, 189, 34), (23, 190, 207), (255, 230, 100), (150, 220, 140), (0, 60, 140)]
+NATURAL = {"background": (140, 86, 50), "sky": (135, 205, 250), "grass": (150, 220, 80),
+           "road": (150, 115, 170), "water": (0, 110, 220), "tree": (0, 115, 60), "house": (255, 140, 0),
+           "chapel": (150, 0, 255), "car": (225, 0, 45), "taxi": (255, 235, 40), "boat": (0, 215, 190),
+           "person": (255, 175, 165), "bird": (55, 30, 125), "balloon": (255, 60, 210)}    # none is grey
 
 
 # ---- colours ----
 
-def far_apart_colours(count):
-    """(count,3) uint8: TWELVE chosen by hand, then always the colour farthest from all before it."""
+def far_apart_colours(count, first=()):
+    """(count,3) uint8: `first`, those of TWELVE that are not near them, then always the colour farthest from
+    all before it."""
     steps, weight = torch.arange(0, 256, 25), torch.tensor([3, 6, 1])     # how the eye weighs R, G, B
     grid = torch.cartesian_prod(steps, steps, steps)                      # (1331,3)
     light, contrast = grid @ weight, grid.amax(1) - grid.amin(1)
     grid = grid[(light > 450) & (light < 2250) & (contrast > 50)]         # nothing near black, white or grey
-    chosen = [torch.tensor(colour) for colour in TWELVE]
+    chosen = [torch.tensor(colour) for colour in first]
+    for colour in map(torch.tensor, TWELVE):
+        if all(((colour - other) ** 2 * weight).sum() > 14_000 for other in chosen):
+            chosen.append(colour)
     distance = torch.stack([((grid - colour) ** 2 * weight).sum(1) for colour in chosen]).amin(0)
     while len(chosen) < count:
         chosen.append(grid[distance.argmax()])
         distance = torch.minimum(distance, ((grid - chosen[-1]) ** 2 * weight).sum(1))
-    return torch.stack(chosen).to(torch.uint8)
+    return torch.stack(chosen[:count]).to(torch.uint8)
 
 
-CLASS_COLOURS = far_apart_colours(256)                                    # some hundredths of a second, once
+CLASS_COLOURS = far_apart_colours(256)                                    # of class ids, see know_classes
 
 
-def palette(num_classes):
-    """(N,3) uint8, N <= 256, all different. A class keeps its colour whatever N is."""
-    return CLASS_COLOURS[:num_classes].clone()
+def palette(classes):
+    """Names of at most 256 classes -> (N,3) uint8, all different: a name of NATURAL has that colour in every
+    data set; the others, in their order, get colours that are far from these."""
+    own = [NATURAL[name] for name in classes if name in NATURAL]
+    others = iter(far_apart_colours(len(classes), own)[len(own):].tolist())
+    return torch.tensor([NATURAL.get(name) or next(others) for name in classes], dtype=torch.uint8)
 
 
 def interpolate(values, table):
@@ -158,9 +169,10 @@ def has_glyph(character):
 
 
 def know_classes(classes):
-    """The names of the classes of a run: where the font lacks one, figures show its id, and class_names.txt
-    beside them tells all names."""
+    """The names of the classes of a run, which decide their colours. Where the font lacks one, figures show
+    its id, and class_names.txt beside them tells all names."""
     NAMES[:] = [] if all(map(has_glyph, "".join(classes))) else classes
+    CLASS_COLOURS[:len(classes)] = palette(classes[:256])
 
 
 def drawable(text):
@@ -562,3 +574,50 @@ def save_histogram(path, series, bins=20, low=None, high=None, title="", log=Fal
     axes = "vertical: number of values" if log else "vertical: share of the values in %"
     width = pieces[0].width
     save_stack(path, [text_piece(title, width, size=18), text_piece(axes, width), *pieces])
+
+
+def save_scatters(path, rows, title=""):
+    """Scatter plots in rows. A plot: (heading, names of x and y, {name: (colour, points (n,2))}, slope of the
+    line drawn through (0, 0)). All axes of a row span the same numbers."""
+    lines = []
+    for plots in rows:
+        known = torch.cat([points for plot in plots for _, points in plot[2].values()])            # (n,2)
+        pieces = [scatter_piece(*plot, round_ticks(min(0.0, known.min().item()), known.max().item()))
+                  for plot in plots]
+        size = sum(piece.width for piece in pieces), max(piece.height for piece in pieces)
+        line = Image.new("RGB", size, "white")
+        for i, piece in enumerate(pieces):
+            line.paste(piece, (i * piece.width, 0))
+        lines.append(line)
+    save_stack(path, [text_piece(title, max(line.width for line in lines), size=18, max_lines=4), *lines])
+
+
+def scatter_piece(heading, axes, series, slope, ticks):
+    """One plot of save_scatters. No series hides another: their points are drawn in turn."""
+    font, left, side = ImageFont.load_default(size=15), 80, 340
+    above = [text_piece(heading, side + 60), legend_piece([(colour, name) for name, (colour, _)
+                                                           in series.items()], side + 60)]
+    top = sum(piece.height + 6 for piece in above) + 6
+    canvas = Image.new("RGB", (left + side + 40, top + side + 62), "white")
+    canvas.paste(above[0], (left - 40, 0))
+    canvas.paste(above[1], (left - 40, above[0].height + 6))
+    draw, low, scale = ImageDraw.Draw(canvas), ticks[0], side / (ticks[-1] - ticks[0])
+
+    def place(x, y):
+        return left + (x - low) * scale, top + side - (y - low) * scale
+    for tick in ticks:
+        (column, row), text = place(tick, tick), f"{tick:.6g}"
+        draw.line((left, row, left + side, row), fill=LINE)
+        draw.line((column, top, column, top + side), fill=LINE)
+        draw.text((left - 8, row), text, INK, font=font, anchor="rm")
+        draw.text((column, top + side + 8), text, INK, font=font, anchor="ma")
+    points = [(i / len(points), colour, *point) for colour, points in series.values()
+              for i, point in enumerate(points.tolist())]
+    for _, colour, x, y in sorted(points, key=lambda point: point[0]):
+        column, row = place(x, y)
+        draw.ellipse((column - 2, row - 2, column + 2, row + 2), fill=tuple(colour))
+    ends = [max(low, low / slope), min(ticks[-1], ticks[-1] / slope)]     # of the line in the square
+    draw.line([place(x, slope * x) for x in ends], fill=INK, width=2)
+    draw.text((left + side / 2, top + side + 34), axes[0], INK, font=font, anchor="ma")
+    write_upwards(canvas, axes[1], font, 20, top + side, "start")
+    return canvas

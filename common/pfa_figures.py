@@ -36,7 +36,7 @@ def draw_figures(predictor, sets, scores, headline, baseline, log):
 
 def draw_colours(file, classes):
     """colours.png: what to paint the strokes of --draw with."""
-    colours = figures.palette(len(classes)).tolist()
+    colours = figures.palette(classes).tolist()
     entries = [(rgb, f"{c} {classes[c]}: {', '.join(map(str, rgb))}") for c, rgb in enumerate(colours)]
     title = figures.text_piece("Colours of the classes (red, green, blue)", 700, 18)
     figures.save_stack(file, [title, figures.legend_piece(entries, 700)])

@@ -180,6 +180,7 @@ def predict_files(files, predict, classes, out):
     predict(path) -> image uint8 (3,H,W), class ids uint8 (H,W), both on the CPU. UserError if an image has
     the name of another's overlay."""
     folder = Path(out) / "predictions"
+    figures.know_classes(classes)                        # which decide their colours
     overlays = {f"{path.stem}_overlay" for path in files} & {path.stem for path in files}
     if overlays:
         raise UserError(f"--predict: the image {min(overlays)} has the name of another image's overlay: "

@@ -157,7 +157,7 @@ def weaken(scribbles, drop=0.0, shrink=0.0, seed=0):
 
 # ---- strokes painted by hand -----------------------------------------------------------------------------
 
-def painted_strokes(path, image, num_classes):
+def painted_strokes(path, image, classes):
     """Strokes somebody drew on a photograph -> uint8 (H,W): class ids, 255 = unlabelled.
 
     image uint8 (3,H,W). An index PNG as data/README.md describes it, or a painting in the colours of
@@ -173,14 +173,14 @@ def painted_strokes(path, image, num_classes):
         raise UserError(f"--draw: the image is {image.shape[2]} x {image.shape[1]} pixels, but its strokes "
                         f"{path} are {picture.width} x {picture.height}: both must have the same size.")
     if len(picture.getbands()) == 1:
-        ids = read_index_map(path, num_classes)
+        ids = read_index_map(path, len(classes))
     else:
         painted = torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1)              # (4,H,W)
         changed = (painted[3] > 127) & (painted[:3] != image).any(0)                                # (H,W)
         r, g, b = painted[:3, changed].int()
         code, index = (r * 65536 + g * 256 + b).unique(return_inverse=True)    # few colours, many pixels
         colours = torch.stack([code // 65536, code // 256 % 256, code % 256], 1)                    # (U,3)
-        distance = (colours[:, None] - palette(num_classes).int()).abs().amax(2)                    # (U,N)
+        distance = (colours[:, None] - palette(classes).int()).abs().amax(2)                        # (U,N)
         nearest, class_id = distance.min(1)                                                         # (U,)
         ids = torch.full(changed.shape, UNLABELLED, dtype=torch.uint8)
         ids[changed] = torch.where(nearest <= 40, class_id, UNLABELLED).to(torch.uint8)[index]

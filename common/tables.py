@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from common.run import UserError, flag_of, read_json, replacing, settings_of, start_run, write_json
+from common.run import (UserError, flag_of, read_config, read_json, replacing, settings_of, start_run,
+                        write_json)
 
 
 class Table(NamedTuple):
@@ -100,6 +101,15 @@ def metrics_of(cfg):
     own = json.loads(json.dumps(settings_of(cfg)))
     fits = isinstance(metrics, dict) and all(metrics.get(key) == value for key, value in own.items())
     return metrics if fits and metrics.get("finished") else None
+
+
+def finished_run(Config, out):
+    """The settings of another run, in the folder `out`. UserError: none of this script, or not finished."""
+    cfg = replace(read_config(Config, out), out=str(out))
+    if metrics_of(cfg) is None:
+        raise UserError(f"the run in {out} is not finished, or its metrics.json is another's: go on with it "
+                        "(--out and --resume) first.")
+    return cfg
 
 
 def finished_row(train, cfg, machine):

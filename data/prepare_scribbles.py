@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.figures import index_picture, palette
+from common.figures import CLASS_COLOURS, index_picture
 from common.files import list_images, listing, new_folder, opened, read_index_map
 from common.loaders import mixed_seed
 from common.run import UserError, print_any_name
 from common.strokes import (UNLABELLED, draw_strokes, read_strokes, scribbles_from_mask, weaken,
                             weaken_strokes)
 
-COLOURS = palette(256)                                             # for viewers
+COLOURS = CLASS_COLOURS.clone()                                    # for viewers
 COLOURS[UNLABELLED] = 255                                          # white
 
 

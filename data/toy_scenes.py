@@ -8,20 +8,17 @@ import sys
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.figures import index_picture
+from common.figures import index_picture, palette
 from common.toy_scenes import CLASSES, PARTS, SPLITS, UNLABELLED, make_scene, scene_index
 from data import toy_files
-
-MASK_COLOURS = [(60, 60, 60), (90, 175, 240), (130, 180, 70), (160, 150, 155), (35, 80, 165), (30, 105, 60),
-                (205, 95, 60), (130, 45, 110), (225, 45, 60), (245, 195, 30), (250, 135, 60),
-                (240, 140, 185), (100, 65, 180), (60, 210, 190)]                # for the eye only
 
 
 def palettes():
     """Colours uint8 (256,3) of class ids, and of part ids (pale shades of the class's); 255 is white."""
     of_class = np.full((256, 3), 255, np.uint8)
-    of_class[:len(CLASSES)] = MASK_COLOURS
+    of_class[:len(CLASSES)] = palette(CLASSES)
     of_part = of_class.copy()
+    of_part[0] = 60                                                                 # no part: dark grey
     owners = [part.split(":")[0] for part in PARTS]
     for i, owner in enumerate(owners[1:], start=1):
         pale = 0.22 * owners[:i].count(owner)

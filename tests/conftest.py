@@ -57,8 +57,9 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Figures and the announced time are left out: the tests that ask for neither are quicker."""
-    from common import pfa_figures, protopool_figures, scaleprotoseg_figures, speed
+    from common import cbp_occl_figures, pfa_figures, protopool_figures, scaleprotoseg_figures, speed
     monkeypatch.setattr(speed, "announce", lambda *args: None)
     monkeypatch.setattr(protopool_figures, "draw_run", lambda *args: [])
+    monkeypatch.setattr(cbp_occl_figures, "draw_figures", lambda *args: None)
     monkeypatch.setattr(pfa_figures, "draw_figures", lambda *args: None)
     monkeypatch.setattr(scaleprotoseg_figures, "draw_figures", lambda *args: None)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.figures import (heat, heatmap, overlay, palette, save_bars, save_curves, save_grid,
-                            save_matrices, save_matrix)
+from common.figures import (heat, heatmap, know_classes, overlay, palette, save_bars, save_curves, save_grid,
+                            save_matrices, save_matrix, save_scatters)
+from common.toy_scenes import CLASSES
 
 LOW, HIGH = [0, 0, 4], [252, 255, 164]                                    # ends of the heat map
 BLUE, WHITE, RED = [33, 102, 172], [255, 255, 255], [178, 24, 43]
@@ -39,9 +40,14 @@ def extent(found):
 # ---- colours, overlay, heat map ----
 
 def test_a_class_has_a_colour_of_its_own_which_an_overlay_mixes_with_the_image():
-    colours = palette(256)
+    names = ["sky", "pole", *(f"thing {k}" for k in range(252)), "car", "tree"]
+    colours = palette(names)
     assert colours.dtype == torch.uint8 and len({tuple(colour) for colour in colours.tolist()}) == 256
-    assert torch.equal(palette(12), colours[:12]) and colours[0].tolist() == [31, 119, 180]
+    assert torch.equal(palette(["car", "sky"]), colours[[254, 0]])        # in all data sets alike
+    toys = palette(CLASSES).int()
+    apart = (toys[:, None] - toys).abs().amax(2) + 255 * torch.eye(len(CLASSES))
+    assert apart.min() > 80 and (toys.amax(1) - toys.amin(1)).min() > 50  # strokes.py reads +-40; no grey
+    know_classes(["thing", "thang"])
     image, labels = torch.full((3, 1, 2), 100, dtype=torch.uint8), torch.tensor([[1, 255]])
     assert overlay(image, labels, 0.6)[:, 0].T.tolist() == [[193, 116, 48], [100, 100, 100]]   # 255: ignored
 
@@ -100,6 +106,19 @@ def test_matrices_stand_side_by_side_in_the_same_colours(drawn):
     both = drawn(save_matrices, {"a": torch.ones(2, 2), "b": -torch.ones(2, 2)}, ["", ""])
     left, right = extent(where(both[:170, :120], RED)), extent(where(both[:170, 160:330], BLUE))
     assert left[1] - left[0] == right[1] - right[0] == 103 and left[:2] == right[:2]
+
+
+def test_dots_and_the_line_of_a_scatter_stand_where_their_numbers_say(drawn):
+    """Both axes run from 0 to 1 in 340 pixels, though the second plot alone would end at 0.2."""
+    plots = [("", ("", ""), {"": (colour, torch.tensor(points))}, 2.0)
+             for colour, points in ((FIRST, [[1.0, 0.5], [0.0, 1.0]]), (SECOND, [[0.2, 0.2]]))]
+    picture = drawn(save_scatters, [plots])[40:]                          # without the legends
+    top, bottom, left, right = extent(where(picture, FIRST))
+    assert (bottom - top, right - left) == (170 + 4, 340 + 4)             # from dot to dot, radius 2
+    other = extent(where(picture, SECOND))                                # 460 pixels to the right
+    assert (other[0] - top, other[2] - left) == pytest.approx((0.8 * 340, 460 + 0.2 * 340), abs=1)
+    line = where(picture, [30, 30, 30])[top + 170, left + 2:left + 342]   # y = 0.5 at x = 0.25
+    assert np.flatnonzero(line).mean() == pytest.approx(85, abs=1)
 
 
 # ---- bars, histograms ----

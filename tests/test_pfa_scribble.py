@@ -340,7 +340,7 @@ def test_predict_and_draw_say_what_is_missing(base, runs, folder, tmp_path):
 def test_draw_adapts_a_copy_of_the_run_to_painted_strokes(runs, folder, tmp_path, which, transparent):
     """In the colours of colours.png, on the image or on nothing; a note if the background has no stroke."""
     out, file = copy_of(runs[which], tmp_path / "run"), folder / "images" / "test" / "0001.png"
-    colours, ids, before = figures.palette(N).numpy(), scene(1)["scribbles"], (out / "last.pt").read_bytes()
+    colours, ids, before = figures.palette(CLASSES).numpy(), scene(1)["scribbles"], (out / "last.pt").read_bytes()
     ids = np.where((ids == 0) & (which == "local"), 255, ids)
     painted = np.where(ids[..., None] < 255, colours[np.minimum(ids, N - 1)], ids_in(file))
     if transparent:
