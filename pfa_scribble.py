@@ -340,29 +340,14 @@ class FeatureAugmenter(nn.Module):
 
     def forward(self, features, keys, mask):
         """features (B,C,h,w), keys (B,M,C), mask (B,M) bool -> f_aug (B,C,h,w), in full precision."""
-        return self.augment(self.embed(features), keys, mask).unflatten(2, features.shape[2:])
-
-    def embed(self, features):
-        """The half of Eq. (6) to (8) that knows no prototype, so that both paths share it.
-
-        (B,C,h,w) -> f (B,hw,C), e_f (B,hw,D), and e_f's share of Eq. (7), (B,hw,D), in which
-        linear(concat(a, b)) = a W_a^T + b W_b^T + bias.
-        """
         with torch.autocast(features.device.type, enabled=False):
-            f = full_precision(features).flatten(2).transpose(1, 2)
-            e_f = self.project_feature(f)
-            W_f = self.fuse.weight[:, e_f.shape[2]:]                     # (D,D)
-            return f, e_f, F.linear(e_f, W_f, self.fuse.bias)
-
-    def augment(self, embedded, keys, mask):
-        """The other half: what embed() returns, keys (B,M,C), mask (B,M) -> f_aug (B,C,hw)."""
-        f, e_f, fused_f = embedded
-        with torch.autocast(f.device.type, enabled=False):
+            f = full_precision(features).flatten(2).transpose(1, 2)      # (B,hw,C)
+            e_f = self.project_feature(f)                                # (B,hw,D)
             e_fp = self.project_prototype(full_precision(keys))          # (B,M,D)
-            W_fp = self.fuse.weight[:, :e_fp.shape[2]]                   # (D,D), on M keys, not hw pixels
-            omega = self.attention(e_f, e_fp, mask)                      # (B,hw,M)
-            e = F.relu(omega @ F.linear(e_fp, W_fp) + fused_f)           # Eq. (7), (B,hw,D)
-            return F.relu(f + self.expand(e)).transpose(1, 2)            # Eq. (8)
+            omega = self.attention(e_f, e_fp, mask)                      # Eq. (6), (B,hw,M)
+            e = F.relu(self.fuse(torch.cat([omega @ e_fp, e_f], 2)))     # Eq. (7), (B,hw,D)
+            f_aug = F.relu(f + self.expand(e))                           # Eq. (8), (B,hw,C)
+            return f_aug.transpose(1, 2).unflatten(2, features.shape[2:])
 
     def attention(self, e_f, e_fp, mask):
         """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M).
@@ -447,12 +432,8 @@ class PFA(nn.Module):
 
         features (B,C,h,w), prototypes (B,N,C) for the path local, present (B,N) bool, paths: of PATHS.
         """
-        embedded = self.augmenter.embed(features) if paths else None     # once for both
-        logits = {}
-        for path in paths:
-            f_aug = self.augmenter.augment(embedded, *self.keys(path, prototypes, present))
-            logits[path] = self.classifier(f_aug.unflatten(2, features.shape[2:]))
-        return logits
+        return {path: self.classifier(self.augmenter(features, *self.keys(path, prototypes, present)))
+                for path in paths}
 
     def memory_full(self):
         """Has every class that occurs in the training strokes n prototypes [D10]? Waits for the device."""
@@ -779,7 +760,7 @@ class Predictor(NamedTuple):
         prototypes = prototypes_of(plain.features, plain.logits, present[None], self.cfg)
         keys, mask = self.net.keys(path, prototypes, present[None])
         augmenter = self.net.augmenter
-        _, e_f, _ = augmenter.embed(plain.features)
+        e_f = augmenter.project_feature(full_precision(plain.features).flatten(2).transpose(1, 2))
         omega = augmenter.attention(e_f, augmenter.project_prototype(keys), mask)[0].cpu()
         return omega.unflatten(0, plain.features.shape[2:]), mask[0].cpu()
 
