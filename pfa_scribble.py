@@ -161,8 +161,8 @@ class MethodConfig(RunConfig):
     w_global: float = opt(0.01, "lambda_g, weight of L_con-g", at_least=0)
     wrong_classes: float = opt(0.0, "while training, probability with which a class that is not in an image "
                                "lends it its global prototypes [D18]", at_least=0, at_most=1)
-    filter: int = opt(500, "a class lends its prototypes if more pixels than this are predicted as it: in "
-                      "log.csv, --infer filter; the report has more (Table 4)", at_least=0, evaluation=True)
+    filter: int = opt(500, "a class is told if more pixels than this (500: 0.27 % of a photo) are predicted "
+                      "as it: log.csv, --infer filter; the report has more", at_least=0, evaluation=True)
     eval_every: int = opt(5000, "iterations between evaluations, rows of log.csv", above=0, schedule=True)
     save_every: int = opt(1000, "iterations between checkpoints: the most to be lost", above=0, runtime=True)
     baseline: str = opt("", "folder of another run (--method pce) for the figures", runtime=True)
@@ -548,7 +548,7 @@ def train_step(model, net, optimizer, scheduler, x, scribbles, image_classes, ph
     losses = losses_of(predictions, scribbles, phase, cfg)
     optimizer.zero_grad(set_to_none=True)
     run.backward(sum(losses.values()), optimizer, cfg.amp)               # as loss.backward()
-    run.step(optimizer)                                                  # as optimizer.step(); see --amp fp16
+    run.step(optimizer)                                                  # optimizer.step(); see --amp fp16
     scheduler.step()
     return {name: value.detach() for name, value in losses.items()}
 

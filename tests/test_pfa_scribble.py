@@ -415,21 +415,18 @@ def test_printed_numbers_and_rows_of_the_tables_and_their_folders():
 
 
 def test_figure_8_has_its_controls_and_deviations_over_the_seeds(tmp_path, monkeypatch):
-    """One panel for drop, one for shrink, each with strokes alone, all predictions, and their restricted."""
-    panels, draw = {}, figures.curve_pieces
+    panels, results, draw = {}, {}, figures.curve_pieces
     monkeypatch.setattr(figures, "curve_pieces", lambda *args: panels.update({args[2]: args}) or draw(*args))
-    results = {}
     for row, changes in pfa.FIGURES[8].rows.items():
-        paths = [] if "method" in changes else [changes["augment"]]
-        rates = {name: 40.0 for name in TOLD if name.removesuffix("_restricted") in ("plain", *paths)}
+        rates = {name: 40 for name in TOLD if name.startswith(("plain", changes.get("augment", "plain")))}
         results[row] = [dict(headline="h", miou=dict(plain=dict(plain=mIoU), h=rates)) for mIoU in (30, 36)]
     pfa_figures.draw_curves(tmp_path / "figure8.png", results, "")
+    names = {"plain", *(name.replace("_", " ") for name in TOLD), "strokes alone", "strokes alone restricted"}
     for kind, x in (("drop", [0, 0.25, 0.5, 0.75]), ("shrink", [0, 0.25, 0.5, 0.75, 1])):
-        means, found, _, _, spread = panels[kind]
-        names = ["strokes alone", "strokes alone restricted", "plain", *(n.replace("_", " ") for n in TOLD)]
-        assert found == x and sorted(means) == sorted(names)
-        assert means["strokes alone"] == means["plain"] == [33] * len(x) and means["global"][0] == 40
-        assert spread["plain"] == pytest.approx([3 * 2 ** 0.5] * len(x)) and not any(spread["global"])
+        means, ratios, _, _, spread = panels[kind]
+        assert ratios == x and set(means) == names and means["global"] == [40] * len(x)
+        assert means["strokes alone"] == means["plain"] == [33] * len(x)
+        assert spread["plain"] == pytest.approx([18 ** 0.5] * len(x)) and not any(spread["global"])
 
 
 def test_table_3_counts_as_the_paper_and_asks_for_weights_before_the_first_training(base, tmp_path):
