@@ -6,6 +6,9 @@ Idea   Strokes label a few percent of the pixels. Where the network is already s
        its features is a prototype of that class: one per image (local), and a few per class remembered over
        the whole training (global). Every pixel then attends to the prototypes of the classes in its image,
        which pulls the unsure pixels towards the right class.
+Ours   Table 4 tells the augmenter which classes are in a test image, and has no row that tells the plain
+       prediction the same. This control is plain_restricted: the plain logits of all other classes at minus
+       infinity. What prototypes add is what local and global gain over it, not over plain (see README).
 
 Try    python pfa_scribble.py                              # toy scenes with strokes, two minutes on a CPU
 Train  python pfa_scribble.py --preset voc-b1 --data VOC2012 --weights mit_b1.pth --train-classifier
@@ -60,12 +63,14 @@ Where the print is silent, contradicts itself, or differs from the released code
      convolutions, which are the classifier. DeepLabv3+: the map before the last 1x1 convolution. Every MiT
      has C = 256, and stride 1 in its last patch embedding (from the code; Table 3's FLOPs agree).
 [D14] Rotation, blur and flip happen with probability 1/2 each (code; the paper: all images "undergo" them).
-     Fill and padding are void. Logits are resized with aligned corners, as in the code.
+     Fill and padding are void: L_pce leaves them out, L_con counts them (6 % of a toy crop; the code too).
+     Logits are resized with aligned corners, as in the code.
 [D15] Q2L and MCAR (Table 4) are replaced by --class-scores FILE, or by a classifier trained on the strokes'
      classes alone (--train-classifier). Filters ask for more than --filter pixels, at full resolution.
 [D16] Validation: whole images, no true classes, last weights. Code: centre crop, true classes, best weights.
 [D17] toy, small: recipes of ours for networks without MiT weights (chosen on toy's val split). On CUDA the
      networks run in bfloat16, prototypes, augmenter and losses in float32; the code knows float32 alone.
+[D18] --wrong-classes, 0 in the paper: global keys are always true in training, and noisy at test.
 """
 import math
 from dataclasses import dataclass, replace
@@ -84,9 +89,10 @@ from common.image_classifier import (ClassifierConfig, check_classifier, scorer,
                                      scores_of_file, scores_quality)
 from common.loaders import (ScribbleView, TestView, eval_loader, of_all_ranks, share_of_ranks, to_device,
                             train_loader)
+from common.pfa_tables import (FIGURES, NETWORKS, PREDICTIONS, TABLES, USUAL_ROW, best_rate, in_words,
+                               rows_by_mode)
 from common.run import RunConfig, UserError, opt
 from common.scribble_sets import open_full, open_sets
-from common.tables import Table, beside_paper
 from common.weights import weights_in
 
 
@@ -153,8 +159,10 @@ class MethodConfig(RunConfig):
     w_local_first: float = opt(None, "lambda_l while the memory fills (default 0.01; official 0.02)",
                                at_least=0)
     w_global: float = opt(0.01, "lambda_g, weight of L_con-g", at_least=0)
-    filter: int = opt(500, "a class lends its prototypes if more pixels than this are predicted as it: in "
-                      "log.csv, --infer filter; the report has more (Table 4)", at_least=0, evaluation=True)
+    wrong_classes: float = opt(0.0, "while training, probability with which a class that is not in an image "
+                               "lends it its global prototypes [D18]", at_least=0, at_most=1)
+    filter: int = opt(500, "a class is told if more pixels than this (500: 0.27 % of a photo) are predicted "
+                      "as it: log.csv, --infer filter; the report has more", at_least=0, evaluation=True)
     eval_every: int = opt(5000, "iterations between evaluations, rows of log.csv", above=0, schedule=True)
     save_every: int = opt(1000, "iterations between checkpoints: the most to be lost", above=0, runtime=True)
     baseline: str = opt("", "folder of another run (--method pce) for the figures", runtime=True)
@@ -198,7 +206,8 @@ PRESETS = {                                                              # toy, 
                 weights="none", head_channels=64, hidden=32, crop=96, batch_size=16, iterations=900,
                 warmup=120, lr=2e-3, head_lr=1.0, train_classifier=True, classifier_backbone="tiny",
                 classifier_weights="none", classifier_size=96, classifier_iterations=400,
-                classifier_lr=2e-3, score_threshold=0.1, eval_every=300, save_every=150, workers=0),
+                classifier_lr=2e-3, score_threshold=0.1, filter=45, eval_every=300, save_every=150,
+                workers=0),
     "small": dict(dataset="folder", scribbles="scribbles", train_split="train", backbone="mobilenet_v2",
                   crop=320, batch_size=8, iterations=4000, warmup=800, lr=1e-4,
                   classifier_backbone="mobilenet_v2", classifier_size=256, classifier_iterations=1000,
@@ -340,29 +349,14 @@ class FeatureAugmenter(nn.Module):
 
     def forward(self, features, keys, mask):
         """features (B,C,h,w), keys (B,M,C), mask (B,M) bool -> f_aug (B,C,h,w), in full precision."""
-        return self.augment(self.embed(features), keys, mask).unflatten(2, features.shape[2:])
-
-    def embed(self, features):
-        """The half of Eq. (6) to (8) that knows no prototype, so that both paths share it.
-
-        (B,C,h,w) -> f (B,hw,C), e_f (B,hw,D), and e_f's share of Eq. (7), (B,hw,D), in which
-        linear(concat(a, b)) = a W_a^T + b W_b^T + bias.
-        """
         with torch.autocast(features.device.type, enabled=False):
-            f = full_precision(features).flatten(2).transpose(1, 2)
-            e_f = self.project_feature(f)
-            W_f = self.fuse.weight[:, e_f.shape[2]:]                     # (D,D)
-            return f, e_f, F.linear(e_f, W_f, self.fuse.bias)
-
-    def augment(self, embedded, keys, mask):
-        """The other half: what embed() returns, keys (B,M,C), mask (B,M) -> f_aug (B,C,hw)."""
-        f, e_f, fused_f = embedded
-        with torch.autocast(f.device.type, enabled=False):
+            f = full_precision(features).flatten(2).transpose(1, 2)      # (B,hw,C)
+            e_f = self.project_feature(f)                                # (B,hw,D)
             e_fp = self.project_prototype(full_precision(keys))          # (B,M,D)
-            W_fp = self.fuse.weight[:, :e_fp.shape[2]]                   # (D,D), on M keys, not hw pixels
-            omega = self.attention(e_f, e_fp, mask)                      # (B,hw,M)
-            e = F.relu(omega @ F.linear(e_fp, W_fp) + fused_f)           # Eq. (7), (B,hw,D)
-            return F.relu(f + self.expand(e)).transpose(1, 2)            # Eq. (8)
+            omega = self.attention(e_f, e_fp, mask)                      # Eq. (6), (B,hw,M)
+            e = F.relu(self.fuse(torch.cat([omega @ e_fp, e_f], 2)))     # Eq. (7), (B,hw,D)
+            f_aug = F.relu(f + self.expand(e))                           # Eq. (8), (B,hw,C)
+            return f_aug.transpose(1, 2).unflatten(2, features.shape[2:])
 
     def attention(self, e_f, e_fp, mask):
         """omega, Eq. (6): e_f (B,hw,D), e_fp (B,M,D), mask (B,M) -> (B,hw,M).
@@ -398,6 +392,8 @@ def consistency_loss(logits, augmented, reading="paper"):
 
     official  -sum_c p^aug_c log softmax(p)_c: p is softmaxed twice
     mse       (p - p^aug)^2, mean over classes too
+    Eq. (10) is mostly the entropy of p (0.73 nats on toy scenes) and little KL(p, p^aug) (0.2): at weight 1
+    it destroys the network (30.4 mIoU). official, mse, a detached p: none opens a gap to strokes alone.
     """
     logits, augmented = full_precision(logits), full_precision(augmented)
     p = logits.softmax(1)
@@ -438,21 +434,24 @@ class PFA(nn.Module):
         features = self.dropout(features)                                # [D6]
         return features, self.classifier(features)
 
-    def keys(self, path, prototypes, present):
-        """Keys (B,M,C) and mask (B,M) of one of PATHS: local prototypes (B,N,C), or those of the memory."""
-        return global_keys(self.memory, present) if path == "global" else local_keys(prototypes, present)
+    def keys(self, path, prototypes, present, wrong=0.0):
+        """Keys (B,M,C) and mask (B,M) of one of PATHS: local prototypes (B,N,C), or those of the memory.
 
-    def augmented(self, features, prototypes, present, paths):
+        wrong: probability with which an absent class counts as present among the global ones [D18].
+        """
+        if path == "local":
+            return local_keys(prototypes, present)
+        if wrong > 0:
+            present = present | (torch.rand(present.shape, device=present.device) < wrong)
+        return global_keys(self.memory, present)
+
+    def augmented(self, features, prototypes, present, paths, wrong=0.0):
         """{path: logits (B,N,h,w) of f_aug}; Fig. 2's three decoders are this one classifier.
 
         features (B,C,h,w), prototypes (B,N,C) for the path local, present (B,N) bool, paths: of PATHS.
         """
-        embedded = self.augmenter.embed(features) if paths else None     # once for both
-        logits = {}
-        for path in paths:
-            f_aug = self.augmenter.augment(embedded, *self.keys(path, prototypes, present))
-            logits[path] = self.classifier(f_aug.unflatten(2, features.shape[2:]))
-        return logits
+        keys = {path: self.keys(path, prototypes, present, wrong) for path in paths}
+        return {path: self.classifier(self.augmenter(features, *keys[path])) for path in paths}
 
     def memory_full(self):
         """Has every class that occurs in the training strokes n prototypes [D10]? Waits for the device."""
@@ -518,7 +517,8 @@ def predictions_of(model, net, x, present, phase, cfg):
         prototypes = prototypes_of(features, initial.detach(), present, cfg)
         if cfg.augment != "local":
             net.memory.update(of_all_ranks(prototypes), of_all_ranks(present))           # [D10]
-        return predictions | net.augmented(features, prototypes, present, paths_of_phase(phase, cfg))
+        paths = paths_of_phase(phase, cfg)
+        return predictions | net.augmented(features, prototypes, present, paths, cfg.wrong_classes)
 
 
 def losses_of(predictions, scribbles, phase, cfg):
@@ -548,7 +548,7 @@ def train_step(model, net, optimizer, scheduler, x, scribbles, image_classes, ph
     losses = losses_of(predictions, scribbles, phase, cfg)
     optimizer.zero_grad(set_to_none=True)
     run.backward(sum(losses.values()), optimizer, cfg.amp)               # as loss.backward()
-    run.step(optimizer)                                                  # as optimizer.step(); see --amp fp16
+    run.step(optimizer)                                                  # optimizer.step(); see --amp fp16
     scheduler.step()
     return {name: value.detach() for name, value in losses.items()}
 
@@ -678,10 +678,9 @@ def log_row(log, net, val_set, iteration, phase, lr, cfg, machine):
     mode = f"filter_{cfg.filter}"
     rates = evaluate(Predictor(net, cfg), val_set, machine, [mode])
     miou = {name: score["miou"] for name, score in (rates["plain"] | rates.get(mode, {})).items()}
-    text = ", ".join(f"{name} {value:.1f}" for name, value in miou.items())
     log.row(f"iteration {iteration} ({phase})", before=dict(iteration=iteration, phase=phase, lr=lr),
-            after={f"val_{path}": miou.get(path) for path in ("plain", *PATHS)},
-            text=f"{cfg.val_split} mIoU {text}", losses=("pce", "con_local", "con_global"))
+            after={f"val_{name}": miou.get(name) for name in PREDICTIONS},
+            text=f"{cfg.val_split} mIoU {in_words(miou)}", losses=("pce", "con_local", "con_global"))
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------
@@ -752,17 +751,28 @@ class Predictor(NamedTuple):
         return class_sets(plain.ids, len(self.net.occurs), modes, labels, scores, self.cfg.score_threshold)
 
     @torch.inference_mode()
-    def augmented(self, plain, present, paths):
-        """{path: ids} with the prototypes of the classes present. Local ones are of all windows together."""
+    def augmented(self, plain, present, paths, restricted=False):
+        """{path: ids} with the prototypes of the classes present. Local ones are of all windows together.
+
+        restricted: also "plain_restricted", the control, and "PATH_restricted": no other class can win.
+        """
         with run.autocast(plain.ids.device, self.cfg.amp):
             prototypes = None                                            # the memory has the global ones
             if "local" in paths:
                 prototypes = prototypes_of(plain.features, plain.logits, present[None], self.cfg)
-            windows = [(rows, columns, self.net.augmented(features, prototypes, present[None], paths))
-                       for rows, columns, (features, _) in plain.windows]
-        sizes = plain.size, plain.ids.shape
-        return {path: segmentation.class_ids(segmentation.part_of(windows, path), *sizes, aligned=True)[0]
-                for path in paths}
+            windows = []
+            for rows, columns, (features, logits) in plain.windows:
+                made = self.net.augmented(features, prototypes, present[None], paths)
+                windows.append((rows, columns, made | dict(plain=logits)))
+        ids, sizes = {}, (plain.size, plain.ids.shape)
+        for name in ("plain", *paths):
+            logits = segmentation.part_of(windows, name)
+            if name != "plain":
+                ids[name] = segmentation.class_ids(logits, *sizes, aligned=True)[0]
+            if restricted:
+                found = segmentation.class_ids(logits, *sizes, aligned=True, classes=present)[0]
+                ids[f"{name}_restricted"] = found
+        return ids
 
     @torch.inference_mode()
     def surest(self, plain, present):
@@ -779,13 +789,13 @@ class Predictor(NamedTuple):
         prototypes = prototypes_of(plain.features, plain.logits, present[None], self.cfg)
         keys, mask = self.net.keys(path, prototypes, present[None])
         augmenter = self.net.augmenter
-        _, e_f, _ = augmenter.embed(plain.features)
+        e_f = augmenter.project_feature(full_precision(plain.features).flatten(2).transpose(1, 2))
         omega = augmenter.attention(e_f, augmenter.project_prototype(keys), mask)[0].cpu()
         return omega.unflatten(0, plain.features.shape[2:]), mask[0].cpu()
 
 
 def evaluate(predictor, data, machine, modes=(), scores=None):
-    """{mode: {prediction: rates in percent}}, also the prediction "plain" in the mode "plain".
+    """{mode: {prediction: rates in percent}}: "plain" in the mode "plain", the other PREDICTIONS in `modes`.
 
     modes: as class_sets takes them; scores: {image name: (N,)} for the modes scores and classifier.
     """
@@ -797,22 +807,22 @@ def evaluate(predictor, data, machine, modes=(), scores=None):
         plain = predictor.plain(x, labels.shape[1:])
         predictions = {("plain", "plain"): plain.ids[None]}
         row = scores[data.name_of(int(batch["index"]))] if scores else None
-        sets = predictor.class_sets(plain, modes, labels[0], row) if paths else {}
         computed = {}                                                    # modes often agree on the classes
-        for mode, present in sets.items():
+        for mode, present in predictor.class_sets(plain, modes, labels[0], row).items():
             classes = tuple(present.tolist())
             if classes not in computed:
-                computed[classes] = predictor.augmented(plain, present, paths)
-            for path, ids in computed[classes].items():
-                predictions[mode, path] = ids[None]
+                computed[classes] = predictor.augmented(plain, present, paths, restricted=True)
+            for name, ids in computed[classes].items():
+                predictions[mode, name] = ids[None]
         return predictions
-    names = [("plain", "plain"), *((mode, path) for mode in modes for path in paths)]
+    told = [name for name in PREDICTIONS[1:] if name.removesuffix("_restricted") in ("plain", *paths)]
+    names = [("plain", "plain"), *((mode, name) for mode in modes for name in told)]
     view = TestView(data, cfg.test_size)                                 # whole images [D16]
     loader = eval_loader(view, cfg.workers, *machine)
     rates = segmentation.evaluate(net, loader, data.num_classes, names, predict, machine)
     by_mode = {}
-    for (mode, path), score in rates.items():
-        by_mode.setdefault(mode, {})[path] = score
+    for (mode, name), score in rates.items():
+        by_mode.setdefault(mode, {})[name] = score
     return by_mode
 
 
@@ -833,7 +843,7 @@ def report(net, cfg, sets, scores, baseline, progress, machine):
     """Evaluation in all modes, metrics.json and figures/. Returns the metrics, on the first process."""
     data = sets["test"]
     predictor = Predictor(net.eval(), cfg)
-    if scores is None and cfg.train_classifier and cfg.method == "pfa":
+    if scores is None and cfg.train_classifier:
         scores = scores_of_classifier(cfg, sets["train"], data, machine)
     rates = evaluate(predictor, data, machine, all_modes(scores, cfg), scores)
     if machine.rank:
@@ -855,7 +865,7 @@ def report(net, cfg, sets, scores, baseline, progress, machine):
     run.write_json(Path(cfg.out) / "metrics.json", metrics)
     print(pfa_figures.summary(metrics, cfg), flush=True)
     predictor = predictor._replace(cfg=cfg)
-    pfa_figures.draw_figures(predictor, sets, scores, metrics["headline"], baseline, progress["log"])
+    pfa_figures.draw_figures(predictor, sets, scores, metrics, baseline, progress["log"])
     return metrics
 
 
@@ -967,64 +977,6 @@ def draw(cfg, device):
 
 # ---- tables and figures of the paper: VOC 2012 val -------------------------------------------------------
 
-def rate(name, mode=None):
-    """Column of a table: mIoU of a prediction in a mode, by default the headline; None without one."""
-    return lambda metrics: metrics["miou"].get(mode or metrics["headline"], {}).get(name)
-
-
-def best_rate(metrics):
-    """mIoU of the last prediction that a run has without true classes: global, else local, else plain."""
-    rates = metrics["miou"].get(metrics["headline"]) or metrics["miou"]["plain"]
-    return list(rates.values())[-1]
-
-
-MIOU = {"plain": rate("plain", "plain"), "local": rate("local"), "global": rate("global"),
-        "local, true classes": rate("local", "oracle"), "global, true classes": rate("global", "oracle")}
-TABLES = {
-    2: beside_paper("Table 2: what each part adds", MIOU, ("paper basic", "paper local", "paper global"), {
-        "baseline": (dict(method="pce"), 67.5, None, None),
-        "local": (dict(augment="local"), 75.7, 76.9, None),
-        "global": (dict(augment="global"), 76.0, None, 77.4),
-        "both, L_pce on local": (dict(pce="local"), 76.4, 77.7, 77.1),
-        "both": ({}, 76.8, 77.3, 77.9)}),
-    3: beside_paper("Table 3: backbones, all pixels and scribbles (global prediction); without augmenter "
-                    "and attention products, as the paper counts", {
-        "M parameters": "parameters", "G multiply-adds at 512": "multiply_adds", "full": "full",
-        "scribble": "scribble"}, ("paper M", "paper G", "paper full", "paper scribble"), {
-        "DeepLabv2 ResNet-101": (R101 | dict(head="deeplabv2"), 43.6, 75.2, 77.7, 76.2),
-        "DeepLabv3+ ResNet-101": (R101 | dict(head="deeplabv3plus"), 60.8, 102.3, 80.2, 78.1),
-        "LTF ResNet-101": ("no design of F is known", 91.7, 138.4, 80.9, 78.2),
-        "SegFormer MiT-B1": (dict(backbone="mit_b1", head="mlp"), 13.6, 19.4, 79.2, 77.9),
-        "SegFormer MiT-B3": (dict(backbone="mit_b3", head="mlp"), 44.6, 44.5, 81.9, 79.8),
-        "SegFormer MiT-B5": (dict(backbone="mit_b5", head="mlp"), 82.0, 72.9, 83.9, 81.5)}),
-    4: Table("Table 4: which classes are in a test image? Paper: global prediction; beside classifier and "
-             "scores stands Q2L (mAP 96.6), MCAR (94.3) has 76.2", rows={"both": {}},
-             columns={name: name for name in ("mAP", "plain", "local", "global")}, paper_columns=("paper",),
-             paper={"plain": (76.8,), "filter_0": (74.1,), "filter_100": (75.2,), "filter_500": (75.7,),
-                    "filter_1000": (74.3,), "classifier": (77.9,), "scores": (77.9,),
-                    "oracle (true classes given)": (80.4,)}),
-    5: beside_paper("Table 5: weights of the consistency losses", MIOU, ("paper global",), {
-        "both": ({}, 77.9),
-        **{f"lambda_l {w}": (dict(w_local=w, w_local_first=w), paper)
-           for w, paper in ((0.005, 77.7), (0.02, 77.2), (0.05, 76.8))},
-        **{f"lambda_g {w}": (dict(w_global=w), paper)
-           for w, paper in ((0.005, 77.4), (0.02, 77.6), (0.05, 77.1))}}),
-}
-WEAKER = [*(("drop", ratio) for ratio in (0.0, 0.25, 0.5, 0.75)),        # Fig. 8, ratios of ours
-          *(("shrink", ratio) for ratio in (0.25, 0.5, 0.75, 1.0))]
-FIGURES = {
-    5: Table("Fig. 5: global prototypes of a class", columns=MIOU,
-             rows={f"n = {n}": dict(augment="global", slots=n) for n in (1, 2, 5, 10)}),
-    6: Table("Fig. 6: share of pixels that make a prototype", columns=MIOU,
-             rows={f"{p} %": dict(augment="local", top_fraction=p / 100) for p in (1, 2, 4, 8, 16, 32)}),
-    8: Table("Fig. 8: strokes dropped and shrunk", columns=MIOU,
-             rows={f"{kind} {ratio:g}, {path}": {"augment": path, f"scribble_{kind}": ratio}
-                   for path in PATHS for kind, ratio in WEAKER}),
-}
-USUAL_ROW = dict(method="pfa", augment="both", pce="moves", figure=0)
-NETWORKS = {name: changes for name, changes in TABLES[3].rows.items() if isinstance(changes, dict)}
-
-
 def run_table(cfg, machine):
     """--table, --figure: every row is a run in OUT/rows/. Returns {row: [metrics, one a seed]}."""
     number = cfg.figure or cfg.table
@@ -1038,7 +990,7 @@ def run_table(cfg, machine):
     if cfg.table == 3:
         shown = networks_compared(cfg, results)
     elif cfg.table == 4:
-        shown = pfa_figures.rows_by_mode(results["both"])
+        shown = rows_by_mode(results)
         table = table._replace(rows=dict.fromkeys(shown, {}))
     elif cfg.table == 2 and machine.rank == 0:
         data = open_full(cfg, cfg.test_split)
@@ -1047,9 +999,10 @@ def run_table(cfg, machine):
             out = tables.row_out(cfg, folders[name], cfg.seed)
             predictors[name] = load_other(out, machine.device, data.classes)
         pfa_figures.draw_components(Path(cfg.out) / "components.png", predictors, data, cfg.filter)
-    elif cfg.figure and machine.rank == 0:
-        pfa_figures.draw_curve(Path(cfg.out) / f"figure{number}.png", results, best_rate, table.title)
     headline = results[list(results)[-1]][0]["headline"]
+    if cfg.figure and machine.rank == 0:
+        title = f"{table.title}; classes by {headline}"
+        pfa_figures.draw_curves(Path(cfg.out) / f"figure{number}.png", results, title)
     paper = "plots no numbers" if cfg.figure else "scores VOC 2012 val"
     about = (f"{cfg.iterations} iterations, {cfg.test_split} split, classes of local and global: "
              f"{headline}; the paper {paper}")
@@ -1074,7 +1027,7 @@ def networks_compared(cfg, results):
         full, scribble = results[f"{name} full"], results[f"{name} pfa"]
         counts = cost(replace(cfg, method="pce", **changes), len(full[0]["iou"]["plain"]["plain"]))
         rows[name] = [dict(parameters=counts[0] / 1e6, multiply_adds=counts[1],
-                           full=MIOU["plain"](first), scribble=best_rate(second))
+                           full=best_rate(first), scribble=best_rate(second))
                       for first, second in zip(full, scribble)]
     return rows
 

@@ -3,6 +3,7 @@
 A predictor is the script's Predictor: a trained network (net, with its method paths), its settings (cfg),
 and the methods of_image (the plain prediction of an image), class_sets, augmented, surest and attention.
 """
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -13,20 +14,22 @@ from torchvision.transforms.v2.functional import center_crop
 
 from common import figures
 from common.figures import heatmap, in_colours, thumbnail
+from common.pfa_tables import PREDICTIONS, in_words
 from common.run import UserError
 from common.scribble_sets import open_full
 from common.segmentation import absent_classes, labels_of_cells, save_examples
 
 
-def draw_figures(predictor, sets, scores, headline, baseline, log):
+def draw_figures(predictor, sets, scores, metrics, baseline, log):
     """All figures of a run in OUT/figures; the README says what each shows.
 
-    sets: data sets "train" and "test". scores: {image name: (N,)} or None. headline: the run's mode of
-    class_sets. baseline: another predictor or None. log: rows of log.csv.
+    sets: data sets "train" and "test". scores: {image name: (N,)} or None. metrics: of metrics.json.
+    baseline: another predictor or None. log: rows of log.csv.
     """
     folder = Path(predictor.cfg.out) / "figures"
     draw_colours(folder / "colours.png", sets["test"].classes)
-    draw_examples(folder / "examples.png", predictor, sets["test"], scores, headline, baseline)
+    draw_modes(folder / "modes.png", metrics)
+    draw_examples(folder / "examples.png", predictor, sets["test"], scores, metrics["headline"], baseline)
     draw_training(folder / "training.png", predictor, sets["train"], baseline)
     draw_log(folder / "miou.png", log, predictor.cfg.val_split)
     if predictor.net.paths():
@@ -60,6 +63,23 @@ def plain_cells(predictor, baseline, image):
     return plain, before | {"plain": plain.ids}
 
 
+def told(predictor, plain, present, paths, source):
+    """{caption: ids} of the predictions that know which classes are present, and the control of each."""
+    made = predictor.augmented(plain, present, paths, restricted=True)
+    return {f"{name}, {source}".replace("_", " "): ids for name, ids in made.items()}
+
+
+def draw_modes(file, metrics):
+    """modes.png (Table 4): mIoU of every prediction in every mode, beside the plain one that knows none."""
+    plain = metrics["miou"]["plain"]["plain"]
+    modes = {mode: rates for mode, rates in metrics["miou"].items() if mode != "plain"}
+    names = [name for name in PREDICTIONS[1:] if any(name in rates for rates in modes.values())]
+    matrix = torch.tensor([[plain, *(rates[name] for name in names)] for rates in modes.values()])
+    columns = [name.replace("_", " ") for name in ("plain", *names)]
+    figures.save_matrix(file, matrix, list(modes), columns, vmin=matrix.min(), vmax=matrix.max() + 1e-6,
+                        title=f"{metrics['split']} mIoU by who says which classes are there")
+
+
 def draw_examples(file, predictor, data, scores, headline, baseline):
     """examples.png (Fig. 4, 9, 10): test images, predictions of every branch, true classes given, label."""
     source = f"classes > {predictor.cfg.filter} pixels"
@@ -71,10 +91,8 @@ def draw_examples(file, predictor, data, scores, headline, baseline):
         plain, cells = plain_cells(predictor, baseline, image)
         row = scores[data.name_of(i)] if scores else None
         present = predictor.class_sets(plain, [headline, "oracle"], label, row)
-        for name, ids in predictor.augmented(plain, present[headline], paths).items():
-            cells[f"{name}, {source}"] = ids
-        for name, ids in predictor.augmented(plain, present["oracle"], paths[-1:]).items():
-            cells[f"{name}, true classes given"] = ids
+        cells |= told(predictor, plain, present[headline], paths, source)
+        cells |= told(predictor, plain, present["oracle"], paths[-1:], "true classes given")
         return cells | {"label": label}
     save_examples(file, data, cells_of, f"{data.split} images", count=5)
 
@@ -97,8 +115,9 @@ def draw_training(file, predictor, data, baseline):
         present = classes_of(predictor, plain, scribbles)
         labelled = {"what is labelled": scribbles if cfg.method == "full" else widened(scribbles)}
         label = {} if full is None else {"label": full.read_mask(i)}
-        return labelled | cells | predictor.augmented(plain, present, predictor.net.paths()) | label
-    title = "training images; augmented with the classes of the strokes"
+        cells |= told(predictor, plain, present, predictor.net.paths(), "classes drawn")
+        return labelled | cells | label
+    title = "training images; all but the plain prediction are told the classes of the strokes"
     save_examples(file, data, cells_of, title, count=5)
 
 
@@ -106,8 +125,8 @@ def draw_log(file, log, split):
     """miou.png: val mIoU of the predictions over the training."""
     if not log:
         return
-    series = {name: [row[f"val_{name}"] for row in log] for name in ("plain", "local", "global")}
-    series = {name: rates for name, rates in series.items() if set(rates) != {None}}
+    series = {name: [row.get(f"val_{name}") for row in log] for name in PREDICTIONS}
+    series = {name.replace("_", " "): rates for name, rates in series.items() if set(rates) != {None}}
     figures.save_bars(file, series, [f"{row['iteration']} {row['phase']}" for row in log],
                       title=f"{split} mIoU by iteration and phase; classes by the filter")
 
@@ -149,14 +168,17 @@ def draw_confidence(file, predictor, data):
 
 
 def draw_attention(folder, predictor, data):
-    """attention.png: how pixels attend to prototypes (Eq. 6); attention_matrix.png: the last as numbers."""
+    """attention.png: how pixels attend to prototypes (Eq. 6), beside what becomes of them;
+    attention_matrix.png: the last image's as numbers."""
     path = predictor.net.paths()[-1]
     rows = []
     last = None
     for name, image, label, plain, present in labelled_images(predictor, data):
         omega, mask = predictor.attention(path, plain, present)                          # (h,w,M), (M,)
         of_class = omega.permute(2, 0, 1).unflatten(0, (data.num_classes, -1)).sum(1)    # (N,h,w)
-        rows.append([(thumbnail(image), name)])
+        augmented = predictor.augmented(plain, present, [path])[path]
+        rows.append([(thumbnail(image), name), (in_colours(image, plain.ids), "plain prediction"),
+                     (in_colours(image, augmented), f"{path} prediction")])
         for c in shown_classes(present, 5):
             heat = heatmap(thumbnail(image), of_class[c], vmin=0, vmax=1)
             rows[-1].append((heat, f"to {data.classes[c]}"))
@@ -165,7 +187,8 @@ def draw_attention(folder, predictor, data):
             last = omega, mask, small
     figures.save_grid(folder / "attention.png", rows, cell=200,
                       title=f"Attention of every pixel to the {path} prototypes of the true classes (Eq. 6; "
-                      "sums to 1 over the classes)")
+                      "sums to 1 over the classes). It need not name the pixel's class: layers follow, Eq. "
+                      "(7), (8) and the classifier, and make the prediction.")
     if last is not None:
         draw_attention_matrix(folder / "attention_matrix.png", *last, data.classes, path)
 
@@ -206,47 +229,46 @@ def draw_components(file, predictors, data, threshold):
         for row, predictor in predictors.items():
             plain = predictor.of_image(image)
             present = predictor.class_sets(plain, [mode])[mode]
-            augmented = predictor.augmented(plain, present, predictor.net.paths()[-1:])
-            for name, ids in (augmented or {"plain": plain.ids}).items():
-                cells[f"{row}: {name} prediction"] = ids
+            made = {"plain": plain.ids} | predictor.augmented(plain, present, predictor.net.paths(), True)
+            last = [name for name in ("plain", "local", "global") if name in made][-1]
+            for prediction in (last, "plain_restricted"):
+                cells[f"{row}: {prediction} prediction".replace("_", " ")] = made[prediction]
         return cells | {"label": label}
     save_examples(file, data, cells_of,
                   f"Components (Fig. 4, 11); classes with more than {threshold} predicted pixels", count=5)
 
 
-def draw_curve(file, results, best_rate, title):
-    """figureN.png: mIoU of the plain and the augmented prediction (best_rate) of every row, mean over seeds.
-    results: {row: [metrics, one a seed]}; rows ending in ", local" and ", global" are compared instead."""
-    augmented = {row: statistics.mean(map(best_rate, runs)) for row, runs in results.items()}
-    names = [row.removesuffix(", local") for row in augmented if row.endswith(", local")]
-    if names:
-        series = {path: [augmented[f"{name}, {path}"] for name in names] for path in ("local", "global")}
-    else:
-        names = list(augmented)
-        plain = [statistics.mean(metrics["miou"]["plain"]["plain"] for metrics in runs)
-                 for runs in results.values()]
-        series = {"plain": plain, "augmented": list(augmented.values())}
-    figures.save_bars(file, series, names, title=title)
+def draw_curves(file, results, title):
+    """figureN.png: mIoU in the headline's mode over the number in a row's name, mean and sample deviation
+    over the seeds. results: {row: [metrics, one a seed]}; "drop 0.25, local" is at 0.25 in a panel "drop"."""
+    panels = {}                                                          # {heading: {curve: {x: rates}}}
+    for row, runs in results.items():
+        number = re.search(r"[\d.]+", row)[0]
+        heading, _, method = row.replace(number, "").partition(", ")
+        for name in PREDICTIONS:
+            rates = [(run["miou"]["plain"] | run["miou"][run["headline"]]).get(name) for run in runs]
+            if None not in rates and not (method == "local" and name.startswith("plain")):
+                curve = name if method != "strokes alone" else name.replace("plain", method)
+                panel = panels.setdefault(heading.strip(" ="), {})
+                panel.setdefault(curve.replace("_", " "), {})[float(number)] = rates
+    pieces = [figures.text_piece(title, 744, size=18)]
+    for heading, curves in panels.items():
+        x = sorted(next(iter(curves.values())))
+        means = {curve: [statistics.mean(rates[k]) for k in x] for curve, rates in curves.items()}
+        spread = {curve: [statistics.stdev(rates[k]) if len(rates[k]) > 1 else 0.0 for k in x]
+                  for curve, rates in curves.items()}
+        pieces += figures.curve_pieces(means, x, heading, "%", spread)
+    figures.save_stack(file, pieces)
 
 
 # ---- in words and numbers --------------------------------------------------------------------------------
 
-def rows_by_mode(runs):
-    """[metrics, one a seed] -> rows of Table 4: {mode: [mAP and rates of the predictions, one a seed]}."""
-    rows = {}
-    for metrics in runs:
-        for mode, rates in metrics["miou"].items():
-            quality = metrics["class_map"] if mode in ("scores", "classifier") else None
-            name = "oracle (true classes given)" if mode == "oracle" else mode
-            rows.setdefault(name, []).append(rates | dict(mAP=quality))
-    return rows
-
-
 def summary(metrics, cfg):
     """What a run ends with, in words; filters that give the same rates share a line."""
+    plain = metrics["miou"]["plain"]
     filters, others = {}, []                                             # filters: {rates: thresholds}
     for mode, predictions in metrics["miou"].items():
-        text = ", ".join(f"{name} {rate:.1f}" for name, rate in predictions.items())
+        text = in_words(plain | predictions)
         if mode.startswith("filter_"):
             filters.setdefault(text, []).append(mode.removeprefix("filter_"))
         elif mode == "oracle":
@@ -254,8 +276,8 @@ def summary(metrics, cfg):
         elif mode != "plain":
             source = "--class-scores" if mode == "scores" else "the trained classifier"
             others.append(f"classes from {source} (mAP {metrics['class_map']:.1f}): {text}")
-    plain = metrics["miou"]["plain"]["plain"]
-    lines = [f"{cfg.test_split} mIoU: plain {plain:.1f}{absent_classes(metrics)}"]
+    lines = [f"{cfg.test_split} mIoU: {in_words(plain)}{absent_classes(metrics)}; where classes are told "
+             "(restricted: no other class can win):"]
     for text, thresholds in filters.items():
         lines.append(f"classes with more than {' or '.join(thresholds)} predicted pixels: {text}")
     lines += others

@@ -94,35 +94,37 @@ def groups_of_classes(N, pixels):
     return list(zip(starts, [*starts[1:], N]))
 
 
-def some_classes(logits, first, end):
-    """Classes first..end-1 of logits (B,N,h,w), in the same order in memory, on which rounding depends."""
-    if end - first == logits.shape[1]:
-        return logits
-    channels_last = logits.is_contiguous(memory_format=torch.channels_last)
-    order = torch.channels_last if channels_last else torch.contiguous_format
-    return logits[:, first:end].contiguous(memory_format=order)
+def some_classes(windows, chosen):
+    """in_windows of logits (B,N,h,w) -> the same of the chosen classes, a slice or their ids, in the same
+    order in memory, on which rounding depends."""
+    parts = []
+    for rows, columns, logits in windows:
+        channels_last = logits.is_contiguous(memory_format=torch.channels_last)
+        order = torch.channels_last if channels_last else torch.contiguous_format
+        parts.append((rows, columns, logits[:, chosen].contiguous(memory_format=order)))
+    return parts
 
 
 @torch.inference_mode()
-def class_ids(windows, size_of_x, size, twice=False, aligned=False):
+def class_ids(windows, size_of_x, size, twice=False, aligned=False, classes=None):
     """Ids (B,*size) int64 of the classes with the highest logits, resized to `size`.
 
     windows: in_windows of a forward that returns logits (B,N,h,w). twice: they are first resized to the size
     of the network's input x, as those of several windows always are. One group of classes after the other
     is resized, with the same numbers as all at once: 150 classes at 12 million pixels would need 7 GB.
+    classes (N,) bool: the others cannot win, as if their logits were minus infinity.
     """
+    if classes is not None:
+        allowed = classes.nonzero()[:, 0]
+        return allowed[class_ids(some_classes(windows, allowed), size_of_x, size, twice, aligned)]
     sizes = [size_of_x, size] if twice or len(windows) > 1 else [size]
     B, N = windows[0][2].shape[:2]
     best = ids = None
     for first, end in groups_of_classes(N, B * max(height * width for height, width in sizes)):
-        group = [(rows, columns, some_classes(logits, first, end)) for rows, columns, logits in windows]
-        maps = mean_of_windows(group, size_of_x, aligned)
+        maps = mean_of_windows(some_classes(windows, slice(first, end)), size_of_x, aligned)
         for target in sizes:
             maps = enlarged(maps, target, aligned)
-        found = maps.argmax(1)
-        if end - first == N:
-            return found
-        values = maps.gather(1, found[:, None])[:, 0]
+        values, found = maps.max(1)                      # of equal ones the first; much quicker than argmax
         if best is None:
             best, ids = values, found
         else:

@@ -1,5 +1,6 @@
 """Weights, costs, windows, sizes: what fits is used, and what does not is told before training."""
 import argparse
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -63,6 +64,10 @@ def test_ids_are_those_of_all_classes_at_once(monkeypatch, N, order, twice, alig
             maps = F.interpolate(maps, target, mode="bilinear", align_corners=aligned)
         windows = segmentation.in_windows(lambda x: logits, torch.zeros(2, 3, *x))
         assert torch.equal(segmentation.class_ids(windows, x, size, twice, aligned), maps.argmax(1))
+        classes = torch.arange(N) % 3 > 0                               # none of the others can win
+        found = segmentation.class_ids(windows, x, size, twice, aligned, classes)
+        expected = maps.masked_fill(~classes[:, None, None], -math.inf).argmax(1)
+        assert (found == expected).float().mean() > 0.999               # ties may fall otherwise
 
 
 @pytest.mark.parametrize("height, width", [(70, 41), (32, 90), (33, 32)])
@@ -80,9 +85,12 @@ def test_windows_are_mmsegmentations_and_none_where_the_image_fits(height, width
             logits = F.interpolate(logits, (bottom - top, right - left), mode="bilinear")
             margins = (left, width - right, top, height - bottom)
             total, count = total + F.pad(logits, margins), count + F.pad(torch.ones_like(logits), margins)
-    expected = F.interpolate(total / count, size, mode="bilinear").argmax(1)
-    found = segmentation.class_ids(segmentation.in_windows(forward, x, window), (height, width), size)
-    assert (found == expected).float().mean() > 0.999
+    maps = F.interpolate(total / count, size, mode="bilinear")
+    windows = segmentation.in_windows(forward, x, window)
+    for classes in (None, torch.arange(9) % 2 == 0):
+        expected = maps.argmax(1) if classes is None else 2 * maps[:, ::2].argmax(1)
+        found = segmentation.class_ids(windows, (height, width), size, classes=classes)
+        assert (found == expected).float().mean() > 0.999
     assert len(segmentation.in_windows(forward, x, max(height, width))) == 1
 
 

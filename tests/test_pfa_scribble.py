@@ -26,7 +26,8 @@ from test_pfa_scribble_equations import normal, pixel_net, settings, some_scribb
 from trees import write
 
 CPU, NAME, CLASSES, N = torch.device("cpu"), "pfa_scribble", toy_scenes.CLASSES, 14
-SHORT, FILTERS = SHORT[NAME], ["filter_0", "filter_100", "filter_500", "filter_1000"]
+SHORT, FILTERS = SHORT[NAME], [f"filter_{T}" for T in (0, 45, 100, 500, 1000)]
+TOLD = [f"{path}{end}" for path in ("plain", "local", "global") for end in ("", "_restricted")][1:]
 OFFICIAL = "--reading official --augment global --slots 2 --iterations 20".split()
 pytestmark = pytest.mark.usefixtures("few_toys")
 
@@ -161,7 +162,7 @@ def test_a_memory_full_with_the_last_iteration_gives_no_global_prediction(folder
     assert "memory never filled in time" in quick("--out", tmp_path, *SHORT, *flags)
     metrics, net = read(tmp_path / "metrics.json"), load(tmp_path).net
     assert net.memory_full() and net.paths() == ["local"] and metrics["iterations_until_bank_full"] is None
-    assert all(list(rates) == ["local"] for mode, rates in metrics["miou"].items() if mode != "plain")
+    assert all(list(rates) == TOLD[:3] for mode, rates in metrics["miou"].items() if mode != "plain")
     assert metrics["phases"] == dict(warmup=3, local=5) and log_of(tmp_path)[0]["val_global"] == ""
     argv = ["--out", tmp_path, "--predict", folder / "images" / "val", "--infer", "filter"]
     assert "local prediction" in done(NAME, *argv)
@@ -195,7 +196,8 @@ def test_which_masks_a_run_reads(folder, tmp_path):
 # ---- evaluation, classes from a classifier, scores of one's own ----
 
 def test_every_mode_is_scored_as_counted_by_hand(base):
-    """With an augmenter so strong that the choice of the classes decides pixels."""
+    """With an augmenter so strong that the choice of the classes decides pixels. What is restricted has the
+    logits of all other classes far below; to the classes that are predicted, it changes nothing."""
     predictor, scores = load(base), {name: torch.from_numpy(row) for name, row in scores_in(base).items()}
     net, cfg = predictor
     for layer in (net.augmenter.expand, net.augmenter.project_prototype):
@@ -211,13 +213,16 @@ def test_every_mode_is_scored_as_counted_by_hand(base):
                 prototypes = pfa.extract_prototypes(features, logits.softmax(1), present[None])
                 augmented = net.augmented(features, prototypes, present[None], pfa.PATHS)
                 made |= {(mode, path): maps for path, maps in augmented.items()}
+                for name, maps in dict(plain=logits, **augmented).items():
+                    made[mode, f"{name}_restricted"] = maps + torch.where(present, 0, -1e9)[:, None, None]
         for key, maps in made.items():
             counted[key].update(labels, pfa.enlarge(maps, (128, 128)).argmax(1))
     found = pfa.evaluate(predictor, pfa.open_sets(cfg)["test"], run.Machine(CPU), modes, scores)
     miou = {(mode, path): rates["miou"] for mode, paths in found.items() for path, rates in paths.items()}
     expected = {key: matrix.summary()["miou"] for key, matrix in counted.items()}
     assert miou == pytest.approx(expected, abs=0.1)
-    assert len({round(value, 2) for value in expected.values()}) >= 5   # modes differ
+    assert len({round(value, 2) for value in expected.values()}) >= 9   # modes differ
+    assert found["filter_0"]["plain_restricted"] == found["plain"]["plain"]
 
 
 def test_class_sets_by_hand():
@@ -234,13 +239,16 @@ def test_scores_of_a_run_and_its_summary(base, runs):
     metrics, said = read(base / "metrics.json"), (base / "printed.txt").read_text()
     assert list(metrics["miou"]) == ["plain", *FILTERS, "classifier", "oracle"]
     assert list(metrics["iou"]["classifier"]["global"]) == CLASSES
-    told = "local {local:.1f}, global {global:.1f}".format(**metrics["miou"]["oracle"])
+    told = ("plain {plain:.1f} (restricted {plain_restricted:.1f}), local {local:.1f} (restricted "
+            "{local_restricted:.1f}), global {global:.1f} (restricted {global_restricted:.1f})")
+    told = told.format(**metrics["miou"]["plain"], **metrics["miou"]["oracle"])
     assert f"TRUE CLASSES GIVEN (oracle: an upper bound, not a result): {told}" in said
     assert f"test mIoU: plain {metrics['miou']['plain']['plain']:.1f}" in said and "classifier (mAP" in said
     local, pce = (read(runs[name] / "metrics.json") for name in ("local", "pce"))
-    assert (metrics["headline"], local["headline"]) == ("classifier", "filter_500")      # never the oracle
-    assert list(local["miou"]["oracle"]) == ["local"]
-    assert list(pce["miou"]) == ["plain"] and pce["phases"] == dict(pce=14)
+    assert (metrics["headline"], local["headline"]) == ("classifier", "filter_45")       # never the oracle
+    assert list(local["miou"]["oracle"]) == TOLD[:3] and list(metrics["miou"]["oracle"]) == TOLD
+    assert list(pce["miou"]) == list(metrics["miou"]) and pce["phases"] == dict(pce=14)
+    assert list(pce["iou"]["classifier"]) == TOLD[:1] and pce["class_map"] == metrics["class_map"]
 
 
 def test_options_of_the_evaluation_reach_a_finished_run(base, tmp_path):
@@ -251,8 +259,8 @@ def test_options_of_the_evaluation_reach_a_finished_run(base, tmp_path):
     nobody = again("--score-threshold", 1)["miou"]["classifier"]        # no score is above: background alone
     assert nobody == again("--filter", 99999)["miou"]["filter_99999"] != first["miou"]["classifier"]
     val, row = again("--test-split", "val")["miou"], log_of(base)[-1]   # log.csv: no true classes
-    assert [val["plain"]["plain"], val["filter_500"]["local"], val["filter_500"]["global"]] == pytest.approx(
-        [float(row[f"val_{path}"]) for path in ("plain", "local", "global")])
+    assert [val["plain"]["plain"], *val["filter_45"].values()] == pytest.approx(
+        [float(row[f"val_{name}"]) for name in ("plain", *TOLD)])
     assert again("--test-size", 64)["miou"] != first["miou"] and read(out / "config.json")["test_size"] == 0
     assert numbers(again()) == numbers(first)
 
@@ -308,7 +316,7 @@ def test_scores_of_ones_own_may_lack_the_background_but_no_image_and_no_class(ba
 
 @pytest.mark.parametrize("which, infer, mode, path", [
     ("base", "plain", "plain", "plain"), ("base", "classifier", "classifier", "global"),
-    ("base", "scores", "classifier", "global"), ("local", "filter", "filter_500", "local")])
+    ("base", "scores", "classifier", "global"), ("local", "filter", "filter_45", "local")])
 def test_predict_writes_what_was_scored(base, runs, folder, tmp_path, which, infer, mode, path):
     out, counted = copy_of(runs[which], tmp_path / "run"), ConfusionMatrix(N)
     flags = ["--infer", infer, "--class-scores", base / "class_scores-test.npz"]
@@ -377,16 +385,18 @@ def test_table_2_figure_6_and_table_4_share_their_rows(tmp_path):
     assert set(two) == set(folders) and Image.open(tmp_path / "components.png").width >= 5 * 256   # Fig. 4
     for name, cells in zip(folders, read(tmp_path / "table2.json").values()):
         miou = read(tmp_path / "rows" / name / "metrics.json")["miou"]
-        expected = [miou.get(mode, {}).get(path)
-                    for mode in ("filter_500", "oracle") for path in ("local", "global")]
+        expected = [miou[mode].get(name) for mode in ("filter_45", "oracle") for name in TOLD]
         assert [value for value, in cells.values()] == [miou["plain"]["plain"], *expected]
     six = trained_by(tmp_path, "--figure", 6)
     assert two.items() <= six.items() and (tmp_path / "figure6.png").exists()
     np.savez(tmp_path / "s.npz", **{f"{k:04d}": np.linspace(0, 1, N) for k in range(3)})
     moved = Path(shutil.move(tmp_path / "rows", tmp_path / "moved" / "rows")).parent
     assert trained_by(moved, "--table", 4, "--class-scores", tmp_path / "s.npz") == six
-    modes = ["plain", *FILTERS, "scores", "oracle (true classes given)"]
-    assert list(read(moved / "table4.json")) == modes
+    modes, four = ["plain", *FILTERS, "scores", "oracle (true classes given)"], read(moved / "table4.json")
+    assert list(four) == modes + [f"strokes alone, {mode}" for mode in modes]
+    miou = read(moved / "rows" / "method-pce" / "metrics.json")["miou"]         # strokes, same classes
+    cells = [[miou["plain"]["plain"]], [miou["scores"]["plain_restricted"]], *[[None]] * 4]
+    assert [four["strokes alone, scores"][name] for name in ("plain", *TOLD)] == cells
 
 
 def test_printed_numbers_and_rows_of_the_tables_and_their_folders():
@@ -402,6 +412,21 @@ def test_printed_numbers_and_rows_of_the_tables_and_their_folders():
     assert [c.w_global for c in five] == [0.01, 0.01, 0.01, 0.01, 0.005, 0.02, 0.05]
     made = {(tables.folder_of_changes(row, cfg), repr(replace(cfg, **row))) for row in changes}
     assert len(made) == len(dict(made)) == len({row for _, row in made})     # one folder, one run
+
+
+def test_figure_8_has_its_controls_and_deviations_over_the_seeds(tmp_path, monkeypatch):
+    panels, results, draw = {}, {}, figures.curve_pieces
+    monkeypatch.setattr(figures, "curve_pieces", lambda *args: panels.update({args[2]: args}) or draw(*args))
+    for row, changes in pfa.FIGURES[8].rows.items():
+        rates = {name: 40 for name in TOLD if name.startswith(("plain", changes.get("augment", "plain")))}
+        results[row] = [dict(headline="h", miou=dict(plain=dict(plain=mIoU), h=rates)) for mIoU in (30, 36)]
+    pfa_figures.draw_curves(tmp_path / "figure8.png", results, "")
+    names = {"plain", *(name.replace("_", " ") for name in TOLD), "strokes alone", "strokes alone restricted"}
+    for kind, x in (("drop", [0, 0.25, 0.5, 0.75]), ("shrink", [0, 0.25, 0.5, 0.75, 1])):
+        means, ratios, _, _, spread = panels[kind]
+        assert ratios == x and set(means) == names and means["global"] == [40] * len(x)
+        assert means["strokes alone"] == means["plain"] == [33] * len(x)
+        assert spread["plain"] == pytest.approx([18 ** 0.5] * len(x)) and not any(spread["global"])
 
 
 def test_table_3_counts_as_the_paper_and_asks_for_weights_before_the_first_training(base, tmp_path):

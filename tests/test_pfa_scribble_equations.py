@@ -362,6 +362,21 @@ def test_iterations_of_every_phase_are_the_loops(augment, reading, pce):
         assert slope == pytest.approx((high - low) / 2e-6, rel=1e-3, abs=1e-5), name
 
 
+def test_wrong_classes_are_among_the_global_keys_of_training_and_nowhere_else():
+    """Each absent class with its probability [D18]; local keys and memory know the true ones alone."""
+    net, cfg = pixel_net(full=True, wrong_classes=1.0)
+    (x, scribbles, _), before = pixel_batch(), net.eval().memory.bank.clone()
+    present = pfa.classes_in(scribbles, N)
+    made, (features, logits) = pfa.predictions_of(net, net, x, present, "global", cfg), net(x)
+    prototypes = pfa.prototypes_of(features, logits, present, cfg)
+    for path, classes in (("local", present), ("global", present | True)):
+        assert_near(made[path], net.augmented(features, prototypes, classes, [path])[path])
+    assert torch.equal((net.memory.bank != before).any(2).any(1), present.any(0))
+    present = some_present(3000, N)
+    chosen = net.keys("global", None, present, 0.2)[1].unflatten(1, (N, -1)).all(2)
+    assert chosen[present].all() and chosen[~present].double().mean().item() == pytest.approx(0.2, abs=0.03)
+
+
 # ---- the network and what learns --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("augment, phase, paths", [
@@ -423,7 +438,7 @@ def test_the_deeplabs_have_strides_of_their_own_and_deeplabv2_dilates(head, stri
 EVERY = dict(head_lr=10, momentum=0.99, w_local=0.01, w_global=0.01, weight_decay=0.01, scale_min=0.5,
              scale_max=2, rotation=10, blur=True, head_channels=256, hidden=128, filter=500, pce="moves",
              augment="both", method="pfa", dataset="voc_scribble", train_split="trainaug", val_split="val",
-             test_split="val")
+             test_split="val", wrong_classes=0)
 PRINTED = {                                                             # Sec. 4.2; released code [D3], [D11]
     "paper": dict(crop=512, batch_size=16, iterations=200 * 662, warmup=30 * 662, lr=3e-5, slots=5,
                   lr_policy="multistep", top_fraction=0.08, confidence="paper", consistency="paper",
