@@ -44,6 +44,24 @@ def in_hsv(image, change):
     return 255 * np.array(pixels).T.reshape(image.shape)
 
 
+def test_hue_and_saturation_are_rounded_from_colorsys_whatever_the_colour():
+    colours = np.array([*itertools.product((0, 1, 2, 90, 97, 254, 255), repeat=3)]).T.reshape(3, 7, 49)
+    for steps, factor in itertools.product((-30, -17, -1, 0, 5, 15, 30), (0.5, 1.0, 1.3)):
+        turned, scaled = torch.tensor(np.stack([colours, colours]), dtype=torch.float32)
+        transforms.shift_hue(turned, steps)
+        transforms.scale_saturation(scaled, factor)
+        exact = in_hsv(colours, lambda h, s, v: ((h + steps / 180) % 1, s, v))
+        assert np.abs(turned.numpy() - exact).max() < 0.5 + 1e-6 and (turned == turned.round()).all()
+        exact = in_hsv(colours, lambda h, s, v: (h, min(s * factor, 1), v))
+        assert np.abs(scaled.numpy() - exact).max() < 0.5 + 1e-4 and (scaled == scaled.round()).all()
+
+
+def test_nearest_takes_the_pixels_that_torch_takes():
+    for length, resized in np.random.default_rng(0).integers(1, 2048, (200, 2)).tolist():
+        expected = F.interpolate(torch.arange(length).float()[None, None], resized)[0, 0]
+        assert transforms.nearest(length, resized).tolist() == expected.tolist()
+
+
 def distorted(x):
     """PhotoMetricDistortion in numpy with the same draws: each step at 1/2, contrast first or last."""
     if draw() < 0.5:
