@@ -69,7 +69,7 @@ def read_image(path, page=None):
         check_depth(picture, path)
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)
-        return F.pil_to_tensor(picture.convert("RGB"))
+        return F.pil_to_tensor(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def turn_of(picture):
@@ -118,15 +118,14 @@ def read_values(path, id_of, problem, page=None):
     raw = np.array(picture)
     if few_bits:                                         # Pillow stretches such values to 0..255
         raw = raw // {"2": 85, "4": 17}[few_bits[1]]
-    table = np.full(256, -1, np.int16)
-    table[list(id_of)] = list(id_of.values())
     values = raw.astype(np.uint8)                        # 16-bit values wrap around: they are no ids
-    ids = table[values]
-    wrong = np.unique(raw[(ids < 0) | (values != raw)]).tolist()
-    if wrong:
+    content = values.tobytes()
+    if content.translate(None, bytes(id_of)) or (values != raw).any():   # what is left without known values
+        wrong = np.setdiff1d(raw, list(id_of)).tolist()
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(f"{path} has the pixel values {wrong[:5]}{more}, {problem}")
-    return torch.from_numpy(ids.astype(np.uint8))
+    table = bytes(id_of.get(value, 0) for value in range(256))
+    return torch.frombuffer(bytearray(content.translate(table)), dtype=torch.uint8).view(raw.shape)
 
 
 def read_index_map(path, num_classes, unlabelled=IGNORE, hint=""):

@@ -18,8 +18,8 @@ from common.transforms import augment, augment_scribble, normalise, resize_whole
 class TrainView(Dataset):
     """Augmented samples: view[(index, sample_seed)] -> dict(image, mask, index); same key, same sample.
 
-    image float32 (3,crop,crop), normalised; mask int64 (crop,crop), 255 = ignore. size: short side at r = 1,
-    0 = the image's own; r ~ U(scale). crop_retries: see crop_corner.
+    image float32 (3,crop,crop), normalised; mask uint8 (crop,crop), 255 = ignore. size: short side at r = 1,
+    0 = the image's own; r ~ U(scale). crop_retries: see random_crop.
     """
 
     def __init__(self, data, size, crop, scale=(0.5, 2.0), photometric=True, crop_retries=10):
@@ -35,7 +35,7 @@ class TrainView(Dataset):
         image, mask = self.data.read(index)
         with seeded(sample_seed):
             image, mask = self.augment(image, mask)
-        return {"image": image, "mask": mask.long(), "index": index}
+        return {"image": image, "mask": mask, "index": index}
 
 
 class ScribbleView(TrainView):
@@ -53,13 +53,13 @@ class ScribbleView(TrainView):
         classes = torch.bincount(mask.flatten(), minlength=256)[:self.data.num_classes] > 0
         with seeded(sample_seed):
             image, mask = self.augment(image, mask)
-        return {"image": image, "mask": mask.long(), "classes": classes, "index": index}
+        return {"image": image, "mask": mask, "classes": classes, "index": index}
 
 
 class TestView(Dataset):
     """Whole images: view[i] -> dict(image, mask, index).
 
-    image float32 (3,h,w), normalised, by resize_whole; mask int64 (H,W) as in the file: resize the logits to
+    image float32 (3,h,w), normalised, by resize_whole; mask uint8 (H,W) as in the file: resize the logits to
     it before argmax. UserError for a square of size 0.
     """
     __test__ = False                                     # pytest: this is no test
@@ -76,7 +76,7 @@ class TestView(Dataset):
     def __getitem__(self, i):
         image, mask = self.data.read(i)
         image = normalise(resize_whole(image, self.size, self.square))
-        return {"image": image, "mask": mask.long(), "index": i}
+        return {"image": image, "mask": mask, "index": i}
 
 
 # ---- batches and loaders ---------------------------------------------------------------------------------
@@ -137,15 +137,18 @@ def eval_loader(view, workers, device, rank=0, world=1):
 
 
 def to_device(batch, device, *names):
-    """A batch on its way to the network: tensors on the device, float (B,C,H,W) in channels_last order.
-    batch: a dict, whose entries `names` are taken in this order, or a sequence of tensors, without names."""
+    """A batch on its way to the network: tensors on the device, float (B,C,H,W) in channels_last order, masks
+    uint8 (B,H,W) as int64 (they travel at an eighth of its size). batch: a dict, whose entries `names` are
+    taken in this order, or a sequence of tensors, without names."""
     tensors = [batch[name] for name in names] if names else batch
     on_cuda = torch.device(device).type == "cuda"           # then make_loader's batches are in pinned memory
     moved = []
     for tensor in tensors:
         is_image = tensor.ndim == 4 and tensor.is_floating_point()
         memory_format = torch.channels_last if is_image else torch.preserve_format
-        moved.append(tensor.to(device, non_blocking=on_cuda, memory_format=memory_format))
+        tensor = tensor.to(device, non_blocking=on_cuda, memory_format=memory_format)
+        is_mask = tensor.ndim == 3 and tensor.dtype == torch.uint8
+        moved.append(tensor.long() if is_mask else tensor)
     return moved
 
 

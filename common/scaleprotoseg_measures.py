@@ -132,7 +132,7 @@ class PartView(loaders.TestView):
 
     def __getitem__(self, i):
         sample, part = super().__getitem__(i), self.parts.part_map(i)
-        part = torch.zeros_like(sample["mask"]) if part is None else part.long()
+        part = torch.zeros_like(sample["mask"]).long() if part is None else part.long()
         return sample | dict(part=part, keypoints=self.parts.keypoints(i).long())
 
 

@@ -5,9 +5,9 @@ Whatever is random comes from torch's CPU generator; `seeded` sets it for the le
 import contextlib
 import math
 
+import numpy as np
 import torch
 from torch.nn.functional import grid_sample, pad
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from common.files import IGNORE
@@ -34,8 +34,9 @@ def coin():
 
 
 def normalise(image):
-    """uint8 (3,H,W) RGB -> float32 (3,H,W): minus MEAN, divided by STD (mmsegmentation default)."""
-    return F.normalize(image.float(), MEAN, STD)
+    """uint8 (3,H,W) RGB -> float32 (3,H,W): minus MEAN, divided by STD (mmsegmentation default). One that is
+    float32 already is changed in place."""
+    return F.normalize(image.float(), MEAN, STD, inplace=True)
 
 
 def fitted_size(height, width, size, ratio=1.0):
@@ -73,82 +74,100 @@ def warp(images, matrices):
     return grid_sample(images.float(), grid, align_corners=True).round()
 
 
-def crop_corner(mask, crop, max_share=0.75, retries=10):
-    """Corner (y, x) of a random crop x crop window of the mask uint8 (H,W): mmsegmentation's RandomCrop.
+def nearest(length, resized):
+    """Which of `length` pixels in a row each of `resized` pixels shows: numpy int (resized,). In float32, as
+    torch's nearest neighbour computes it."""
+    places = np.arange(resized, dtype=np.float32) * (np.float32(length) / np.float32(resized))
+    return np.minimum(places.astype(int), length - 1)
+
+
+def taken(mask, rows, columns):
+    """These rows and columns of a mask uint8 (H,W), in this order. numpy is faster at it than torch."""
+    return torch.from_numpy(mask.numpy().take(columns, 1).take(rows, 0))
+
+
+def random_crop(mask, rows, columns, crop, max_share=0.75, retries=10):
+    """Corner (y, x) and mask of a random crop x crop window: mmsegmentation's RandomCrop.
 
     Drawn again, at most `retries` times, while one class covers max_share or more of the window's labelled
-    pixels, or none is labelled.
+    pixels, or none is labelled. The mask uint8 (H,W) is resized in the window alone: rows (h,) and columns
+    (w,) are `nearest` of its sides.
     """
-    rows, columns = (max(side - crop, 0) + 1 for side in mask.shape)
     for _ in range(retries + 1):
-        y, x = torch.randint(rows, ()).item(), torch.randint(columns, ()).item()
-        counts = torch.bincount(mask[y:y + crop, x:x + crop].flatten(), minlength=256)[:IGNORE]
+        y, x = (torch.randint(max(len(side) - crop, 0) + 1, ()).item() for side in (rows, columns))
+        window = taken(mask, rows[y:y + crop], columns[x:x + crop])
+        counts = torch.bincount(window.flatten(), minlength=256)[:IGNORE]
         if counts.max() < max_share * counts.sum():      # so there are two classes at least
             break
-    return y, x
+    return y, x, window
 
 
-def scale_values(image, factor=1.0, shift=0.0):
-    """uint8 -> uint8, clipped to 0..255; fractions are cut off, as in mmsegmentation."""
-    return image.float().mul_(factor).add_(shift).clamp_(0, 255).to(torch.uint8)
+# The changes of colour are in place, on float32 (3,H,W) of whole numbers 0..255, before and after.
+
+def to_whole(image):
+    """Cut to 0..255, and fractions cut off, as in mmsegmentation."""
+    image.clamp_(0, 255).floor_()
 
 
 def scale_saturation(image, factor):
     """HSV saturation, (max - min) / max over R, G, B, times `factor`, at most 1: every distance from the
-    maximum is scaled; hue and value stay. uint8 (3,H,W) -> uint8."""
-    highest, lowest = image.amax(0).float(), image.amin(0).float()                          # (H,W)
-    stretch = (highest / (highest - lowest).clamp(min=1)).clamp_(max=factor)                # saturation <= 1
-    return image.float().sub_(highest).mul_(stretch).add_(highest).round_().to(torch.uint8)
+    maximum is scaled; hue and value stay."""
+    highest, lowest = image.amax(0), image.amin(0)                                          # (H,W)
+    stretch = (highest / (highest - lowest).clamp_(min=1)).clamp_(max=factor)               # saturation <= 1
+    image.sub_(highest).mul_(stretch).add_(highest).round_()
 
 
 def shift_hue(image, steps):
-    """HSV hue plus `steps` of 2 degrees (OpenCV's scale 0..179), |steps| <= 30. uint8 (3,H,W) -> uint8.
-    OpenCV rounds hue and saturation to 8 bits on the way; here 0 steps change nothing."""
-    r, g, b = image.float()                                                                 # (H,W)
-    highest, lowest = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
-    chroma = highest - lowest
-    hue = torch.where(highest == r, g - b, torch.where(highest == g, b - r + 2 * chroma, r - g + 4 * chroma))
-    hue = hue / chroma.clamp(min=1) + steps / 30         # in units of 60 degrees: R at 0, G at 2, B at 4
-    channels = []
-    for centre in (0, 2, 4):                             # share: 1 within 60 degrees, 0 beyond 120
-        share = (hue - centre).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
-        channels.append(share.mul_(chroma).add_(lowest).round_().to(torch.uint8))
-    return torch.stack(channels)
+    """HSV hue plus `steps` of 2 degrees (OpenCV's scale 0..179), |steps| <= 30. OpenCV rounds hue and
+    saturation to 8 bits on the way; here 0 steps change nothing.
+
+    A pixel's highest, middle and lowest value are each 2 value - middle, cut to lowest..highest. Turning the
+    hue by 60 degrees, from R to G to B to R, moves that number, before the cut, by highest - lowest: down if
+    the next channel exceeds the one before, as the hue then leaves this channel behind, else up.
+    """
+    values = r, g, b = image.short()                     # whole numbers, in half the memory
+    highest, lowest = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)   # (H,W)
+    middle = r + g + b - highest - lowest
+    move = ((highest - lowest) * steps / 30).round_().short()
+    falls = [(g - b).sign_(), (b - r).sign_(), (r - g).sign_()]                             # 1, or -1: rises
+    for channel, value, falling in zip(image, values, falls):
+        channel.copy_(value.mul_(2).sub_(middle).sub_(falling.mul_(move)).clamp_(lowest, highest))
 
 
 def distort_colours(image):
-    """mmsegmentation's PhotoMetricDistortion, every step with probability 1/2. uint8 (3,H,W) -> uint8."""
+    """mmsegmentation's PhotoMetricDistortion, every step with probability 1/2."""
     if coin():
-        image = scale_values(image, shift=uniform(-32, 32))                                 # brightness
+        to_whole(image.add_(uniform(-32, 32)))                                              # brightness
     contrast, contrast_first = coin(), coin()
     if contrast and contrast_first:
-        image = scale_values(image, factor=uniform(0.5, 1.5))
+        to_whole(image.mul_(uniform(0.5, 1.5)))
     if coin():
-        image = scale_saturation(image, uniform(0.5, 1.5))
+        scale_saturation(image, uniform(0.5, 1.5))
     if coin():
-        image = shift_hue(image, torch.randint(-18, 18, ()).item())
+        shift_hue(image, torch.randint(-18, 18, ()).item())
     if contrast and not contrast_first:
-        image = scale_values(image, factor=uniform(0.5, 1.5))
-    return image
+        to_whole(image.mul_(uniform(0.5, 1.5)))
 
 
 def augment(image, mask, size, crop, scale=(0.5, 2.0), photometric=True, crop_retries=10):
     """mmsegmentation's training pipeline: resize to fit inside (4 size, size) * r, r ~ U(scale); crop; flip;
-    colours; normalise; pad on the right and at the bottom with 0 and 255. crop_retries: see crop_corner.
+    colours; normalise; pad on the right and at the bottom with 0 and 255. crop_retries: see random_crop.
 
     image uint8 (3,H,W), mask uint8 (H,W) -> float32 (3,crop,crop), uint8 (crop,crop).
     """
     resized = fitted_size(*mask.shape, size, uniform(*scale))
-    image = F.resize(image, resized, antialias=False)                              # bilinear, as OpenCV does
-    mask = F.resize(mask[None], resized, interpolation=InterpolationMode.NEAREST)  # (1,h,w)
-    y, x = crop_corner(mask[0], crop, retries=crop_retries)
-    image, mask = (t[:, y:y + crop, x:x + crop].contiguous() for t in (image, mask))
+    rows, columns = map(nearest, mask.shape, resized)
+    y, x, mask = random_crop(mask, rows, columns, crop, retries=crop_retries)
+    image = F.resize(image, resized, antialias=False)[:, y:y + crop, x:x + crop]   # bilinear, as OpenCV does
     if coin():
         image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
+    image = image.to(torch.float32, memory_format=torch.contiguous_format)         # one plane a channel
     if photometric:
-        image = distort_colours(image)                   # after the crop: no pixel is computed in vain
-    padding = [0, 0, crop - mask.shape[2], crop - mask.shape[1]]                   # left, top, right, bottom
-    return F.pad(normalise(image), padding, fill=0), F.pad(mask, padding, fill=IGNORE)[0]
+        distort_colours(image)                           # after the crop: no pixel is computed in vain
+    image, (lack_y, lack_x) = normalise(image), (crop - side for side in mask.shape)
+    if lack_y or lack_x:
+        image, mask = pad(image, [0, lack_x, 0, lack_y]), pad(mask, [0, lack_x, 0, lack_y], value=IGNORE)
+    return image, mask
 
 
 BLUR = torch.softmax(-(torch.arange(5.0) - 2) ** 2 / (2 * 1.1 ** 2), 0).tolist()   # OpenCV's sigma for 5
@@ -186,14 +205,14 @@ def augment_scribble(image, mask, size, crop, scale=(0.5, 2.0), rotation=10.0, b
     height, width = fitted_size(*mask.shape, size, uniform(*scale))
     turn, angle, blurs, flips = coin(), uniform(-rotation, rotation), coin() and blur, coin()
     image = F.resize(image, [height, width], antialias=False)
-    mask = F.resize(mask[None], [height, width], interpolation=InterpolationMode.NEAREST)[0]
+    lines = nearest(mask.shape[0], height), nearest(mask.shape[1], width)
     y, x = (torch.randint(max(side - crop, 0) + 1, ()).item() for side in (height, width))
     top, left = max(y - 2, 0), max(x - 2, 0)             # the window, and what a blur needs around it
     rows, columns = slice(top, min(y + crop + 2, height)), slice(left, min(x + crop + 2, width))
     if turn:
-        image, mask = rotated(normalise(image), mask, angle, rows, columns)
+        image, mask = rotated(normalise(image), taken(mask, *lines), angle, rows, columns)
     else:
-        image, mask = normalise(image[:, rows, columns]), mask[rows, columns]
+        image, mask = normalise(image[:, rows, columns]), taken(mask, lines[0][rows], lines[1][columns])
     if blurs and min(height, width) > 2:
         image = blurred(image)
     rows, columns = slice(y - top, y - top + crop), slice(x - left, x - left + crop)

@@ -1,4 +1,5 @@
-"""What a method costs: its training step against the same network's ordinary step, in the same process.
+"""What a method costs: its training step against the same network's ordinary step, in the same process; and
+what its training samples cost, in seconds of one processor core.
 
     python tests/benchmark.py [--device auto] [--steps 10] [--only cbp_occl]
 
@@ -9,16 +10,18 @@ CUDA of one step of each kind; on a CPU of the whole process.
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cbp_occl, pfa_scribble, protopool, scaleprotoseg  # noqa: E401, E402
-from common import run, speed  # noqa: E402
+from common import datasets, loaders, run, speed  # noqa: E402
 
 
 def config(script, preset, **options):
@@ -113,6 +116,46 @@ BENCHMARKS = {"cbp_occl": ("SegFormer-B0, 512x512", cbp_occl_steps, 2, 16),
               "pfa_scribble": ("SegFormer-B1, 512x512", pfa_scribble_steps, 1, 16)}
 
 
+def write_samples(root, count):
+    """ADE20K's layout with pictures of 512 x 683 pixels, smooth with some grain, and masks of 63 areas."""
+    for folder in ("images/training", "annotations/training"):
+        (root / folder).mkdir(parents=True)
+    for i in range(count):
+        picture = sum(strength * torch.nn.functional.interpolate(torch.randn(1, 3, *grid), (512, 683))
+                      for strength, grid in ((40, (8, 11)), (20, (64, 85)), (5, (512, 683))))[0] + 128
+        picture = picture.clamp(0, 255).byte().permute(1, 2, 0)
+        Image.fromarray(picture.numpy()).save(root / f"images/training/{i}.jpg", quality=90)
+        areas = torch.randint(151, (7, 9)).repeat_interleave(76, 0).repeat_interleave(76, 1)[:512, :683]
+        Image.fromarray(areas.byte().numpy()).save(root / f"annotations/training/{i}.png")
+
+
+def seconds_of_core(action, keys):
+    """Mean over the keys, after one pass that does not count."""
+    for key in keys:
+        action(key)
+    start = time.process_time()
+    for key in keys:
+        action(key)
+    return (time.process_time() - start) / len(keys)
+
+
+def print_loading(steps):
+    """A training sample of cbp_occl on ADE20K: from its two files to the normalised crop and its mask."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)                                            # as in a process of a DataLoader
+    with tempfile.TemporaryDirectory() as folder:
+        write_samples(Path(folder), 4)
+        data = datasets.open_dataset("ade20k", folder, "train")
+        view = loaders.TrainView(data, 512, 512)
+        keys = [(k % 4, k) for k in range(10 * steps)]                  # image, seed of the sample
+        whole = seconds_of_core(lambda key: view[key], keys)
+        reading = seconds_of_core(lambda key: data.read(key[0]), keys)
+    torch.set_num_threads(threads)
+    print(f"loading: a sample like ADE20K's, 512 x 683 to 512 x 512, takes {1000 * whole:.1f} ms of a core, "
+          f"{1000 * reading:.1f} of them reading and decoding: {1 / whole:.0f} images/s a core")
+
+
 def compared(first, second, repeats, device):
     """Median seconds of two steps that take turns, and the median of second / first of neighbours."""
     pairs = [(seconds(first, device), seconds(second, device)) for _ in range(repeats)]
@@ -138,12 +181,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     parser.add_argument("--steps", type=int, default=10, help="of each kind, after two that do not count")
-    parser.add_argument("--only", choices=tuple(BENCHMARKS), help="one script instead of all")
+    parser.add_argument("--only", choices=(*BENCHMARKS, "loading"), help="one of these instead of all")
     args = parser.parse_args()
     device = run.setup(args.device)[0]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.steps} steps\n\n"
-          "| script | model | batch | ordinary step, s | our step, s | ratio | our images/s | "
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.steps} steps\n")
+    if args.only in (None, "loading"):
+        print_loading(args.steps)
+    if args.only == "loading":
+        return
+    print("\n| script | model | batch | ordinary step, s | our step, s | ratio | our images/s | "
           "peak memory, GiB: ordinary, ours |\n|---|---|---|---|---|---|---|---|")
     for script, (model, build, cpu_batch, gpu_batch) in BENCHMARKS.items():
         if args.only in (None, script):

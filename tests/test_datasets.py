@@ -44,6 +44,24 @@ def in_hsv(image, change):
     return 255 * np.array(pixels).T.reshape(image.shape)
 
 
+def test_hue_and_saturation_are_rounded_from_colorsys_whatever_the_colour():
+    colours = np.array([*itertools.product((0, 1, 2, 90, 97, 254, 255), repeat=3)]).T.reshape(3, 7, 49)
+    for steps, factor in itertools.product((-30, -17, -1, 0, 5, 15, 30), (0.5, 1.0, 1.3)):
+        turned, scaled = torch.tensor(np.stack([colours, colours]), dtype=torch.float32)
+        transforms.shift_hue(turned, steps)
+        transforms.scale_saturation(scaled, factor)
+        exact = in_hsv(colours, lambda h, s, v: ((h + steps / 180) % 1, s, v))
+        assert np.abs(turned.numpy() - exact).max() < 0.5 + 1e-6 and (turned == turned.round()).all()
+        exact = in_hsv(colours, lambda h, s, v: (h, min(s * factor, 1), v))
+        assert np.abs(scaled.numpy() - exact).max() < 0.5 + 1e-4 and (scaled == scaled.round()).all()
+
+
+def test_nearest_takes_the_pixels_that_torch_takes():
+    for length, resized in np.random.default_rng(0).integers(1, 2048, (200, 2)).tolist():
+        expected = F.interpolate(torch.arange(length).float()[None, None], resized)[0, 0]
+        assert transforms.nearest(length, resized).tolist() == expected.tolist()
+
+
 def distorted(x):
     """PhotoMetricDistortion in numpy with the same draws: each step at 1/2, contrast first or last."""
     if draw() < 0.5:
@@ -108,7 +126,9 @@ def test_a_sample_equals_the_written_out_pipeline_and_depends_on_its_key_alone(f
     for seed, sample in enumerate(samples):
         torch.manual_seed(seed)
         image, mask = pipeline(*data.read(seed % 5), **options)
-        assert sample["mask"].dtype == torch.int64 and torch.equal(sample["mask"], mask)
+        [on_device] = loaders.to_device({"mask": sample["mask"][None]}, "cpu", "mask")
+        assert on_device.dtype == torch.int64 and torch.equal(on_device[0], mask)
+        assert sample["mask"].dtype == torch.uint8      # until then
         error = ((sample["image"] - image) * STD).abs()
         assert error.max() <= within and sample["index"] == seed % 5
         assert within < 2 or (error < 0.01).float().mean() > 0.9        # ties of rounding
@@ -120,7 +140,7 @@ def test_test_views_keep_the_mask_at_its_own_size(folder):
     for size, square, shape in ((30, False, (30, 42)), (33, True, (33, 33)), (0, False, (40, 56))):
         sample = loaders.TestView(data, size, square)[1]
         expected = F.interpolate(image[None].float(), shape, mode="bilinear")[0]
-        assert sample["image"].shape == (3, *shape) and torch.equal(sample["mask"], mask.long())
+        assert sample["image"].shape == (3, *shape) and torch.equal(sample["mask"], mask)
         assert (sample["image"] * STD + MEAN - expected).abs().max() <= 1.01 and sample["index"] == 1
     assert "--size 0" in message(loaders.TestView, data, 0, square=True)
 

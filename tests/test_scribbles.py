@@ -243,4 +243,4 @@ def test_a_sample_equals_the_pipeline_of_the_paper_on_whole_images(tmp_path, opt
         assert np.abs(sample["image"].permute(1, 2, 0).numpy() - want).max() < 2e-4
         assert (sample["mask"].numpy() != want_mask).mean() < 2e-3      # ties of rounding
         assert sample["classes"].tolist() == [c in mask for c in range(4)]  # of the whole image
-        assert sample["mask"].dtype == torch.int64
+        assert sample["mask"].dtype == torch.uint8
