@@ -162,9 +162,8 @@ class MethodConfig(RunConfig):
     predict: str = opt("", "image or folder: write ids and overlays to OUT/predictions, stop", uses_run=True)
     infer: str = opt("plain", "prototypes that --predict uses: plain = none; others as in Table 4",
                      choices=("plain", "filter", "classifier", "scores"), runtime=True)
-    draw: list = opt((), "IMAGE STROKES: adapt the run in OUT to the strokes on this image, write "
-                     "OUT/drawings and stop. STROKES is an index PNG, or a PNG painted in the colours of "
-                     "OUT/figures/colours.png, on the image itself or on nothing", uses_run=True)
+    draw: list = opt((), "IMAGE STROKES: adapt the run in OUT to strokes (ids, or painted in the colours of "
+                     "OUT/figures/colours.png), write OUT/drawings and stop", uses_run=True)
     draw_steps: int = opt(40, "training steps of --draw", above=0, runtime=True)
     draw_lr: float = opt(2e-4, "learning rate of --draw; the backbone's is a tenth", above=0, runtime=True)
     table: int = opt(0, "train and evaluate the rows of this table of the paper on the chosen preset",
@@ -947,9 +946,9 @@ def draw(cfg, device):
     classes = progress["classes"]
     paths = predictor.net.paths()[-1:]
     image = files.read_large_enough(cfg.draw[0])
+    stem = Path(cfg.out) / "drawings" / Path(cfg.draw[0]).stem
     scribbles = strokes.painted_strokes(cfg.draw[1], image, len(classes))
-    if not (scribbles == 0).any():
-        print(f"note: no stroke of {classes[0]}; a few help to tell where the others end")
+    pfa_figures.save_strokes(stem, scribbles, classes)
     size = image.shape[1:]
     factor = min(1, cfg.crop / min(size))
     x = segmentation.network_input(resize(image, [round(side * factor) for side in size]))
@@ -961,7 +960,6 @@ def draw(cfg, device):
     after = {"after, plain": plain.ids}
     for path, ids in predictor.augmented(plain, present, paths).items():
         after[f"after, {path}, classes of the strokes"] = ids
-    stem = Path(cfg.out) / "drawings" / Path(cfg.draw[0]).stem
     pfa_figures.save_drawing(stem, image, scribbles, before, after, classes, cfg.draw_steps)
 
 
