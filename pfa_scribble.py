@@ -100,12 +100,12 @@ class MethodConfig(RunConfig):
     augment: str = opt("both", "which prototypes augment (Table 2)", choices=("both", "local", "global"))
     reading: str = opt("paper", "official = the released code where it differs, [D*] at the top of the file",
                        choices=("paper", "official"))
-    dataset: str = opt("voc_scribble", "reader of --data; voc and folder need --scribbles",
+    dataset: str = opt("voc_scribble", "reader of --data; voc needs --scribbles",
                        choices=("toy_scenes", "voc_scribble", "voc", "folder"))
     ignore: int = opt(None, "folder: value of unlabelled pixels in masks, besides 255 (data/README.md)",
                       at_least=0, at_most=255)
-    scribbles: str = opt("", "folder of strokes (data/README.md), if the data set has none of its own")
-    scribble_drop: float = opt(0.0, "share of the strokes left out (Fig. 8)", at_least=0, below=1)
+    scribbles: str = opt("", "folder of strokes (default: the data set's own, see data/README.md)")
+    scribble_drop: float = opt(0.0, "share of the strokes left out (Fig. 8) [D18]", at_least=0, below=1)
     scribble_shrink: float = opt(0.0, "share cut off every stroke; 1 leaves dots", at_least=0, at_most=1)
     train_split: str = opt("trainaug", "split to train on, with its strokes")
     val_split: str = opt("val", "split to evaluate on during the training")
@@ -198,10 +198,9 @@ PRESETS = {                                                              # toy, 
                 warmup=120, lr=2e-3, head_lr=1.0, train_classifier=True, classifier_backbone="tiny",
                 classifier_weights="none", classifier_size=96, classifier_iterations=400,
                 classifier_lr=2e-3, score_threshold=0.1, eval_every=300, save_every=150, workers=0),
-    "small": dict(dataset="folder", scribbles="scribbles", train_split="train", backbone="mobilenet_v2",
-                  crop=320, batch_size=8, iterations=4000, warmup=800, lr=1e-4,
-                  classifier_backbone="mobilenet_v2", classifier_size=256, classifier_iterations=1000,
-                  eval_every=1000, save_every=200),
+    "small": dict(dataset="folder", train_split="train", backbone="mobilenet_v2", crop=320, batch_size=8,
+                  iterations=4000, warmup=800, lr=1e-4, classifier_backbone="mobilenet_v2",
+                  classifier_size=256, classifier_iterations=1000, eval_every=1000, save_every=200),
     "voc-b1": dict(),
     "voc-b3": dict(backbone="mit_b3"),
     "voc-b5": dict(backbone="mit_b5"),
