@@ -49,16 +49,16 @@ Where the print is silent, contradicts itself, or differs from the released code
 [D8] L_con is "MSE" in the text and a cross-entropy in Eq. (10). We take Eq. (10), a mean over pixels and not
      a sum; both sides get gradient, as in the code. Code: softmax twice, the augmented one is the target.
 [D9] "Classes of the current image": those with a stroke in the crop, so that no prototype is made of a class
-     that cannot be seen (the background always counts, as in the code). Code: those of the whole image.
+     that cannot be seen; in the code, in the image. Both make one of the background even if there is none.
 [D10] The memory is updated before it is used. It is full when every class that has a stroke in some training
-     image has n prototypes: a class without any would prevent the last phase.
+     image has n prototypes: a class without any would prevent the last phase. Every 20th iteration asks.
 [D11] Length, warm-up and milestones are not printed. From the code: 200 epochs (10,582 images), 30 of
      warm-up. Ours: the multi-step rate falls to a tenth after 60 % and 85 %; the code's falls linearly (once
      an epoch, ours every iteration). The "decay weight of 0.01" is AdamW's, as in the code.
 [D12] The code freezes the backbone's LayerNorms; the paper does not say so.
-[D13] Where F sits in ResNet-101 is not known. DeepLabv2: 256 channels between backbone and its four dilated
-     convolutions, which are the classifier. DeepLabv3+: the map before the last 1x1 convolution. Every MiT
-     has C = 256, and stride 1 in its last patch embedding (from the code; Table 3's FLOPs agree).
+[D13] Where F sits in ResNet-101 is not known. DeepLabv2: 256 channels before its four dilated convolutions,
+     the classifier; 180 G multiply-adds at stride 8, 53 at 16, printed 75.2. DeepLabv3+: the map before the
+     last 1x1 convolution. MiT: C = 256, stride 1 in the last patch embedding (code; Table 3's FLOPs agree).
 [D14] Rotation, blur and flip happen with probability 1/2 each (code; the paper: all images "undergo" them).
      Fill and padding are void. Logits are resized with aligned corners, as in the code.
 [D15] Q2L and MCAR (Table 4) are replaced by --class-scores FILE, or by a classifier trained on the strokes'
@@ -66,6 +66,7 @@ Where the print is silent, contradicts itself, or differs from the released code
 [D16] Validation: whole images, no true classes, last weights. Code: centre crop, true classes, best weights.
 [D17] toy, small: recipes of ours for networks without MiT weights (chosen on toy's val split). On CUDA the
      networks run in bfloat16, prototypes, augmenter and losses in float32; the code knows float32 alone.
+[D18] Fig. 8: each stroke (not object or image) is dropped with the given probability, or loses its ends.
 """
 import math
 from dataclasses import dataclass, replace
@@ -481,13 +482,17 @@ def build_model(cfg, num_classes, weights="none"):
 
 # ---- one training step -----------------------------------------------------------------------------------
 
-def phase_of(net, iteration, cfg):
-    """Phase of an iteration, counted from 0 (Sec. 3.3.3): warmup, local, global; or a baseline's method."""
+def phase_of(net, iteration, cfg, passed=()):
+    """Phase of an iteration, counted from 0 (Sec. 3.3.3): warmup, local, global; or a baseline's method.
+
+    passed: phases so far. Asking the memory waits for the device, so after 20 iterations every 20th does.
+    """
     if cfg.method != "pfa":
         return cfg.method
     if iteration < cfg.warmup:
         return "warmup"
-    return "global" if cfg.augment != "local" and net.memory_full() else "local"
+    asks = cfg.augment != "local" and (iteration < cfg.warmup + 20 or iteration % 20 == 0)          # [D10]
+    return "global" if "global" in passed or asks and net.memory_full() else "local"
 
 
 def paths_of_phase(phase, cfg):
@@ -586,16 +591,13 @@ def train(cfg, machine):
     scale = (cfg.scale_min, cfg.scale_max)
     view = ScribbleView(sets["train"], 0, cfg.crop, scale, cfg.rotation, cfg.blur)       # Sec. 4.2 [D14]
     tell_time(parts, view, sets, progress, cfg, machine)
-    start = progress["iteration"]
-    phase = None
+    start, phase = progress["iteration"], None
     loader = train_loader(view, cfg.batch_size, cfg.seed, start, cfg.iterations, cfg.workers, *machine)
     torch.backends.cudnn.benchmark = True                                # crops are of one size
     log = run.Log(cfg.out, progress, machine)
     bar = tqdm(loader, total=cfg.iterations, initial=start, leave=False, disable=machine.quiet)
     for iteration, batch in enumerate(bar, start + 1):
-        before = phase
-        if phase != "global":                                            # phase_of waits for the device
-            phase = phase_of(net, iteration - 1, cfg)
+        before, phase = phase, phase_of(net, iteration - 1, cfg, progress["phases"])
         if phase != before:
             model = wrap(net, phase, cfg, machine)
             tell_phase(phase, iteration, progress["phases"], machine)

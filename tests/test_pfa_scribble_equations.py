@@ -362,6 +362,14 @@ def test_iterations_of_every_phase_are_the_loops(augment, reading, pce):
         assert slope == pytest.approx((high - low) / 2e-6, rel=1e-3, abs=1e-5), name
 
 
+def test_a_memory_that_does_not_fill_is_asked_every_20_iterations():
+    (net, cfg), phases, asked = pixel_net(), [], []                     # 2 iterations of warm-up
+    net.memory_full = lambda: asked.append(len(phases)) or len(phases) >= 45
+    for iteration in range(70):
+        phases.append(pfa.phase_of(net, iteration, cfg, {*phases}))
+    assert asked == [*range(2, 22), 40, 60] and phases == ["warmup"] * 2 + ["local"] * 58 + ["global"] * 10
+
+
 # ---- the network and what learns --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("augment, phase, paths", [
