@@ -52,16 +52,16 @@ Where the print is silent, contradicts itself, or differs from the released code
 [D8] L_con is "MSE" in the text and a cross-entropy in Eq. (10). We take Eq. (10), a mean over pixels and not
      a sum; both sides get gradient, as in the code. Code: softmax twice, the augmented one is the target.
 [D9] "Classes of the current image": those with a stroke in the crop, so that no prototype is made of a class
-     that cannot be seen (the background always counts, as in the code). Code: those of the whole image.
+     that cannot be seen; in the code, in the image. Both make one of the background even if there is none.
 [D10] The memory is updated before it is used. It is full when every class that has a stroke in some training
-     image has n prototypes: a class without any would prevent the last phase.
+     image has n prototypes: a class without any would prevent the last phase. Every 20th iteration asks.
 [D11] Length, warm-up and milestones are not printed. From the code: 200 epochs (10,582 images), 30 of
      warm-up. Ours: the multi-step rate falls to a tenth after 60 % and 85 %; the code's falls linearly (once
      an epoch, ours every iteration). The "decay weight of 0.01" is AdamW's, as in the code.
 [D12] The code freezes the backbone's LayerNorms; the paper does not say so.
-[D13] Where F sits in ResNet-101 is not known. DeepLabv2: 256 channels between backbone and its four dilated
-     convolutions, which are the classifier. DeepLabv3+: the map before the last 1x1 convolution. Every MiT
-     has C = 256, and stride 1 in its last patch embedding (from the code; Table 3's FLOPs agree).
+[D13] Where F sits in ResNet-101 is not known. DeepLabv2: 256 channels before its four dilated convolutions,
+     the classifier; 180 G multiply-adds at stride 8, 53 at 16, printed 75.2. DeepLabv3+: the map before the
+     last 1x1 convolution. MiT: C = 256, stride 1 in the last patch embedding (code; Table 3's FLOPs agree).
 [D14] Rotation, blur and flip happen with probability 1/2 each (code; the paper: all images "undergo" them).
      Fill and padding are void: L_pce leaves them out, L_con counts them (6 % of a toy crop; the code too).
      Logits are resized with aligned corners, as in the code.
@@ -71,6 +71,7 @@ Where the print is silent, contradicts itself, or differs from the released code
 [D17] toy, small: recipes of ours for networks without MiT weights (chosen on toy's val split). On CUDA the
      networks run in bfloat16, prototypes, augmenter and losses in float32; the code knows float32 alone.
 [D18] --wrong-classes, 0 in the paper: global keys are always true in training, and noisy at test.
+[D19] Fig. 8: each stroke (not object or image) is dropped with the given probability, or loses its ends.
 """
 import math
 from dataclasses import dataclass, replace
@@ -106,12 +107,12 @@ class MethodConfig(RunConfig):
     augment: str = opt("both", "which prototypes augment (Table 2)", choices=("both", "local", "global"))
     reading: str = opt("paper", "official = the released code where it differs, [D*] at the top of the file",
                        choices=("paper", "official"))
-    dataset: str = opt("voc_scribble", "reader of --data; voc and folder need --scribbles",
+    dataset: str = opt("voc_scribble", "reader of --data; voc needs --scribbles",
                        choices=("toy_scenes", "voc_scribble", "voc", "folder"))
     ignore: int = opt(None, "folder: value of unlabelled pixels in masks, besides 255 (data/README.md)",
                       at_least=0, at_most=255)
-    scribbles: str = opt("", "folder of strokes (data/README.md), if the data set has none of its own")
-    scribble_drop: float = opt(0.0, "share of the strokes left out (Fig. 8)", at_least=0, below=1)
+    scribbles: str = opt("", "folder of strokes (default: the data set's own, see data/README.md)")
+    scribble_drop: float = opt(0.0, "share of the strokes left out (Fig. 8) [D19]", at_least=0, below=1)
     scribble_shrink: float = opt(0.0, "share cut off every stroke; 1 leaves dots", at_least=0, at_most=1)
     train_split: str = opt("trainaug", "split to train on, with its strokes")
     val_split: str = opt("val", "split to evaluate on during the training")
@@ -170,9 +171,8 @@ class MethodConfig(RunConfig):
     predict: str = opt("", "image or folder: write ids and overlays to OUT/predictions, stop", uses_run=True)
     infer: str = opt("plain", "prototypes that --predict uses: plain = none; others as in Table 4",
                      choices=("plain", "filter", "classifier", "scores"), runtime=True)
-    draw: list = opt((), "IMAGE STROKES: adapt the run in OUT to the strokes on this image, write "
-                     "OUT/drawings and stop. STROKES is an index PNG, or a PNG painted in the colours of "
-                     "OUT/figures/colours.png, on the image itself or on nothing", uses_run=True)
+    draw: list = opt((), "IMAGE STROKES: adapt the run in OUT to strokes (ids, or painted in the colours of "
+                     "OUT/figures/colours.png), write OUT/drawings and stop", uses_run=True)
     draw_steps: int = opt(40, "training steps of --draw", above=0, runtime=True)
     draw_lr: float = opt(2e-4, "learning rate of --draw; the backbone's is a tenth", above=0, runtime=True)
     table: int = opt(0, "train and evaluate the rows of this table of the paper on the chosen preset",
@@ -208,10 +208,9 @@ PRESETS = {                                                              # toy, 
                 classifier_weights="none", classifier_size=96, classifier_iterations=400,
                 classifier_lr=2e-3, score_threshold=0.1, filter=45, eval_every=300, save_every=150,
                 workers=0),
-    "small": dict(dataset="folder", scribbles="scribbles", train_split="train", backbone="mobilenet_v2",
-                  crop=320, batch_size=8, iterations=4000, warmup=800, lr=1e-4,
-                  classifier_backbone="mobilenet_v2", classifier_size=256, classifier_iterations=1000,
-                  eval_every=1000, save_every=200),
+    "small": dict(dataset="folder", train_split="train", backbone="mobilenet_v2", crop=320, batch_size=8,
+                  iterations=4000, warmup=800, lr=1e-4, classifier_backbone="mobilenet_v2",
+                  classifier_size=256, classifier_iterations=1000, eval_every=1000, save_every=200),
     "voc-b1": dict(),
     "voc-b3": dict(backbone="mit_b3"),
     "voc-b5": dict(backbone="mit_b5"),
@@ -482,13 +481,17 @@ def build_model(cfg, num_classes, weights="none"):
 
 # ---- one training step -----------------------------------------------------------------------------------
 
-def phase_of(net, iteration, cfg):
-    """Phase of an iteration, counted from 0 (Sec. 3.3.3): warmup, local, global; or a baseline's method."""
+def phase_of(net, iteration, cfg, passed=()):
+    """Phase of an iteration, counted from 0 (Sec. 3.3.3): warmup, local, global; or a baseline's method.
+
+    passed: phases so far. Asking the memory waits for the device, so after 20 iterations every 20th does.
+    """
     if cfg.method != "pfa":
         return cfg.method
     if iteration < cfg.warmup:
         return "warmup"
-    return "global" if cfg.augment != "local" and net.memory_full() else "local"
+    asks = cfg.augment != "local" and (iteration < cfg.warmup + 20 or iteration % 20 == 0)          # [D10]
+    return "global" if "global" in passed or asks and net.memory_full() else "local"
 
 
 def paths_of_phase(phase, cfg):
@@ -588,16 +591,13 @@ def train(cfg, machine):
     scale = (cfg.scale_min, cfg.scale_max)
     view = ScribbleView(sets["train"], 0, cfg.crop, scale, cfg.rotation, cfg.blur)       # Sec. 4.2 [D14]
     tell_time(parts, view, sets, progress, cfg, machine)
-    start = progress["iteration"]
-    phase = None
+    start, phase = progress["iteration"], None
     loader = train_loader(view, cfg.batch_size, cfg.seed, start, cfg.iterations, cfg.workers, *machine)
     torch.backends.cudnn.benchmark = True                                # crops are of one size
     log = run.Log(cfg.out, progress, machine)
     bar = tqdm(loader, total=cfg.iterations, initial=start, leave=False, disable=machine.quiet)
     for iteration, batch in enumerate(bar, start + 1):
-        before = phase
-        if phase != "global":                                            # phase_of waits for the device
-            phase = phase_of(net, iteration - 1, cfg)
+        before, phase = phase, phase_of(net, iteration - 1, cfg, progress["phases"])
         if phase != before:
             model = wrap(net, phase, cfg, machine)
             tell_phase(phase, iteration, progress["phases"], machine)
@@ -957,9 +957,9 @@ def draw(cfg, device):
     classes = progress["classes"]
     paths = predictor.net.paths()[-1:]
     image = files.read_large_enough(cfg.draw[0])
+    stem = Path(cfg.out) / "drawings" / Path(cfg.draw[0]).stem
     scribbles = strokes.painted_strokes(cfg.draw[1], image, classes)
-    if not (scribbles == 0).any():
-        print(f"note: no stroke of {classes[0]}; a few help to tell where the others end")
+    pfa_figures.save_strokes(stem, scribbles, classes)
     size = image.shape[1:]
     factor = min(1, cfg.crop / min(size))
     x = segmentation.network_input(resize(image, [round(side * factor) for side in size]))
@@ -971,7 +971,6 @@ def draw(cfg, device):
     after = {"after, plain": plain.ids}
     for path, ids in predictor.augmented(plain, present, paths).items():
         after[f"after, {path}, classes of the strokes"] = ids
-    stem = Path(cfg.out) / "drawings" / Path(cfg.draw[0]).stem
     pfa_figures.save_drawing(stem, image, scribbles, before, after, classes, cfg.draw_steps)
 
 

@@ -64,7 +64,8 @@ def read_scores(path, names, num_classes):
         with np.load(path, allow_pickle=False) as file:
             rows = {composed(name): file[name] for name in file.files}
     except Exception as error:                           # numpy raises many types for a wrong file
-        raise UserError(f"--class-scores {path} cannot be read ({error}): an .npz file is needed, written "
+        reason = getattr(error, "strerror", None) or "it is damaged, or holds something else"
+        raise UserError(f"--class-scores {path} cannot be read ({reason}): an .npz file is needed, written "
                         "by numpy.savez(path, **{image name: scores}).") from None
     missing = [name for name in names if key_of(name) not in rows]
     if missing:

@@ -204,12 +204,24 @@ def draw_attention_matrix(file, omega, mask, label, classes, path):
                         title=f"Mean attention of a class's pixels (rows) to the {path} prototypes")
 
 
+def save_strokes(stem, scribbles, classes):
+    """Says how the strokes of --draw were understood, and writes them: STEM_strokes.png, an index PNG which
+    shows unlabelled pixels, 255, in white, so that a paint program can go on with it."""
+    colours = figures.CLASS_COLOURS.clone()
+    colours[255] = 255
+    figures.write_png(f"{stem}_strokes.png", figures.index_picture(scribbles.numpy(), colours))
+    pixels = scribbles.flatten().bincount(minlength=256)[:len(classes)].tolist()
+    print("strokes: " + ", ".join(f"{classes[c]} {n} px" for c, n in enumerate(pixels) if n), flush=True)
+    if not pixels[0]:
+        print(f"note: no stroke of {classes[0]}; a few help to tell where the others end")
+
+
 def save_drawing(stem, image, scribbles, before, after, classes, steps):
     """What --draw writes and says. before: plain ids (H,W); after: {caption: ids}, the last one counts."""
     last = list(after.values())[-1]
     figures.know_classes(classes)
     figures.save_prediction(stem.parent, stem.name, image, last.to(torch.uint8).cpu())
-    cells = [(with_strokes(image, scribbles), "strokes")]
+    cells = [(with_strokes(image, scribbles), "strokes, as understood")]
     for caption, ids in {"before": before, **after}.items():
         cells.append((in_colours(image, ids), caption))
     legend = figures.legend_of(classes, scribbles, before, *after.values())

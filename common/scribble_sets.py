@@ -17,11 +17,12 @@ def open_sets(cfg):
     """{"train", "val", "test"}: SegmentationSets; train has strokes, for --method full its full masks."""
     if cfg.method == "full":
         train = open_full(cfg, cfg.train_split)
-    elif cfg.dataset in ("voc", "folder") and not cfg.scribbles:
-        raise UserError(f"--dataset {cfg.dataset} has full masks: name the folder of the strokes, "
-                        "--scribbles FOLDER (data/README.md), or take --method full.")
+    elif cfg.dataset == "voc" and not cfg.scribbles:
+        raise UserError("--dataset voc has full masks: name the folder of the strokes, --scribbles FOLDER "
+                        "(data/README.md), or take --method full.")
     else:
-        folder = "scribbles" if cfg.dataset == "toy_scenes" else cfg.scribbles
+        own = "scribbles" if cfg.dataset in ("toy_scenes", "folder") else ""       # voc_scribble has others
+        folder = cfg.scribbles or own
         train = open_dataset(cfg.dataset, cfg.data, cfg.train_split, mask_dir=folder, ignore=cfg.ignore)
         if cfg.scribble_drop or cfg.scribble_shrink:
             train = WeakerScribbles(train, cfg.scribble_drop, cfg.scribble_shrink, cfg.seed)

@@ -7,10 +7,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from common.figures import palette
-from common.files import load_picture, read_index_map
+from common.files import load_picture, palette_of, read_index_map
 from common.regions import connected_components, depth_inside, geodesic_distance
 from common.run import UserError
 
@@ -28,8 +29,9 @@ def read_strokes(path):
     """ScribbleSup XML file -> (width, height) of its image, strokes [(class id, points float (n,2))].
 
     Below the root are a <size> with <width> and <height>, and for each stroke a <polygon> with its class
-    name in <tag> and with <point>s of x and y. Strokes without a point are left out. UserError: damaged or
-    another kind of file, a class name that is not in CLASS_ID, a stroke that lies wholly outside the image.
+    name in <tag> and with <point>s of <X> and <Y>, or of two elements, x first. Strokes without a point are
+    left out. UserError: damaged or another kind of file, a class name that is not in CLASS_ID, a stroke that
+    lies wholly outside the image, points that only lie inside if x and y change places.
     """
     try:
         root = ElementTree.parse(path).getroot()
@@ -37,7 +39,8 @@ def read_strokes(path):
             raise ValueError("it has no <size>, or describes boxes, <object>, and not strokes, <polygon>")
         width, height = (int(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
         drawn = [(stroke.findtext("tag", "").strip(),
-                  np.array([[float(point[0].text), float(point[1].text)] for point in stroke.iter("point")]))
+                  np.array([[float(point.findtext(axis) or point[k].text) for k, axis in enumerate("XY")]
+                            for point in stroke.iter("point")]).reshape(-1, 2))
                  for stroke in root.iter("polygon")]
         if min(width, height) < 1 or not all(np.isfinite(points).all() for _, points in drawn):
             raise ValueError("the size or a coordinate is no proper number")
@@ -46,6 +49,13 @@ def read_strokes(path):
     except (OSError, SyntaxError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path} cannot be read as a file of strokes ({error}): it is damaged or of another "
                         "kind, so take the XML files of ScribbleSup (see data/README.md).") from None
+
+    def outside(points):                                                 # by more than a slip of 2 pixels
+        return ~((points > -3) & (points < (width + 2, height + 2))).all(1)
+    every = np.concatenate([np.empty((0, 2)), *(points for _, points in drawn)])
+    if outside(every).sum() > 2 and not outside(every[:, ::-1]).any():
+        raise UserError(f"{path}: {outside(every).sum()} of {len(every)} points lie outside the image of "
+                        f"{width} x {height} pixels, but none if x and y change places: write x first.")
     strokes = []
     for name, points in drawn:
         if name.lower() not in CLASS_ID:
@@ -53,7 +63,7 @@ def read_strokes(path):
                             f"one of {', '.join(XML_NAMES)}.")
         if not len(points):
             continue
-        if not ((points > -3) & (points < (width + 2, height + 2))).all(1).any():       # 2 pixels of a slip
+        if outside(points).all():
             x, y = points[0]
             raise UserError(f"{path}: a stroke of {name}, which begins at ({x:g}, {y:g}), lies outside the "
                             f"image of {width} x {height} pixels: take the file that belongs to the image.")
@@ -157,13 +167,36 @@ def weaken(scribbles, drop=0.0, shrink=0.0, seed=0):
 
 # ---- strokes painted by hand -----------------------------------------------------------------------------
 
+def classes_of_colours(colour, changed, classes):
+    """Class ids uint8 (H,W) of a painting, see painted_strokes. colour int32 (3,H,W), changed bool (H,W)."""
+    code = colour[0] * 65536 + colour[1] * 256 + colour[2]
+    squares = code.unfold(0, 2, 1).unfold(1, 2, 1).flatten(2)                                 # (H-1,W-1,4)
+    equal = (squares == squares[..., :1]).all(2).float()
+    even = F.max_pool2d(F.pad(equal, (1, 1, 1, 1))[None], 2, 1)[0] > 0   # in such a square, (H,W)
+    code, index = code[changed].unique(return_inverse=True)              # few colours, many pixels
+    colours = torch.stack([code // 65536, code // 256 % 256, code % 256], 1).float()                # (U,3)
+    own = palette(classes).float()                                                                  # (N,3)
+    away, nearest = torch.cdist(colours, own, p=torch.inf).min(1)
+    is_seed = (away[index] == 0) | (away[index] <= 20) & even[changed]
+    ids = torch.full(changed.shape, UNLABELLED, dtype=torch.uint8)
+    ids[changed] = torch.where(is_seed, nearest[index], UNLABELLED).to(torch.uint8)
+    y, x = (changed & (ids == UNLABELLED)).nonzero().T                   # M blends
+    framed = F.pad(ids, (1, 1, 1, 1), value=UNLABELLED)
+    around = torch.stack([framed[y + dy, x + dx] for dy, dx in np.ndindex(3, 3)], 1).long()         # (M,9)
+    away = (colour[:, y, x].T[:, None] - own[around.clamp(max=len(own) - 1)]).abs().amax(2)
+    best = torch.where(around == UNLABELLED, 256, away).argmin(1, keepdim=True)
+    ids[y, x] = around.gather(1, best)[:, 0].to(torch.uint8)
+    return ids
+
+
 def painted_strokes(path, image, classes):
     """Strokes somebody drew on a photograph -> uint8 (H,W): class ids, 255 = unlabelled.
 
-    image uint8 (3,H,W). An index PNG as data/README.md describes it, or a painting in the colours of
-    figures.palette: on transparency, on white, or on the image, whose unchanged pixels are no strokes.
-    A painted pixel has the class whose colour is at most 40 away in each of R, G and B. UserError: another
-    size, nothing labelled.
+    image uint8 (3,H,W). An index PNG (data/README.md), or a painting in the colours of figures.palette: on
+    transparency, on white or black, or on the image, whose unchanged pixels are no strokes. Seeds of a class
+    have exactly its colour, or (programs shift it) lie in a 2 x 2 square of equal pixels at most 20 away in
+    R, G, B. Other changed pixels are blends, as at the edge of a brush: they take, of the classes of the
+    seeds they touch, the nearest in colour. UserError: JPEG, another size, too much changed, no stroke.
     """
     picture = load_picture(path)
     if picture.format == "JPEG":
@@ -172,26 +205,32 @@ def painted_strokes(path, image, classes):
     if (picture.width, picture.height) != (image.shape[2], image.shape[1]):
         raise UserError(f"--draw: the image is {image.shape[2]} x {image.shape[1]} pixels, but its strokes "
                         f"{path} are {picture.width} x {picture.height}: both must have the same size.")
-    if len(picture.getbands()) == 1:
+    is_map = len(picture.getbands()) == 1
+    if picture.mode == "P":                              # ids alone, none of them in another class's colour
+        id_of, shown = {tuple(c): i for i, c in enumerate(palette(classes).tolist())}, palette_of(path)
+        is_map = "transparency" not in picture.info and all(
+            id_of.get(tuple(shown[value]), value) == value and value in (*range(len(classes)), UNLABELLED)
+            for value in np.unique(picture).tolist())
+    if is_map:
         ids = read_index_map(path, len(classes))
     else:
-        painted = torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1)              # (4,H,W)
-        changed = (painted[3] > 127) & (painted[:3] != image).any(0)                                # (H,W)
-        r, g, b = painted[:3, changed].int()
-        code, index = (r * 65536 + g * 256 + b).unique(return_inverse=True)    # few colours, many pixels
-        colours = torch.stack([code // 65536, code // 256 % 256, code % 256], 1)                    # (U,3)
-        distance = (colours[:, None] - palette(classes).int()).abs().amax(2)                        # (U,N)
-        nearest, class_id = distance.min(1)                                                         # (U,)
-        ids = torch.full(changed.shape, UNLABELLED, dtype=torch.uint8)
-        ids[changed] = torch.where(nearest <= 40, class_id, UNLABELLED).to(torch.uint8)[index]
+        painted = torch.from_numpy(np.array(picture.convert("RGBA"))).permute(2, 0, 1).int()
+        colour, paper = painted[:3], (painted[:3] < 4).all(0) | (painted[:3] > 251).all(0)
+        changed = (colour != image).any(0) & (painted[3] > 127) & ~paper                            # (H,W)
+        if changed.float().mean() > 1 / 3:
+            raise UserError(f"--draw: {100 * changed.float().mean():.0f} % of {path} differ from the image, "
+                            "but strokes are a third of it at most: paint on a copy of the image or on a "
+                            "transparent layer, and save it as PNG alone.")
+        ids = classes_of_colours(colour, changed, classes)
+        piece = connected_components(changed.numpy().astype(np.int32))
+        lost = np.bincount(piece[~np.isin(piece, piece[~changed | (ids != UNLABELLED)])])
+        if (lost >= MIN_PIXELS).any():
+            print(f"note: {lost[lost >= MIN_PIXELS].sum()} px of {path} have no class's colour: left out")
     if (ids == UNLABELLED).all():
-        raise UserError(f"--draw: {path} has no stroke in the classes' colours: it must hold class ids along "
-                        "strokes and 255 elsewhere, or strokes painted, opaque, in those of "
-                        "figures/colours.png.")
-    share = 100 * (ids != UNLABELLED).float().mean().item()
-    if share > 50:
-        print(f"note: the strokes in {path} cover {share:.0f} % of the image: if 0 means unlabelled there, "
-              "write 255")
+        raise UserError(f"--draw: {path} has no stroke: it must hold class ids along strokes, 255 "
+                        "elsewhere, or strokes painted, opaque, in the colours of figures/colours.png.")
+    if (ids != UNLABELLED).float().mean() > 0.5:
+        print(f"note: {path} labels more than half of the image: if 0 means unlabelled there, write 255")
     return ids
 
 

@@ -28,7 +28,7 @@ from trees import write
 CPU, NAME, CLASSES, N = torch.device("cpu"), "pfa_scribble", toy_scenes.CLASSES, 14
 SHORT, FILTERS = SHORT[NAME], [f"filter_{T}" for T in (0, 45, 100, 500, 1000)]
 TOLD = [f"{path}{end}" for path in ("plain", "local", "global") for end in ("", "_restricted")][1:]
-OFFICIAL = "--reading official --augment global --slots 2 --iterations 20".split()
+OFFICIAL = "--reading official --augment global --slots 2 --iterations 27".split()
 pytestmark = pytest.mark.usefixtures("few_toys")
 
 
@@ -147,7 +147,7 @@ def test_a_run_says_what_nobody_drew_and_when_a_phase_begins(base, official):
 
 def test_an_official_run_resumes_and_a_split_without_labels_is_a_sentence(official, tmp_path):
     data = Path(shutil.copytree(official.parent / "data", tmp_path / "data"))
-    interrupt(NAME, 12, "--out", tmp_path / "run", *SHORT, *on(data), *OFFICIAL)
+    interrupt(NAME, 26, "--out", tmp_path / "run", *SHORT, *on(data), *OFFICIAL)    # no iteration that asks
     quick("--out", tmp_path / "run", "--resume")
     assert_same_run(official, tmp_path / "run")
     for file in (data / "masks" / "val").iterdir():
@@ -191,6 +191,10 @@ def test_which_masks_a_run_reads(folder, tmp_path):
     sets = pfa.open_sets(settings("voc-b1", data=str(data), test_split="train"))
     found = {name: sets[name].read_mask(0).unique().tolist() for name in sets}
     assert found == dict(train=[7], val=[3], test=[3])
+    small = pfa.open_sets(settings("small", dataset="voc_scribble", data=str(data)))
+    assert small["train"].read_mask(0).unique().tolist() == [7]
+    small = pfa.open_sets(settings("small", data=str(folder)))["train"]
+    assert torch.equal(small.read_mask(1), pfa.open_sets(settings())["train"].read_mask(1))
 
 
 # ---- evaluation, classes from a classifier, scores of one's own ----
@@ -310,6 +314,8 @@ def test_scores_of_ones_own_may_lack_the_background_but_no_image_and_no_class(ba
         np.savez(path, **wrong)
         said = mistake(NAME, "--out", tmp_path / "new", *SHORT, "--class-scores", path)
         assert f"--class-scores {path}" in said and words in said and not (tmp_path / "new").exists()
+    said = mistake(NAME, "--out", tmp_path / "new", *SHORT, "--class-scores", base / "log.csv")
+    assert "holds something else" in said and "pickle" not in said
 
 
 # ---- predict, draw, baseline ----
@@ -335,31 +341,35 @@ def test_predict_and_draw_say_what_is_missing(base, runs, folder, tmp_path):
                                 ("local", "classifier", "--train-classifier"),
                                 ("base", "scores", "--class-scores FILE")):
         assert words in mistake(NAME, "--out", runs[which], "--predict", image, "--infer", infer)
-    for words, strokes in (("128 x 127", ids[1:]), ("figures/colours.png", ids), ("25", ids // 10)):
+    Image.open(image).save(tmp_path / "d.jpg", quality=90)
+    assert "d.jpg is a JPEG file" in mistake(NAME, "--out", base, "--draw", image, tmp_path / "d.jpg")
+    for words, strokes in (("128 x 127", ids[1:]), ("figures/colours.png", ids), ("25", ids // 10),
+                           ("100 % of", ids_in(tmp_path / "d.jpg"))):
         assert words in mistake(NAME, "--out", base, "--draw", image, change(tmp_path / "d.png", strokes))
     assert "give two files" in mistake(NAME, "--out", base, "--draw", image)
-    change(tmp_path / "d.jpg", np.zeros((128, 128, 3)))
-    assert "d.jpg is a JPEG file" in mistake(NAME, "--out", base, "--draw", image, tmp_path / "d.jpg")
     small = change(tmp_path / "small.png", np.zeros((31, 51, 3)))
     assert "51 x 31" in mistake(NAME, "--out", base, "--predict", small)
 
 
-@pytest.mark.parametrize("which, transparent", [("base", False), ("local", True), ("pce", False)])
-def test_draw_adapts_a_copy_of_the_run_to_painted_strokes(runs, folder, tmp_path, which, transparent):
-    """In the colours of colours.png, on the image or on nothing; a note if the background has no stroke."""
+@pytest.mark.parametrize("which", ["base", "local", "pce"])
+def test_draw_adapts_a_copy_of_the_run_to_painted_strokes(runs, folder, tmp_path, which):
+    """In the colours of colours.png; says how it read them, with a note if the background has no stroke."""
     out, file = copy_of(runs[which], tmp_path / "run"), folder / "images" / "test" / "0001.png"
-    colours, ids, before = figures.palette(CLASSES).numpy(), scene(1)["scribbles"], (out / "last.pt").read_bytes()
+    colours, ids = figures.palette(CLASSES).numpy(), scene(1)["scribbles"]
+    before = (out / "last.pt").read_bytes()
     ids = np.where((ids == 0) & (which == "local"), 255, ids)
     painted = np.where(ids[..., None] < 255, colours[np.minimum(ids, N - 1)], ids_in(file))
-    if transparent:
-        painted = np.dstack([painted, np.where(ids < 255, 255, 0)])
     said = done(NAME, "--out", out, "--draw", file, change(tmp_path / "painted.png", painted))
     shares = re.search(r"(\d+) % of the stroke pixels .* (\d+) % after 40 steps", said)
     first, after = map(int, shares.groups())
     right = (ids_in(out / "drawings" / "0001.png") == ids)[ids < 255]
     assert after == pytest.approx(100 * right.mean(), abs=0.51) and after > first
     assert ("note: no stroke of background" in said) == (which == "local")
-    assert files(out / "drawings") == {"0001.png", "0001_overlay.png", "0001_before_after.png"}
+    ends = ("", "_strokes", "_overlay", "_before_after")
+    assert files(out / "drawings") == {f"0001{end}.png" for end in ends}
+    assert np.array_equal(ids_in(out / "drawings" / "0001_strokes.png"), ids)
+    told = [f"{name} {(ids == c).sum()} px" for c, name in enumerate(CLASSES) if (ids == c).any()]
+    assert f"strokes: {', '.join(told)}\n" in said
     assert (out / "last.pt").read_bytes() == before
 
 

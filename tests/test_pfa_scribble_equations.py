@@ -377,6 +377,14 @@ def test_wrong_classes_are_among_the_global_keys_of_training_and_nowhere_else():
     assert chosen[present].all() and chosen[~present].double().mean().item() == pytest.approx(0.2, abs=0.03)
 
 
+def test_a_memory_that_does_not_fill_is_asked_every_20_iterations():
+    (net, cfg), phases, asked = pixel_net(), [], []                     # 2 iterations of warm-up
+    net.memory_full = lambda: asked.append(len(phases)) or len(phases) >= 45
+    for iteration in range(70):
+        phases.append(pfa.phase_of(net, iteration, cfg, {*phases}))
+    assert asked == [*range(2, 22), 40, 60] and phases == ["warmup"] * 2 + ["local"] * 58 + ["global"] * 10
+
+
 # ---- the network and what learns --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("augment, phase, paths", [

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from common import datasets as ds
-from common import loaders, transforms
+from common import figures, loaders, toy_scenes, transforms
 from common import strokes as st
 from data import prepare_scribbles as prepare
 from trees import draw, message, write
@@ -54,7 +54,9 @@ def xml(width, height, drawn):
     text = f"<annotation><size><width>{width}</width><height>{height}</height></size>"
     for tag, points in drawn:
         text += f"<polygon><tag>{tag}</tag>"
-        text += "".join(f"<point><X>{x}</X><Y>{y}</Y></point>" for x, y in points) + "</polygon>"
+        orders = "<X>{0}</X><Y>{1}</Y>", "<Y>{1}</Y><X>{0}</X>", "<x>{0}</x><y>{1}</y>"
+        points = (orders[k % 3].format(*point) for k, point in enumerate(points))
+        text += "".join(f"<point>{point}</point>" for point in points) + "</polygon>"
     return text + "</annotation>"
 
 
@@ -77,7 +79,8 @@ def test_strokes_are_read_drawn_and_cut_by_the_border(tmp_path):
     (xml(30, 20, [("cow", [("nan", 1)])]), "proper number"),
     (xml(1, 1, [])[:-13] + "<object/></annotation>", "boxes"),
     (xml(30, 20, [("zebra", [(1, 1)])]), "'zebra'.* sheep"),
-    (xml(30, 20, [("dog", [(60, 5), (70, 9)])]), r"dog, .*\(60, 5\), .* 30 x 20")])
+    (xml(30, 20, [("dog", [(60, 5), (70, 9)])]), r"dog, .*\(60, 5\), .* 30 x 20"),
+    (xml(30, 20, [("dog", [(5, 19)] + [(8, 25)] * 3)]), "3 of 4 points .* 30 x 20 .* change places")])
 def test_faulty_xml_files_are_named(tmp_path, text, words):
     write(tmp_path, {"a.xml": text} if text else {})
     assert re.search(f"^{tmp_path}/a.xml.*{words}", message(st.read_strokes, tmp_path / "a.xml"))
@@ -108,6 +111,48 @@ def test_shrinking_by_hand():
     corner = np.array([(0, 0), (10, 0), (10, 30)], float)               # 40 pixels long
     for shrink, left in ((0.25, [[5, 0], [10, 0], [10, 25]]), (0.75, [[10, 5], [10, 15]]), (1, [[10, 10]])):
         assert st.central_part(corner, shrink).tolist() == left
+
+
+BY_HAND = {1: (12, 18, 110, 26), 7: (30, 8, 24, 90), 0: (50, 112, 112, 100), 12: (60, 50, 99, 80)}
+SCENE, WHITE, BLACK = toy_scenes.make_scene(0, 5)["image"], (255, 255, 255), (0, 0, 0)
+HARD, SMOOTH, SOFT = 1, 4, 12                                           # brushes, in quarters of a pixel
+
+
+def painting(paper, brush):
+    """Strokes {class: x0, y0, x1, y1}, 6 pixels wide, on a paper -> RGB (H,W,3), and how much of each class
+    a pixel shows, {class: (H,W)}."""
+    large, pad = Image.new("L", (512, 512), 255), 4 * (brush == SOFT)
+    for c, line in BY_HAND.items():
+        ImageDraw.Draw(large).line([4 * place for place in line], fill=c, width=24)
+    drawn = torch.from_numpy(np.array(large))[None]
+    shares = {c: F.avg_pool2d((drawn == c).double(), brush, 4, pad)[0].numpy() for c in BY_HAND}
+    paint = sum(share[..., None] * figures.palette(toy_scenes.CLASSES)[c].numpy() for c, share in shares.items())
+    return paint + (1 - sum(shares.values())[..., None]) * np.array(paper), shares
+
+
+@pytest.mark.parametrize("paper, brush, form", [
+    (SCENE, SMOOTH, ""), (SCENE, SOFT, ""), (WHITE, SMOOTH, ""), (BLACK, SMOOTH, ""), (BLACK, SOFT, "layer"),
+    (BLACK, SMOOTH, "premultiplied layer"), (BLACK, HARD, "shifted layer"), (WHITE, HARD, "indexed"),
+    (BLACK, HARD, "shifted indexed layer")])
+def test_strokes_of_a_paint_program_keep_their_classes(tmp_path, capsys, paper, brush, form):
+    """What is wholly painted has its class, what is not painted none, a blend none or one it touches."""
+    picture, shares = painting(paper, brush)
+    alpha = sum(shares.values())[..., None]
+    if "layer" in form:
+        rgb = picture if "premultiplied" in form else picture / np.maximum(alpha, 1e-9)
+        picture = np.dstack([rgb - 12 * ("shifted" in form), 255 * alpha]).clip(0, 255)
+    elif not form:
+        picture[2:6, 2:22] = 128                                       # a colour of no class
+    picture = Image.fromarray(picture.round().astype(np.uint8))
+    (picture.quantize(16) if "indexed" in form else picture).save(tmp_path / "a.png")
+    ids = st.painted_strokes(tmp_path / "a.png", torch.from_numpy(SCENE).permute(2, 0, 1),
+                             toy_scenes.CLASSES).numpy()
+    assert set(np.unique(ids)) == {*BY_HAND, 255} and (ids[alpha[..., 0] == 0] == 255).all()
+    for c, share in shares.items():
+        maybe, touched = (F.max_pool2d(torch.from_numpy(seeds)[None].float(), 3, 1, 1)[0].numpy() == 1
+                          for seeds in (share > (0.5 if "layer" in form else 0.98), share == 1))
+        assert (ids[touched & (share > 0.6)] == c).all() and maybe[ids == c].all()
+    assert ("note: 80 px of" in capsys.readouterr().out) == (form == "")
 
 
 @pytest.mark.parametrize("seed", [0, 7, 8])                            # in two, a stroke would cross an edge
