@@ -1,6 +1,6 @@
 """The tables of the paper of cbp_occl.py as data: what a row changes, and what the paper prints for it.
 
-SegFormer-B0, ADE20K, 40K iterations (Sec. 4.3). Of some tables the digits are lost: their titles say the rest.
+SegFormer-B0, ADE20K, 40K iterations (Sec. 4.3). Some tables have lost their digits: see the titles.
 """
 
 SWEEP = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 1.0)                            # of lambda and phi, the presets' too
