@@ -55,13 +55,13 @@ def test_python_and_command_line_make_the_same_settings(trained, name, monkeypat
     ("cbp_occl", "--table 6 --classifier learnable", "--classifier learnable.*rows"),
     ("cbp_occl", "--table 3 --resume", "--resume and --table.*goes on by itself"),
     ("cbp_occl", "--predict x.png --eval-only", "--eval-only and --predict are separate"),
-    ("cbp_occl", "--table 5 --prototypes ROWS", "head-channels"),
+    ("cbp_occl", "--table 5 --prototypes ROWS", r"\(13, 64\) do not fit 14 classes"),
     ("protopool", "--table 4 --w-orth 0.5", "--w-orth 0.5.*rows"),
     ("scaleprotoseg", "--table 5 --method deeplab", "--method deeplab.*rows"),
     ("scaleprotoseg", "--table 7 --threshold 0.2", "--threshold 0.2.*rows"),
     ("pfa_scribble", "--table 2 --augment local", "--augment local.*rows")])
 def test_a_table_takes_no_flag_that_its_rows_set_and_checks_all_rows_first(tmp_path, name, argv, words):
-    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(14, 5)))
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(13, 64)))
     argv = argv.replace("ROWS", str(tmp_path / "rows.npy")).split()
     sentence = mistake(name, "--out", tmp_path / "out", *SHORT[name], *argv)
     assert re.search(words, sentence) and not (tmp_path / "out").exists(), sentence
