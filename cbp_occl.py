@@ -411,11 +411,11 @@ def freeze_classifier(module, num_classes, length=2.0, seed=0):
     if not found:
         raise ValueError(f"no 1x1 convolution in this module leads to {num_classes} channels: give the part "
                          "of the network that ends in its classifier.")
-    parent, _, name = found[-1].rpartition(".")
-    weight = getattr(module.get_submodule(parent), name).weight        # (N,C,1,1)
+    weight = module.get_submodule(found[-1]).weight                    # (N,C,1,1)
     W = category_basis_prototypes(num_classes, weight.shape[1], length, seed=seed)
     classifier, seen = PrototypeClassifier(W).to(weight.device), {}
     classifier.register_forward_pre_hook(lambda layer, inputs: seen.update(features=inputs[0]))
+    parent, _, name = found[-1].rpartition(".")
     setattr(module.get_submodule(parent), name, classifier)
     return classifier, seen
 

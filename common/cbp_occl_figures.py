@@ -61,12 +61,6 @@ def draw_cosines(path, matrices, data, title):
                           [data.classes[c] for c in classes], title=title)
 
 
-def mean_and_deviation(values):
-    """[[a value a seed]] -> means, sample deviations (0 of one seed)."""
-    return ([statistics.mean(of_seeds) for of_seeds in values],
-            [statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0 for of_seeds in values])
-
-
 def draw_f1(path, results, data):
     """Fig. 5: F1 of groups of classes by their training pixels, a series a network, mean over its seeds."""
     f1s = {name: [[run["f1"][c] for c in data.classes] for run in runs] for name, runs in results.items()}
@@ -75,7 +69,7 @@ def draw_f1(path, results, data):
     series, around = {}, {}
     for name, of_seeds in f1s.items():
         means = [[statistics.mean(f1[c] for c in group) for f1 in of_seeds] for group in groups]
-        series[name], around[name] = mean_and_deviation(means)
+        series[name], around[name] = figures.mean_and_deviation(means)
     names = [data.classes[group[0]] + f" ... ({len(group)})" * (len(group) > 1) for group in groups]
     seeds = max(map(len, f1s.values()))
     title = f"{data.split} F1 by number of training pixels, rarest classes left (Fig. 5)"
@@ -111,7 +105,7 @@ def draw_sweeps(path, results, values, cfg):
     for symbol, rest in (("phi", f"lambda = {cfg.w_centroid:g}"), ("lambda", f"phi = {cfg.w_category:g}")):
         rates = [[run["miou"] for run in results[f"{symbol} = {value:g}"]] for value in values]
         name = f"{symbol} ({rest})"
-        series[name], around[name] = mean_and_deviation(rates)
+        series[name], around[name] = figures.mean_and_deviation(rates)
     title = f"{cfg.test_split} mIoU by the weights of OCCL (Fig. 4): lambda for Eq. (4), phi for Eq. (5)"
     figures.save_curves(path, series, values, deviations=around, below="the weight that is varied",
                         title=title + f"; mean and deviation of {cfg.seeds} seeds" * (cfg.seeds > 1))

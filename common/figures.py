@@ -4,6 +4,7 @@ An image is a uint8 tensor (3,H,W), RGB, 0..255. The save_* functions write PNG 
 """
 import functools
 import math
+import statistics
 from pathlib import Path
 
 import torch
@@ -483,6 +484,12 @@ def save_bars(path, series, names, title="", unit="%", deviations=None):
     swatches = [(SERIES[s % len(SERIES)], name) for s, name in enumerate(series)]
     width = canvas.width
     save_stack(path, [text_piece(title, width, size=18), legend_piece(swatches, width), canvas])
+
+
+def mean_and_deviation(values):
+    """[[a value a seed]] -> means, sample deviations (0 of one seed): for series and deviations of a figure."""
+    return ([statistics.mean(of_seeds) for of_seeds in values],
+            [statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0 for of_seeds in values])
 
 
 def save_curves(path, series, x, title="", below="", unit="%", deviations=None):

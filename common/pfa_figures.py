@@ -4,7 +4,6 @@ A predictor is the script's Predictor: a trained network (net, with its method p
 and the methods of_image (the plain prediction of an image), class_sets, augmented, surest and attention.
 """
 import re
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,10 +265,10 @@ def draw_curves(file, results, title):
     pieces = [figures.text_piece(title, 744, size=18)]
     for heading, curves in panels.items():
         x = sorted(next(iter(curves.values())))
-        means = {curve: [statistics.mean(rates[k]) for k in x] for curve, rates in curves.items()}
-        spread = {curve: [statistics.stdev(rates[k]) if len(rates[k]) > 1 else 0.0 for k in x]
-                  for curve, rates in curves.items()}
-        pieces += figures.curve_pieces(means, x, heading, "%", spread)
+        means, around = {}, {}
+        for curve, rates in curves.items():
+            means[curve], around[curve] = figures.mean_and_deviation([rates[k] for k in x])
+        pieces += figures.curve_pieces(means, x, heading, "%", around)
     figures.save_stack(file, pieces)
 
 
