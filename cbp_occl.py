@@ -73,8 +73,10 @@ from tqdm import tqdm
 from common import cbp_occl_figures as gallery, cbp_occl_measures as measures, cbp_occl_walkthrough
 from common import datasets, files, run, segmentation, speed, survey, tables
 from common.backbones import build_network, check_sides, class_means_of_backbone, parameter_groups
+from common.cbp_occl_page import PAGE
 from common.cbp_occl_tables import BESIDE, FIGURES, PAPER, ROWS, SWEEP, TABLES
 from common.loaders import TestView, TrainView, eval_loader, to_device, train_loader
+from common.report import write_report
 from common.run import RunConfig, UserError, opt
 
 
@@ -589,6 +591,7 @@ def report(net, cfg, test_set, baseline, progress, machine):
     print(f"{cfg.test_split} mIoU {rates['miou']:.1f}, mAcc {rates['macc']:.1f}, pixel accuracy "
           f"{rates['pixel_acc']:.1f}{segmentation.absent_classes(metrics)}; see {cfg.out}/metrics.json and "
           f"{cfg.out}/figures")
+    write_report(cfg.out, PAGE, cfg.baseline)
     return metrics
 
 
@@ -716,6 +719,7 @@ def run_table(cfg, machine):
                          paper, digits={"CS": 2, "mean abs cos": 3})
     tables.write_table(number, table, results, cfg, machine, more=note, name=kind,
                        about=f"{cfg.iterations} iterations, {cfg.test_split} split")
+    write_report(cfg.out, PAGE)
     return results
 
 

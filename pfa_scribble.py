@@ -90,8 +90,10 @@ from common.image_classifier import (ClassifierConfig, check_classifier, scorer,
                                      scores_of_file, scores_quality)
 from common.loaders import (ScribbleView, TestView, eval_loader, of_all_ranks, share_of_ranks, to_device,
                             train_loader)
+from common.pfa_page import PAGE
 from common.pfa_tables import (FIGURES, NETWORKS, PREDICTIONS, TABLES, USUAL_ROW, best_rate, in_words,
                                rows_by_mode)
+from common.report import write_report
 from common.run import RunConfig, UserError, opt
 from common.scribble_sets import open_full, open_sets
 from common.weights import weights_in
@@ -867,6 +869,7 @@ def report(net, cfg, sets, scores, baseline, progress, machine):
     print(pfa_figures.summary(metrics, cfg), flush=True)
     predictor = predictor._replace(cfg=cfg)
     pfa_figures.draw_figures(predictor, sets, scores, metrics, baseline, progress["log"])
+    write_report(cfg.out, PAGE, cfg.baseline)
     return metrics
 
 
@@ -1007,6 +1010,7 @@ def run_table(cfg, machine):
     about = (f"{cfg.iterations} iterations, {cfg.test_split} split, classes of local and global: "
              f"{headline}; the paper {paper}")
     tables.write_table(number, table, shown, cfg, machine, about, name="figure" if cfg.figure else "table")
+    write_report(cfg.out, PAGE)
     return results
 
 

@@ -96,6 +96,8 @@ from common.files import list_images
 from common.loaders import BatchesFrom, to_device
 from common.metrics import activation_box, activation_boxes, sharing  # noqa: F401: boxes for callers
 from common.patches import spread_patches, training_patches
+from common.protopool_page import PAGE
+from common.report import write_report
 from common.run import RunConfig, UserError, opt
 from common.tables import Table, beside_paper, check_rows, train_from, train_rows, write_table
 from common.transforms import coin, uniform, warp_matrix
@@ -774,6 +776,7 @@ def report(net, sets, progress, cfg, machine):
                  f"{result['accuracy_after_projection']:.1f}); look into {cfg.out}/figures")
     run.write_json(Path(cfg.out) / "metrics.json", result)
     print(f"{line}; see {cfg.out}/metrics.json")
+    write_report(cfg.out, PAGE)
     return result
 
 
@@ -878,6 +881,7 @@ def evaluate_ensemble(cfg, device):
     protopool_figures.draw_class_graph(held_by, first.classes, folder, first.variants)
     text = ", ".join(f"{rate:.1f}" for rate in accuracies)
     print(f"test accuracy of the runs {text}; of their mean probabilities {accuracy:.1f}; see {folder}")
+    write_report(folder, PAGE)
     return result
 
 
@@ -895,7 +899,6 @@ TABLE4 = beside_paper("Table 4: what each novelty adds", COLUMNS, ("paper CUB", 
     "w/o Gumbel-softmax": (dict(gumbel=False), 80.3, 64.5),
     "w/o both": (dict(gumbel=False, w_orth=0.0), 65.1, 30.8),
     "w/o focal similarity": (dict(focal=False), 85.3, 88.8)})
-DIGITS = {"graph correlation": 2}
 
 
 def table_of(cfg):
@@ -928,9 +931,10 @@ def main(cfg):
         row = partial(train_from, partial(train, until="pretrain"), later, train, cfg)
         results = train_rows(table.rows, cfg, row if cfg.pretrain_epochs else train, machine)
         about = f"reading {cfg.reading}, test accuracy in %"
-        write_table(cfg.table, table._replace(digits=DIGITS), results, cfg, machine, about)
+        write_table(cfg.table, table._replace(digits={"graph correlation": 2}), results, cfg, machine, about)
         if machine.rank == 0:
             protopool_figures.draw_table(table, results, partial(load_run, device=machine.device), cfg)
+        write_report(cfg.out, PAGE)
         return results
     if cfg.explain or cfg.compare or cfg.ensemble:
         task = evaluate_ensemble if cfg.ensemble else show

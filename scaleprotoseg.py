@@ -75,8 +75,10 @@ from common import scaleprotoseg_figures as gallery, scaleprotoseg_measures as m
 from common.backbones import DENSE, build_dense, check_sides, norm_parameters
 from common.loaders import of_all_ranks, to_device
 from common.parts import check_parts
+from common.report import write_report
 from common.run import RunConfig, UserError, opt
 from common.scaleprotoseg_measures import part_presence     # noqa: F401 (others import it from this file)
+from common.scaleprotoseg_page import PAGE
 from common.tables import Table, beside_paper, check_rows, row_configs, train_rows, write_table
 
 
@@ -980,6 +982,7 @@ def report(net, cfg, sets, progress, machine):
     text += f", {entries['group_average']:.1f} a group" if "group_average" in entries else ""
     print(f"{cfg.test_split} mIoU: {text}{segmentation.absent_classes(entries)}; see {cfg.out}/metrics.json "
           f"and {cfg.out}/figures")
+    write_report(cfg.out, PAGE)
     return entries
 
 
@@ -1083,6 +1086,7 @@ def run_table(cfg, machine):
         first = {name: next(row_configs(name, row, cfg)).out for name, row in table.rows.items()}
         runs = {name: run.read_progress(out, ("phase",)) for name, out in first.items()}
         gallery.draw_learning(Path(cfg.out) / "learning.png", runs)
+    write_report(cfg.out, PAGE)
     return results
 
 

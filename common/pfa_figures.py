@@ -20,7 +20,7 @@ from common.segmentation import absent_classes, labels_of_cells, save_examples
 
 
 def draw_figures(predictor, sets, scores, metrics, baseline, log):
-    """All figures of a run in OUT/figures; the README says what each shows.
+    """All figures of a run in OUT/figures; pfa_page.py says what each shows.
 
     sets: data sets "train" and "test". scores: {image name: (N,)} or None. metrics: of metrics.json.
     baseline: another predictor or None. log: rows of log.csv.

@@ -147,11 +147,26 @@ def did_you_mean(word, names):
     return f"did you mean {' or '.join(close)}? " if close else ""
 
 
+FIRST = ("preset", "dataset", "data", "scribbles", "parts", "method", "classifier", "backbone", "weights",
+         "out", "seed", "schedule", "resume", "table", "figure", "seeds", "stage1", "device", "amp", "workers",
+         "save_every", "classifier_weights")
+
+
+def group_of(f):
+    """The heading under which --help shows an option."""
+    if f.name in FIRST:
+        return "what to train, and where"
+    return "look at a run (the one in --out)" if f.metadata["runtime"] else "recipe (a flag wins over the preset)"
+
+
 def _parser(Config, presets, description):
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     allow_abbrev=False)
+                     allow_abbrev=False, usage="%(prog)s [--option value ...]")
     parser._negative_number_matcher = re.compile(r"-\d*\.?\d+(e-?\d+)?$", re.I)       # -1e-3 is no flag
-    for f in fields(Config):
+    place = {name: number for number, name in enumerate(FIRST)}
+    options = sorted(fields(Config), key=lambda f: place.get(f.name, 99 if f.metadata["runtime"] else 100))
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(map(group_of, options))}
+    for f in options:
         default = f.metadata["default"]
         choices = list(presets) if f.name == "preset" else f.metadata["choices"]
         of_list = f.type is list
@@ -165,8 +180,8 @@ def _parser(Config, presets, description):
         text = f.metadata["help"]
         if shown not in ("", False, None):
             text += f" (default {shown})"
-        parser.add_argument(flag_of(f.name), dest=f.name, default=argparse.SUPPRESS,
-                            help=text.replace("%", "%%"), **kind)
+        groups[group_of(f)].add_argument(flag_of(f.name), dest=f.name, default=argparse.SUPPRESS,
+                                         help=text.replace("%", "%%"), **kind)
     return parser
 
 

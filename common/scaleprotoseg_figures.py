@@ -1,8 +1,8 @@
 """Figures of scaleprotoseg.py: prototypes and groups of a trained network, and why a pixel got its class.
 
 The network is asked by its methods alone: net.similarity(x), net.final_logits(x, cfg), net.used(alpha),
-net.groups.activations(similarity, alpha), net.groups.members_of(c, g, alpha). The README says what each
-figure shows.
+net.groups.activations(similarity, alpha), net.groups.members_of(c, g, alpha). scaleprotoseg_page.py says what
+each figure shows.
 """
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""What README.md promises: its commands are understood, its Python runs, its links lead somewhere."""
+"""What README.md and data/README.md promise: commands are understood, Python runs, links lead somewhere."""
 import importlib
 import re
 import shlex
@@ -8,7 +8,7 @@ import pytest
 from commands import ROOT, SCRIPTS
 from common import run
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, DATA = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "data/README.md"))
 USES_A_RUN = {"--predict", "--explain", "--compare", "--failure", "--draw", "--eval-only", "--class",
               "--infer", "--class-scores", "--against", "--baseline"}  # they need the run in --out
 
@@ -16,7 +16,7 @@ USES_A_RUN = {"--predict", "--explain", "--compare", "--failure", "--draw", "--e
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_command_is_one_that_the_script_takes(name):
     script = importlib.import_module(name)
-    shell = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+    shell = "\n".join(re.findall(r"```bash\n(.*?)```", README + DATA, re.S))
     commands = re.findall(rf"{name}\.py((?: +--?[^#`|\n]*)?)", shell)
     assert len(commands) >= 8
     for command in commands:
@@ -30,8 +30,8 @@ def test_every_command_is_one_that_the_script_takes(name):
 def test_the_python_block_runs(few_toys, tmp_path, monkeypatch):
     """A notebook, and torchvision's network with prototypes; the pieces to copy run in test_scripts.py."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 2 + len(SCRIPTS)
+    blocks = re.findall(r"```python\n(.*?)```", README + DATA, re.S)
+    assert len(blocks) == 3 + len(SCRIPTS)
     exec(blocks[0].replace("schedule=0.05", "schedule=0.004"), {})
     assert (tmp_path / "runs" / "notebook" / "metrics.json").exists()
     frozen, = (block for block in blocks if "freeze_classifier" in block)
@@ -43,5 +43,11 @@ def test_the_python_block_runs(few_toys, tmp_path, monkeypatch):
 
 def test_ci_runs_the_test_command_and_links_lead_to_files():
     assert "-m pytest -q" in README and "-m pytest -q" in (ROOT / ".ci" / "run").read_text()
-    links = re.findall(r"\]\((?!http|#)([^)#]+)", README + (ROOT / "data" / "README.md").read_text("utf-8"))
-    assert len(links) >= 3 and all((ROOT / link).exists() for link in links)
+    links = [folder / link for folder, text in ((ROOT, README), (ROOT / "data", DATA))
+             for link in re.findall(r"\]\((?!http|#)([^)#]+)", text)]
+    assert len(links) >= 3 and all(link.exists() for link in links)
+    for text in (README, DATA):                                        # places within a file, by their headings
+        places = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
+                  for title in re.findall(r"^#+ (.*)", text, re.M)}
+        assert {*re.findall(r"\]\(#([^)]+)", text)} <= places
+    assert len(README.splitlines()) <= 250

@@ -11,7 +11,7 @@ import torch
 from commands import ROOT, SCRIPTS, done
 from common.run import flag_of
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "".join((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "data/README.md"))
 LEAST_DEPARTURES = {"cbp_occl": 15, "protopool": 18, "scaleprotoseg": 13, "pfa_scribble": 17}
 EQUATIONS = dict(cbp_occl=range(3, 8), protopool=range(1, 4), scaleprotoseg=[10], pfa_scribble=range(1, 11))
 every_script = pytest.mark.parametrize("name", SCRIPTS)
