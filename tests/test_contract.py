@@ -194,8 +194,8 @@ def test_two_processes_train_the_same_weights_and_evaluate_as_one(two_processes,
 # ---- tables ----
 
 @pytest.mark.parametrize("name, number, flags, row", [
-    ("cbp_occl", 3, "--iterations 2", "CBP + OCCL"),
-    ("protopool", 4, "--pretrain-epochs 1 --joint-epochs 1 --finetune-epochs 1", "ProtoPool"),
+    ("cbp_occl", 6, "--iterations 2", "CBP + OCCL"),
+    ("protopool", 3, "--pretrain-epochs 1 --joint-epochs 1 --finetune-epochs 1", "ProtoPool"),
     ("scaleprotoseg", 5, "--joint 2", "scaleprotoseg"),
     ("pfa_scribble", 5, "--no-train-classifier --iterations 5", "both")])
 def test_a_table_has_a_value_a_seed_and_keeps_what_is_done(no_figures, tmp_path, name, number, flags, row):
