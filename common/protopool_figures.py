@@ -540,10 +540,11 @@ def observe(net, data, held, cfg, noise=0.2):
 
 def truth_metrics(net, data, sources, cfg):
     """Is the explanation true? Does a prototype's box hold the same part again, where parts are annotated?
-    -> numbers of common/metrics.py; {prototype: "part share"}, empty without parts; true (C,M) bool: the
-    class has the variant that the prototype shows, None where variants are unknown."""
+    -> distinct_patches and numbers of common/metrics.py; {prototype: "part share"}, empty without parts; true
+    (C,M) bool: the class has the variant that the prototype shows, None where variants are unknown."""
+    places = {(source["image"], source["row"], source["column"]) for source in sources}
     if not data.part_names:
-        return {}, {}, None
+        return dict(distinct_patches=len(places)), {}, None
     labels, home = torch.tensor(data.labels), torch.tensor([source["label"] for source in sources])
     slots = net.hard_assignment().cpu()                              # (C,K,M)
     held, true = slots.amax(1) > 0.5, None                           # (C,M)
@@ -556,4 +557,5 @@ def truth_metrics(net, data, sources, cfg):
         result |= numbers
     shares, parts = metrics.part_shares(inside, similarity).max(1)   # (M,)
     best = enumerate(zip(parts.tolist(), shares.tolist()))
-    return result, {m: f"{data.part_names[p]} {100 * share:.0f} %" for m, (p, share) in best}, true
+    names = {m: f"{data.part_names[p]} {100 * share:.0f} %" for m, (p, share) in best}
+    return result | dict(distinct_patches=len(places)), names, true

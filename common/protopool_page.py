@@ -23,11 +23,12 @@ def headline(metrics):
         split += ", which also decided when to stop: optimistic"
     if metrics.get("classifier") == "linear":
         return {f"accuracy, {split}, this run with a linear layer": ours}
-    name, paper = PAPER.get(metrics.get("preset"), PAPER["cub-r50-inat"])
-    return {f"accuracy, {split}, this run": ours,
-            "before the prototypes became training patches": metrics.get("accuracy_before_projection"),
-            "right after it, the last layer not yet fine-tuned": metrics.get("accuracy_after_projection"),
-            f"accuracy of the paper ({name})": paper}
+    tiles = {f"accuracy, {split}, this run": ours,
+             "before the prototypes became training patches": metrics.get("accuracy_before_projection"),
+             "right after it, the last layer not yet fine-tuned": metrics.get("accuracy_after_projection")}
+    name, paper = PAPER.get(metrics.get("preset"), PAPER["cub-r34"])
+    own = (metrics.get("settings") or {}).get("dataset") == "imagefolder"           # the paper has no number
+    return tiles if own else tiles | {f"accuracy of the paper ({name})": paper}
 
 
 def advice(metrics):
@@ -41,15 +42,18 @@ def advice(metrics):
     if count and settings and ours is not None:
         chance = 100 * settings.get("slots", 10) / count                # 10 is the default of --slots
         if ours < chance + 0.15 * (100 - chance):
-            found.append(f"An accuracy of {ours:.1f} % is near chance ({chance:.1f} %). Train longer; on few images "
-                         "the add-on layer learns them by heart, against which <code>--add-on-decay 0.03 --lr 5e-4 "
-                         "--w-cluster 0.1 --w-separation -0.01</code> helps.")
+            more = "" if (settings.get("add_on_decay") or 0) >= 0.03 else (
+                " On few images the add-on layer learns them by heart, against which <code>--add-on-decay 0.03 --lr "
+                "5e-4 --w-cluster 0.1 --w-separation -0.01</code> helps.")
+            found.append(f"An accuracy of {ours:.1f} % is near chance ({chance:.1f} %): train longer.{more}")
     before, after = (metrics.get(f"accuracy_{stage}_projection") for stage in ("before", "after"))
     if before is not None and after is not None and before - after > 3:
+        noise = "" if settings.get("prototype_noise", 0) >= 0.03 else "<code>--prototype-noise</code> (to 0.03) or "
         found.append(f"The projection costs {before - after:.1f} points, as the classes hang on where exactly "
-                     "prototypes lie: raise <code>--prototype-noise</code> (to 0.03) or <code>--prototypes</code>.")
+                     f"prototypes lie: raise {noise}<code>--prototypes</code>.")
     tries = "" if settings.get("tau") == "geometric" else "<code>--tau geometric</code>, "
-    tries += "<code>--slot-lr 0.02</code> or a larger <code>--w-orth</code>"
+    tries += "" if settings.get("slot_lr", 0) >= 0.02 else "<code>--slot-lr 0.02</code>, "
+    tries += "more epochs or a larger <code>--w-orth</code>"
     repeated, empty = metrics.get("repeated_slots") or 0, metrics.get("empty_slots") or 0
     if count and repeated + empty > 0.05 * count:
         found.append(f"Of {count} slots {repeated} repeat a prototype of their class and {empty} are empty, which "
@@ -58,11 +62,18 @@ def advice(metrics):
     if graph is not None and graph < 0.35:
         found.append("What species share says little about what they have in common (<code>graph_correlation</code> "
                      f"{graph:.2f}): the slots froze before images could choose. Try {tries}.")
+    used, distinct = metrics.get("prototypes_used"), metrics.get("distinct_patches")
+    if used and distinct and distinct < 0.8 * used:
+        found.append(f"The {used} prototypes are only {distinct} different patches: several reasons of an explanation are "
+                     f"one. {'A smaller <code>--prototypes</code> loses nothing' if distinct > 1 else 'Train longer'}.")
+    if metrics.get("classifier") == "protopool" and "purity" not in metrics:
+        found.append("These data have no part annotations: purity, consistency and stability, which tell whether a box "
+                     "can be believed, could not be measured (CUB and toy birds have them).")
     purity, by_chance, stability = map(metrics.get, ("purity", "purity_by_chance", "stability"))
     if purity is not None and by_chance is not None and purity - by_chance < 15:
         found.append(f"A purity of {purity:.1f} is not clearly above that of boxes on other images ({by_chance:.1f}): "
                      "the prototypes do not show one part each. Train longer, or take a backbone whose cells see less.")
-    elif stability is not None and stability < 60:
+    if stability is not None and stability < 60:
         found.append(f"A little noise changes the parts in {100 - stability:.0f} % of the boxes: read a box as a hint "
                      "at a place, not as the name of a part. More <code>--joint-epochs</code> may help.")
     return found
@@ -80,7 +91,7 @@ PAGE = Page(
         "accuracy_before_projection": "The same images and hard slots with the prototypes as they were learned, before "
                                       "they became training patches. The last layer still holds 0 and 1.",
         "accuracy_after_projection": "The same with prototypes that are training patches, before fine-tuning. More "
-                                     "than 3 points below the line before are a reason to worry.",
+                                     "than 3 points below accuracy_before_projection are a reason to worry.",
         "classifier": "protopool: slots and prototypes; linear: an ordinary linear layer on the same backbone, which "
                       "has none, and so none of their numbers.",
         "reading": "paper, or official: the authors' released code where it differs from the print.",
@@ -89,6 +100,8 @@ PAGE = Page(
         "epochs": "Epochs made in each phase. Fewer joint ones than <code>--joint-epochs</code>: early stopping ended "
                   "it.",
         "prototypes_used": "Prototypes in at least one slot.",
+        "distinct_patches": "Different training patches among the prototypes that were kept: two may have become the "
+                            "same one, and then give one reason twice.",
         "prototypes_pruned": "Prototypes of the pool that were in no slot, and were dropped. If there are none, the "
                              "pool may be too small.",
         "slots_in_all": "Classes times <code>--slots</code>; the two counts of slots below are of these.",

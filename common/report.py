@@ -130,7 +130,10 @@ def top(metrics, page, baseline):
         other = page.headline(read_json(Path(baseline) / "metrics.json", f"{baseline} has no metrics.json."))
         tiles[f"the first of these in --baseline {baseline}"] = next(iter(other.values()))
     large = "".join(f"<div><b>{written(value)}</b>{html.escape(name)}</div>" for name, value in tiles.items())
-    advice = "".join(f"<p>{sentence}</p>" for sentence in page.advice(metrics))
+    share = metrics.get("settings", {}).get("schedule", 1)
+    short = [f"The recipe was shortened to {share:g} of its length (--schedule): read the numbers as those of an "
+             "unfinished training."] if share < 1 else []
+    advice = "".join(f"<p>{sentence}</p>" for sentence in short + page.advice(metrics))
     return (f'<p>{facts}</p><div class="row">{large}</div>'
             + (f'<h2>To look at</h2><div class="advice">{advice}</div>' if advice else ""))
 
@@ -139,11 +142,13 @@ def pictures(out, shown):
     """All figures in OUT and OUT/figures, in the order of the texts."""
     def place_of(path):
         return next((k for k, pattern in enumerate(shown) if fnmatch(path.name, pattern)), len(shown)), path.name
-    pieces = []
+    pieces, told = [], ""
     for path in sorted([*out.glob("*.png"), *out.glob("figures/*.png")], key=place_of):
         place = quote(path.relative_to(out).as_posix())
+        meaning = meaning_of(path.name, shown)
         pieces.append(f'<figure><a href="{place}"><img src="{place}" alt="" loading="lazy"></a><figcaption><b>'
-                      f"{html.escape(path.name)}</b> {meaning_of(path.name, shown)}</figcaption></figure>")
+                      f"{html.escape(path.name)}</b> {meaning if meaning != told else ''}</figcaption></figure>")
+        told = meaning
     return f"<h2>Figures</h2>{''.join(pieces)}" if pieces else ""
 
 

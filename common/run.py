@@ -156,10 +156,14 @@ def group_of(f):
     """The heading under which --help shows an option."""
     if f.name in FIRST:
         return "what to train, and where"
-    return "look at a run (the one in --out)" if f.metadata["runtime"] else "recipe (a flag wins over the preset)"
+    return "look at a run (the one in --out)" if f.metadata["runtime"] else (
+        "recipe (defaults are the paper's; a preset changes them, and a flag wins over both)")
 
 
 def _parser(Config, presets, description):
+    description, *symbols = description.split("\nsymbol ")               # the idea, and how it is run
+    if symbols:
+        description += "The file begins with its symbols and its departures from the paper, [D1], [D2], ...\n"
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                      allow_abbrev=False, usage="%(prog)s [--option value ...]")
     parser._negative_number_matcher = re.compile(r"-\d*\.?\d+(e-?\d+)?$", re.I)       # -1e-3 is no flag
@@ -169,12 +173,13 @@ def _parser(Config, presets, description):
     for f in options:
         default = f.metadata["default"]
         choices = list(presets) if f.name == "preset" else f.metadata["choices"]
+        listed = "{" + ",".join(str(choice) for choice in choices if choice) + "}" if choices else None
         of_list = f.type is list
         one = f.metadata["each"] if of_list else f.type
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
         else:
-            kind = dict(type=one, choices=choices, metavar=None if choices else one.__name__.upper(),
+            kind = dict(type=one, choices=choices, metavar=listed or one.__name__.upper(),
                         nargs="+" if of_list else None)
         shown = " ".join(map(str, default)) if of_list else default
         text = f.metadata["help"]
