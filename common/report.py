@@ -126,8 +126,8 @@ def top(metrics, page, baseline):
     if "preset" in metrics:
         facts = (f"Preset {metrics['preset']}, seed {metrics['seed']}, {duration(metrics['seconds'])} of training on "
                  f"{metrics['device']}.")
-    if baseline:
-        other = page.headline(read_json(Path(baseline) / "metrics.json", f"{baseline} has no metrics.json."))
+    if baseline and (Path(baseline) / "metrics.json").exists():
+        other = page.headline(read_json(Path(baseline) / "metrics.json", ""))
         tiles[f"the first of these in --baseline {baseline}"] = next(iter(other.values()))
     large = "".join(f"<div><b>{written(value)}</b>{html.escape(name)}</div>" for name, value in tiles.items())
     share = metrics.get("settings", {}).get("schedule", 1)
