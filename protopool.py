@@ -185,7 +185,7 @@ PRESETS = {
                 finetune_epochs=10, prototypes_from="patches", tau="geometric", w_orth=1.5, slot_lr=0.01,
                 backbone_lr=5e-4, augment="flip", mixup=False, workers=0),             # ours
     "cub-small": CUB | dict(backbone="mobilenet_v2", prototypes=120, depth=128, batch_size=20,
-                            passes_per_epoch=4, warmup_epochs=14, joint_epochs=4, lr=5e-4, slot_lr=0.02,
+                            passes_per_epoch=4, warmup_epochs=8, joint_epochs=6, lr=5e-4, slot_lr=0.02,
                             backbone_lr=1e-4, add_on_decay=0.03, w_cluster=0.1, w_separation=-0.01,
                             tau="geometric", prototype_noise=0.03, augment="single", mixup=False),     # ours
     "cub-r34": CUB,

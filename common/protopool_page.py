@@ -64,8 +64,8 @@ def advice(metrics):
                      f"{graph:.2f}): the slots froze before images could choose. Try {tries}.")
     used, distinct = metrics.get("prototypes_used"), metrics.get("distinct_patches")
     if used and distinct and distinct < 0.8 * used:
-        found.append(f"The {used} prototypes are only {distinct} different patches: several reasons of an explanation are "
-                     f"one. {'A smaller <code>--prototypes</code> loses nothing' if distinct > 1 else 'Train longer'}.")
+        found.append(f"The {used} prototypes are only {distinct} different patches: two reasons of an explanation can be "
+                     "one and the same. Try a smaller <code>--prototypes</code>.")
     if metrics.get("classifier") == "protopool" and "purity" not in metrics:
         found.append("These data have no part annotations: purity, consistency and stability, which tell whether a box "
                      "can be believed, could not be measured (CUB and toy birds have them).")
