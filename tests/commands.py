@@ -18,6 +18,7 @@ from common import run
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 SCRIPTS = ("cbp_occl", "protopool", "scaleprotoseg", "pfa_scribble")
+PAGES = dict(zip(SCRIPTS, ("cbp_occl_page", "protopool_page", "scaleprotoseg_page", "pfa_page")))
 SHORT = {                                       # a few steps of every phase on the toy data of conftest.py
     "cbp_occl": "--iterations 6 --eval-every 3 --save-every 2 --batch-size 4 --crop 64 --warmup 2",
     "protopool": "--size 32 --prototypes 24 --slots 2 --depth 8 --batch-size 6 --passes-per-epoch 1 "

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from commands import ROOT, SCRIPTS
+from commands import PAGES, ROOT, SCRIPTS
 from common import run
 
 README, DATA = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "data/README.md"))
@@ -16,7 +16,10 @@ USES_A_RUN = {"--predict", "--explain", "--compare", "--failure", "--draw", "--e
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_command_is_one_that_the_script_takes(name):
     script = importlib.import_module(name)
-    shell = "\n".join(re.findall(r"```bash\n(.*?)```", README + DATA, re.S))
+    """In README.md, in data/README.md, in the script's header, and on the page of a run."""
+    page = importlib.import_module(f"common.{PAGES[name]}").PAGE
+    shell = "\n".join([*re.findall(r"```bash\n(.*?)```", README + DATA, re.S), *page.commands,
+                       (ROOT / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]])
     commands = re.findall(rf"{name}\.py((?: +--?[^#`|\n]*)?)", shell)
     assert len(commands) >= 8
     for command in commands:

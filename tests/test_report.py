@@ -6,10 +6,9 @@ from urllib.parse import unquote
 
 import pytest
 
-from commands import ROOT, SCRIPTS, log_of, read
+from commands import PAGES, ROOT, SCRIPTS, log_of, read
 from common import report
 
-PAGES = dict(zip(SCRIPTS, ("cbp_occl_page", "protopool_page", "scaleprotoseg_page", "pfa_page")))
 VOID = {"meta", "img", "br", "path", "polyline"}
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 
