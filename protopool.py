@@ -7,8 +7,8 @@ Idea   A logit is the sum of the K slots of its class. A slot is a distribution 
        patch stands out from the rest of the image (focal similarity), and it ends as a patch of a training
        image: this looks like that.
 Found  With the paper's start chance fills the slots. On toy birds q first hears L_orth 430 times louder than
-       the cross-entropy, then tau falls 185-fold, and 98 % of the choices stand. Images choose if
-       prototypes start as training patches (0.3 times; [D20]) and tau falls slowly [D21], as in preset toy.
+       the cross-entropy; then tau falls 185-fold, and no choice changes after the second epoch. Images choose
+       if prototypes start as training patches (0.3 times; [D20]) and tau falls slowly [D21]: see preset toy.
 
 Try    python protopool.py                                         # toy birds, under two minutes on a CPU
 Train  python protopool.py --preset cub-r50-inat --data CUB_200_2011 --weights BBN_CHECKPOINT.pth

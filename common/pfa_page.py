@@ -24,9 +24,9 @@ def headline(metrics):
         source = f"those with more than {mode.removeprefix('filter_')} predicted pixels"
     plain, control, augmented, name = rates_in(metrics, mode)
     tiles = {f"mIoU, {metrics.get('split')} split, plain prediction, this run": plain,
-             f"the control plain_restricted: no class can win but {source}": control}
+             f"the control plain_restricted: the plain prediction, allowed only these classes: {source}": control}
     if name:
-        tiles[f"the {name} prediction: with prototypes of the same classes"] = augmented
+        tiles[f"the {name} prediction: prototypes of the same classes, any class allowed"] = augmented
     if (metrics.get("settings") or {}).get("dataset") == "folder":     # the paper has no number for it
         return tiles
     if metrics.get("method") in PAPER:
@@ -52,8 +52,8 @@ def advice(metrics):
         remedy = f"lower --score-threshold, which is {evaluated.get('score_threshold')}"
         if mode.startswith("filter_"):
             remedy = f"lower --filter, which is {evaluated.get('filter')}, or try --train-classifier"
-        found.append(f"Classes that are there were not told: if no other class can win, the plain prediction falls "
-                     f"from {plain:.1f} to {control:.1f}. To tell more of them, {remedy}.")
+        found.append("The list of classes for a test image leaves out classes that are there: if only listed ones may "
+                     f"win, the plain prediction falls from {plain:.1f} to {control:.1f}. To list more, {remedy}.")
     if None not in (plain, control, augmented) and augmented <= max(plain, control):
         found.append(f"Prototypes add nothing here: the {name} prediction has {augmented:.1f}, the plain one "
                      f"{plain:.1f}, and {control:.1f} if it is told the same classes. Train longer, and "
@@ -66,8 +66,8 @@ def advice(metrics):
     iou = ((metrics.get("iou") or {}).get("plain") or {}).get("plain") or {}
     never = [html.escape(c) for c, rate in iou.items() if rate == 0 and c not in (metrics.get("absent") or [])]
     if never:
-        found.append(f"Not one pixel of the plain prediction is right in {some_of(never)}: rare classes are learned "
-                     "late, so train longer, or label more of them.")
+        found.append(f"Not one pixel of the plain prediction is right in {some_of(never)}: a rare class is learned "
+                     "late, so train longer, or paint more strokes of it.")
     return found
 
 

@@ -35,7 +35,7 @@ def advice(metrics):
     """Sentences on what is to be looked at; the metrics of a run or of an ensemble."""
     found = []
     settings, ours, rates = metrics.get("settings") or {}, metrics.get("accuracy"), metrics.get("accuracies") or []
-    if len(rates) > 1 and ours is not None and ours <= max(rates):
+    if len(rates) > 1 and ours is not None and ours <= max(rates) < 100:
         found.append(f"The mean probabilities ({ours:.1f} %) are not better than the best run ({max(rates):.1f} %): "
                      "the runs make the same mistakes, or one of them is much weaker than the others.")
     count = metrics.get("slots_in_all")
@@ -43,8 +43,8 @@ def advice(metrics):
         chance = 100 * settings.get("slots", 10) / count                # 10 is the default of --slots
         if ours < chance + 0.15 * (100 - chance):
             more = "" if (settings.get("add_on_decay") or 0) >= 0.03 else (
-                " On few images the add-on layer learns them by heart, against which <code>--add-on-decay 0.03 --lr "
-                "5e-4 --w-cluster 0.1 --w-separation -0.01</code> helps.")
+                " If <code>ce</code> is low all the same, the add-on layer has learned few images by heart, against "
+                "which <code>--add-on-decay 0.03 --lr 5e-4 --w-cluster 0.1 --w-separation -0.01</code> helps.")
             found.append(f"An accuracy of {ours:.1f} % is near chance ({chance:.1f} %): train longer.{more}")
     before, after = (metrics.get(f"accuracy_{stage}_projection") for stage in ("before", "after"))
     if before is not None and after is not None and before - after > 3:
@@ -60,12 +60,14 @@ def advice(metrics):
                      f"wastes them: try {tries}.")
     graph = metrics.get("graph_correlation")
     if graph is not None and graph < 0.35:
+        start = "" if settings.get("prototypes_from") == "patches" else "<code>--prototypes-from patches</code>, "
         found.append("What species share says little about what they have in common (<code>graph_correlation</code> "
-                     f"{graph:.2f}): the slots froze before images could choose. Try {tries}.")
+                     f"{graph:.2f}): mostly the slots froze before images could choose (<code>slots_changed</code> "
+                     f"is 0 early). Try {start}{tries}.")
     used, distinct = metrics.get("prototypes_used"), metrics.get("distinct_patches")
     if used and distinct and distinct < 0.8 * used:
-        found.append(f"The {used} prototypes are only {distinct} different patches: two reasons of an explanation can be "
-                     "one and the same. Try a smaller <code>--prototypes</code>.")
+        found.append(f"The {used} prototypes are only {distinct} different patches: two reasons of an explanation "
+                     "can be one and the same. Try a smaller <code>--prototypes</code>.")
     if metrics.get("classifier") == "protopool" and "purity" not in metrics:
         found.append("These data have no part annotations: purity, consistency and stability, which tell whether a box "
                      "can be believed, could not be measured (CUB and toy birds have them).")
@@ -199,8 +201,9 @@ PAGE = Page(
         "focal.png": "The strongest own prototype on five images: image, activation, both; maximum - mean = focal "
                      "similarity (Fig. 2, 4). A small bright spot on the object is good, a bright background is bad.",
         "focal_histogram.png": "Similarity of test images to all prototypes of this network, focal and as maximum "
-                               "alone (Fig. 17). Most values should be near 0, with a tail to the right: a part is "
-                               "rare. figure17.png of <code>--table 4</code> has two networks.",
+                               "alone. Low values for most images and a tail, or a second hump, of high ones is "
+                               "good: a part is seen in few of them (the paper's Fig. 17 has two humps). "
+                               "figure17.png of <code>--table 4</code> has two networks.",
         "figure11a.png": "Accuracy by the size of the pool (Fig. 11). The paper's curve is flat from about 200 on; "
                          "where ours flattens, more prototypes gain nothing.",
         "figure11b.png": "Accuracy by the slots of a class (Fig. 11). The paper's curve is flat from about 10 on; "

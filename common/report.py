@@ -171,7 +171,7 @@ def write_report(out, page, baseline=""):
     if metrics:
         rows = "".join(f"<tr><td>{key}</td><td>{written(value)}</td><td>{(NUMBERS | page.numbers).get(key, '')}"
                        "</td></tr>" for key, value in metrics.items())
-        parts.append(f'<h2>Numbers (metrics.json; rates in percent)</h2><table class="numbers">{rows}</table>')
+        parts.append(f'<h2>Numbers (metrics.json; rates in percent, cosines and correlations up to 1)</h2><table class="numbers">{rows}</table>')
     if (out / "log.csv").exists():
         with open(out / "log.csv", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))

@@ -6,9 +6,9 @@ from common.report import Page
 
 PRINTED = {                                                            # data set: its name, mIoU of the paper
     "cityscapes": ("Cityscapes val, ResNet-101", dict(scaleprotoseg=68.97, protoseg=67.54, deeplab=71.40)),
-    "voc": ("Pascal VOC val, ResNet-101", dict(scaleprotoseg=71.80, protoseg=71.98, deeplab=77.69)),
+    "voc": ("Pascal VOC val, ResNet-101", dict(scaleprotoseg=71.80, protoseg=71.98)),
     "ade20k": ("ADE20K val, ResNet-101", dict(scaleprotoseg=34.18, protoseg=29.67, deeplab=34.00)),
-    "cocostuff164k": ("COCO-Stuff, ResNet-101", dict(scaleprotoseg=34.50, protoseg=32.97, deeplab=39.7)),
+    "cocostuff164k": ("COCO-Stuff, ResNet-101", dict(scaleprotoseg=34.50, protoseg=32.97)),
     "em": ("EM, first of two splits, U-Net", dict(scaleprotoseg=77.97, protoseg=77.63)),
 }
 NAMES = {"scaleprotoseg": "ScaleProtoSeg", "protoseg": "ProtoSeg", "deeplab": "DeepLabv2 by its own recipe"}
@@ -39,13 +39,14 @@ def advice(metrics):
     """Sentences on what is to be looked at."""
     found = []
     lacking = metrics.get("absent_classes") or []
-    known = {name: iou for name, iou in (metrics.get("iou") or {}).items() if iou is not None and name not in lacking}
+    unseen = [*lacking, *(metrics.get("absent") or [])]
+    known = {name: iou for name, iou in (metrics.get("iou") or {}).items() if iou is not None and name not in unseen}
     poor = [f"{name} {iou:.1f} %" for name, iou in known.items() if iou < 2]
     if poor:
         how = "train longer." if metrics.get("method") == "deeplab" else \
             "<code>--failure CLASS</code> draws what the network takes such a class for."
         found.append(f"The IoU is below 2 % in {len(poor)} of {len(known)} classes ({html.escape(some_of(poor))}). "
-                     f"Rare classes are learned late (learning.png): {how}")
+                     f"If they are rare, they are learned late (learning.png): {how}")
     first = metrics.get("prototypes_at_first") or 0
     gone = {text: metrics.get(key) or 0 for key, text in GONE.items()}
     left = first - sum(gone.values())
@@ -102,9 +103,9 @@ PAGE = Page(
                   "loss of its authors' code, so what is printed of ProtoSeg is of another loss.",
         "plain": "mIoU, pixel accuracy and IoU by class once more: the plain network has no stages.",
         "stage1_projected": "mIoU, pixel accuracy and IoU by class right after the projection, when a weight of the "
-                            "last layer is still 1 for its own class and -0.5 for any other. If the mIoU lies far "
-                            "below the last <code>val_miou</code> of the joint phase in log.csv, prototypes had to "
-                            "move far.",
+                            "last layer is still 1 for its own class and -0.5 for any other. What the projection cost, "
+                            "log.csv tells: <code>val_miou</code> of its row project beside the last row joint. A "
+                            "large fall means that prototypes had to move far.",
         "stage1_finetuned": "The same after the fine-tuning of the last layer: what prototypes reach without groups.",
         "stage2": "The same with groups, all of their weights kept. If it is some points below stage1_finetuned, "
                   "train stage 2 longer, or raise --group-lr.",
