@@ -210,7 +210,7 @@ FIGURES = {"prototypes-01.png", "classes-01.png", "shared_pair.png", "shared_pro
 def test_a_run_leaves_what_the_readme_promises(trained):
     out = trained("protopool")
     assert {path for path in files(out) if path[-7:] != "-02.png"} == {
-                          "config.json", "log.csv", "metrics.json", "last.pt", "best.pt", "printed.txt",
+                          "config.json", "log.csv", "metrics.json", "last.pt", "best.pt", "printed.txt", "report.html",
                           *(f"figures/{name}" for name in FIGURES)}
     metrics, rows = read(out / "metrics.json"), log_of(out)
     assert (metrics["reading"], metrics["chosen_on"]) == ("paper", "validation split")
@@ -345,7 +345,7 @@ def test_an_ensemble_averages_probabilities(trained, linear_and_official, tmp_pa
     result = read(tmp_path / "ensemble" / "metrics.json")
     assert [*result["accuracies"], result["accuracy"]] == pytest.approx(hits)
     assert files(tmp_path / "ensemble") == {"metrics.json", "classes_per_prototype.png", "class_graph.png",
-                                            "class_graph.csv"}
+                                            "class_graph.csv", "report.html"}
 
 
 def test_tables_change_what_they_say_and_print_the_papers_numbers(tmp_path):
