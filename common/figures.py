@@ -487,7 +487,7 @@ def save_bars(path, series, names, title="", unit="%", deviations=None):
 
 
 def mean_and_deviation(values):
-    """[[a value a seed]] -> means, sample deviations (0 of one seed): for series and deviations of a figure."""
+    """[[a value a seed]] -> means, sample deviations (0 of one seed): series and deviations of a figure."""
     return ([statistics.mean(of_seeds) for of_seeds in values],
             [statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0 for of_seeds in values])
 

@@ -543,19 +543,19 @@ def truth_metrics(net, data, sources, cfg):
     -> distinct_patches and numbers of common/metrics.py; {prototype: "part share"}, empty without parts; true
     (C,M) bool: the class has the variant that the prototype shows, None where variants are unknown."""
     places = {(source["image"], source["row"], source["column"]) for source in sources}
+    result = dict(distinct_patches=len(places))
     if not data.part_names:
-        return dict(distinct_patches=len(places)), {}, None
+        return result, {}, None
     labels, home = torch.tensor(data.labels), torch.tensor([source["label"] for source in sources])
     slots = net.hard_assignment().cpu()                              # (C,K,M)
     held, true = slots.amax(1) > 0.5, None                           # (C,M)
     similarity, boxes, noisy, points = observe(net, data, held, cfg)
-    inside, result = metrics.part_truth(boxes, noisy, points, similarity, labels, held, home,
-                                        cfg.size)
+    inside, rates = metrics.part_truth(boxes, noisy, points, similarity, labels, held, home, cfg.size)
+    result |= rates
     if data.variants is not None:
         variants = torch.as_tensor(data.variants)                    # (C,P)
         numbers, true = metrics.variant_truth(inside, similarity, labels, slots, variants)
         result |= numbers
     shares, parts = metrics.part_shares(inside, similarity).max(1)   # (M,)
     best = enumerate(zip(parts.tolist(), shares.tolist()))
-    names = {m: f"{data.part_names[p]} {100 * share:.0f} %" for m, (p, share) in best}
-    return result | dict(distinct_patches=len(places)), names, true
+    return result, {m: f"{data.part_names[p]} {100 * share:.0f} %" for m, (p, share) in best}, true

@@ -148,8 +148,8 @@ def did_you_mean(word, names):
 
 
 FIRST = ("preset", "dataset", "data", "scribbles", "parts", "method", "classifier", "backbone", "weights",
-         "out", "seed", "schedule", "resume", "table", "figure", "seeds", "stage1", "device", "amp", "workers",
-         "save_every", "classifier_weights")
+         "out", "seed", "schedule", "resume", "table", "figure", "seeds", "stage1", "device", "amp",
+         "workers", "save_every", "classifier_weights")
 
 
 def group_of(f):

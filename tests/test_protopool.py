@@ -224,6 +224,7 @@ def test_the_three_accuracies_and_the_patches(trained):
     the training image that it names, and was among the best weights before."""
     out = trained("protopool")
     metrics, (net, sets, progress) = read(out / "metrics.json"), opened(out)
+    assert metrics["distinct_patches"] == len(net.prototypes.unique(dim=0))          # equal rows, one patch
     for m, source in enumerate(progress["sources"]):
         i = sets["train"].ids().index(source["image"])
         image, x, (p, before) = sets["train"].read(i)[0], clean(sets["train"], i), (

@@ -49,7 +49,7 @@ def test_ci_runs_the_test_command_and_links_lead_to_files():
     links = [folder / link for folder, text in ((ROOT, README), (ROOT / "data", DATA))
              for link in re.findall(r"\]\((?!http|#)([^)#]+)", text)]
     assert len(links) >= 3 and all(link.exists() for link in links)
-    for text in (README, DATA):                                        # places within a file, by their headings
+    for text in (README, DATA):                                        # places in a file, by their headings
         places = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
                   for title in re.findall(r"^#+ (.*)", text, re.M)}
         assert {*re.findall(r"\]\(#([^)]+)", text)} <= places

@@ -126,7 +126,8 @@ def painting(paper, brush):
         ImageDraw.Draw(large).line([4 * place for place in line], fill=c, width=24)
     drawn = torch.from_numpy(np.array(large))[None]
     shares = {c: F.avg_pool2d((drawn == c).double(), brush, 4, pad)[0].numpy() for c in BY_HAND}
-    paint = sum(share[..., None] * figures.palette(toy_scenes.CLASSES)[c].numpy() for c, share in shares.items())
+    colours = figures.palette(toy_scenes.CLASSES).numpy()
+    paint = sum(share[..., None] * colours[c] for c, share in shares.items())
     return paint + (1 - sum(shares.values())[..., None]) * np.array(paper), shares
 
 
